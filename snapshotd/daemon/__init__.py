@@ -1,0 +1,1 @@
+"""The per-node daemon: a pure core that owns the life of slots, and the pipelines that do its work."""
