@@ -1,0 +1,86 @@
+"""
+Digests of slot and parity bytes: one xxh3_64 per chunk, and one xxh3_128 over those.
+
+Rule 1: chunk i of a file covers bytes ``[i * CHUNK_BYTES, (i + 1) * CHUNK_BYTES)``; the last may be short.
+Rule 2: bytes are never copied on the way; slices of memoryviews go into the hash.
+Rule 3: nothing here raises for wrong bytes. A mismatch is an erasure: the caller gets the chunk's index.
+
+xxh3 finds rot and torn writes; it is no defence against an attacker.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final
+
+import xxhash
+
+from snapshotd.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "chunk_count", "chunk_digests", "root_digest", "verify"]
+
+CHUNK_BYTES: Final = 256 * 1024
+"""Small enough to find rot precisely, large enough that Python's overhead per chunk (1 us of 20) vanishes."""
+
+DIGEST_BYTES: Final = 8
+"""Bytes of one chunk's digest."""
+
+
+def chunk_count(length: int) -> int:
+    """Return the number of chunks of ``length`` bytes: 0 for 0."""
+    return -(-length // CHUNK_BYTES)
+
+
+def chunk_digests(buf: Buffer, length: int) -> bytes:
+    """
+    Return the digests of ``buf[0:length]``: 8 bytes little-endian per chunk, ``chunk_count(length)`` of them.
+
+    ``buf`` may be longer (a slot with spare room). UsageError if it is shorter.
+    """
+    with memoryview(buf) as whole, whole.cast("B") as view:
+        if not 0 <= length <= view.nbytes:
+            raise UsageError(f"cannot digest {length} bytes of a buffer of {view.nbytes}")
+        values = [_digest(view, begin, min(begin + CHUNK_BYTES, length)) for begin in range(0, length, CHUNK_BYTES)]
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def root_digest(digests: bytes) -> str:
+    """Return the one digest that stands for all of ``digests``: 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(digests)
+
+
+def verify(buf: Buffer, digests: bytes, begin: int, end: int, *, base: int = 0) -> list[int]:
+    """
+    Return the indexes of the chunks of file bytes ``[begin, end)`` that do not match: empty when all is well.
+
+    ``buf`` holds the file from file offset ``base`` on (0: the whole file). ``digests`` are those of the whole file.
+    ``begin`` must be a multiple of CHUNK_BYTES; ``end`` too, unless it lies in the last chunk: then it is taken for
+    the end of the file. UsageError for ranges that are not so, or that ``buf`` or ``digests`` do not reach.
+    """
+    if len(digests) % DIGEST_BYTES:
+        raise UsageError(f"{len(digests)} bytes of digests are no multiple of {DIGEST_BYTES}")
+    num_chunks = len(digests) // DIGEST_BYTES
+    if begin % CHUNK_BYTES or not 0 <= begin <= end:
+        raise UsageError(f"the range [{begin}, {end}) does not begin at a multiple of {CHUNK_BYTES}")
+    if chunk_count(end) > num_chunks:
+        raise UsageError(f"the range [{begin}, {end}) reaches beyond the {num_chunks} chunks that have digests")
+    if end % CHUNK_BYTES and chunk_count(end) != num_chunks:
+        raise UsageError(f"the range [{begin}, {end}) ends inside a chunk that is not the last of {num_chunks}")
+    with memoryview(buf) as whole, whole.cast("B") as view:
+        if begin < base or end - base > view.nbytes:
+            raise UsageError(f"the range [{begin}, {end}) is not inside the buffer [{base}, {base + view.nbytes})")
+        first, stop = begin // CHUNK_BYTES, chunk_count(end)
+        expected = struct.unpack_from(f"<{stop - first}Q", digests, first * DIGEST_BYTES) if end > begin else ()
+        return [
+            chunk
+            for chunk, digest in enumerate(expected, start=first)
+            if digest != _digest(view, chunk * CHUNK_BYTES - base, min((chunk + 1) * CHUNK_BYTES, end) - base)
+        ]
+
+
+def _digest(view: memoryview, begin: int, end: int) -> int:
+    with view[begin:end] as part:
+        return xxhash.xxh3_64_intdigest(part)

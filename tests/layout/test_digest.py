@@ -1,0 +1,93 @@
+"""Digests: rot is found in the chunk where it is, and nowhere else."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snapshotd.errors import UsageError
+from snapshotd.layout import CHUNK_BYTES, chunk_count, chunk_digests, root_digest, verify
+
+LENGTH = 3 * CHUNK_BYTES + 17
+DATA = bytes(range(256)) * (LENGTH // 256 + 1)
+
+
+@pytest.mark.parametrize("length", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, LENGTH])
+def test_digests_are_plain_xxh3_per_chunk(length: int) -> None:
+    """Other programs, and other versions of this one, must be able to check our files."""
+    digests = chunk_digests(DATA, length)
+    assert len(digests) == 8 * chunk_count(length)
+    expected = b"".join(
+        xxhash.xxh3_64_digest(DATA[i : min(i + CHUNK_BYTES, length)])[::-1] for i in range(0, length, CHUNK_BYTES)
+    )
+    assert digests == expected
+    assert root_digest(digests) == xxhash.xxh3_128_hexdigest(expected)
+    assert verify(DATA, digests, 0, length) == []
+
+
+def test_golden() -> None:
+    """These values may never change: digests outlive the process that made them."""
+    assert chunk_digests(b"snapshotd", 9).hex() == "f10b88e5d5fb42cf"
+    assert root_digest(b"") == "99aa06d3014798d86001c324468d497f"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, LENGTH - 1), st.integers(1, 255))
+def test_one_changed_byte_is_found_in_its_chunk(at: int, flip: int) -> None:
+    data = bytearray(DATA[:LENGTH])
+    digests = chunk_digests(data, LENGTH)
+    data[at] ^= flip
+    chunk = at // CHUNK_BYTES
+    assert verify(data, digests, 0, LENGTH) == [chunk]
+    assert verify(data, digests, (chunk + 1) * CHUNK_BYTES if chunk < 3 else 0, LENGTH) == ([] if chunk < 3 else [3])
+    assert verify(data, digests, 0, chunk * CHUNK_BYTES) == []
+
+
+def test_part_of_a_file() -> None:
+    """A repairing daemon checks just the range that it fetched."""
+    digests = chunk_digests(DATA, LENGTH)
+    part = DATA[CHUNK_BYTES : 2 * CHUNK_BYTES]
+    assert verify(part, digests, CHUNK_BYTES, 2 * CHUNK_BYTES, base=CHUNK_BYTES) == []
+    assert verify(b"\1" + part[1:], digests, CHUNK_BYTES, 2 * CHUNK_BYTES, base=CHUNK_BYTES) == [1]
+    assert verify(b"", digests, CHUNK_BYTES, CHUNK_BYTES, base=CHUNK_BYTES) == []
+
+
+def test_a_mapping_can_be_closed_afterwards() -> None:
+    """A view kept alive would keep tmpfs memory alive, or make closing it fail."""
+    with mmap.mmap(-1, LENGTH) as mapping:
+        digests = chunk_digests(mapping, LENGTH)
+        assert verify(mapping, digests, 0, LENGTH) == []
+    assert mapping.closed
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        (1, CHUNK_BYTES),
+        (-CHUNK_BYTES, 0),
+        (CHUNK_BYTES, 0),
+        (0, CHUNK_BYTES + 1),
+        (0, 5 * CHUNK_BYTES),
+        (0, 4 * CHUNK_BYTES),
+    ],
+)
+def test_bad_ranges_are_refused(begin: int, end: int) -> None:
+    """A range that is silently not checked would be as bad as no digest."""
+    digests = chunk_digests(DATA, LENGTH)
+    with pytest.raises(UsageError):
+        verify(DATA[:LENGTH], digests, begin, end)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(UsageError):
+        chunk_digests(b"abc", 4)
+    with pytest.raises(UsageError):
+        chunk_digests(b"abc", -1)
+    with pytest.raises(UsageError):
+        verify(b"abc", b"1234567", 0, 3)
+    with pytest.raises(UsageError):
+        verify(DATA, chunk_digests(DATA, LENGTH), 0, CHUNK_BYTES, base=CHUNK_BYTES)

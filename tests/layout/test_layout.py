@@ -1,0 +1,354 @@
+"""Layouts: the same boxes give the same bytes, and only such bytes are read back."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snapshotd.errors import FormatError, LayoutError
+from snapshotd.layout import DTYPES, Box, Layout, TensorBox, header_length
+
+
+def part(
+    name: str, dtype: str, shape: tuple[int, ...], offsets: tuple[int, ...], lengths: tuple[int, ...]
+) -> TensorBox:
+    return TensorBox(
+        name=name, dtype=dtype, global_shape=shape, box=Box(offsets, lengths), scope="global", kind="param"
+    )
+
+
+def whole(name: str, dtype: str, *shape: int) -> TensorBox:
+    return part(name, dtype, shape, (0,) * len(shape), shape)
+
+
+MIXED = [
+    whole("flag", "bool", 3),
+    part("w", "float32", (8, 5), (2, 0), (3, 5)),
+    part("w", "float32", (8, 5), (6, 0), (1, 5)),
+    whole("step", "int64"),
+    whole("z", "complex128", 2, 3),
+    whole("none", "bfloat16", 0, 7),
+    part("b", "bfloat16", (9,), (9,), (0,)),
+    whole("h", "float16", 5),
+    whole('größe/ñ "quoted" \\', "uint8", 5),
+    TensorBox(name="rng", dtype="uint8", global_shape=(7,), box=Box((0,), (7,)), scope="rank", kind="rng"),
+]
+
+
+def build(boxes: list[TensorBox] = MIXED) -> Layout:
+    return Layout.build(boxes, meta_capacity=100, ties={"head": "w"}, attrs={"rank": "3"})
+
+
+def test_shards_tile_the_file_and_are_aligned() -> None:
+    """The capture writes through these offsets: a hole breaks safetensors, an overlap breaks the model."""
+    layout = build()
+    assert layout.data_begin == len(layout.header) == header_length(layout.header[:8])
+    assert layout.data_begin % 4096 == 0
+    end = layout.data_begin
+    for shard in layout.shards:
+        assert shard.begin == end
+        assert shard.begin % shard.tensor.itemsize == 0
+        assert shard.nbytes == shard.tensor.nbytes
+        end = shard.end
+    assert layout.meta == (end, end + 100)
+    assert layout.file_bytes == end + 100
+    assert [shard.key for shard in layout.shards] == [
+        "z", "step", "w@2,0", "w@6,0", "none", "b@9", "h", "flag", 'größe/ñ "quoted" \\', "rng",
+    ]  # fmt: skip
+    assert layout.by_key["w@6,0"].tensor == MIXED[2]
+
+
+def test_read_back_is_equal() -> None:
+    layout = build()
+    again = Layout.parse(memoryview(layout.header + b"the data follows"), file_bytes=layout.file_bytes)
+    assert again == layout
+    assert again.shards == layout.shards
+    assert (again.hash, again.meta, again.file_bytes) == (layout.hash, layout.meta, layout.file_bytes)
+    assert (dict(again.ties), dict(again.attrs)) == ({"head": "w"}, {"rank": "3"})
+    assert dict(again.by_key) == dict(layout.by_key)
+
+
+def test_hash_names_the_content() -> None:
+    """Workers and daemons agree on a layout by its hash alone."""
+    assert build().hash == build().hash
+    assert build(MIXED[1:]).hash != build().hash
+    assert build([*MIXED[1:], MIXED[0]]).hash == build([*MIXED[1:], MIXED[0]]).hash
+    assert len(build().hash) == 32
+
+
+def test_golden_header() -> None:
+    """The format is on other people's disks: a change here needs a new version."""
+    layout = Layout.build(
+        [part("w", "float32", (4, 2), (2, 0), (2, 2)), whole("s", "int64")], meta_capacity=8, ties={"v": "w"}
+    )
+    boxes = (
+        '{"s":{"fqn":"s","dtype":"int64","global_shape":[],"offsets":[],"scope":"global","kind":"param"},'
+        '"w@2,0":{"fqn":"w","dtype":"float32","global_shape":[4,2],"offsets":[2,0],"scope":"global","kind":"param"}}'
+    )
+    metadata = {"format": "pt", "snapshotd.version": "1", "snapshotd.boxes": boxes, "snapshotd.ties": '{"v":"w"}'}
+    expected = {
+        "__metadata__": metadata,
+        "s": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
+        "w@2,0": {"dtype": "F32", "shape": [2, 2], "data_offsets": [8, 24]},
+        "__meta__": {"dtype": "U8", "shape": [8], "data_offsets": [24, 32]},
+    }
+    text = json.dumps(expected, separators=(",", ":")).encode()
+    assert layout.header == (4088).to_bytes(8, "little") + text.ljust(4088)
+
+
+def test_empty_layout() -> None:
+    layout = Layout.build([], meta_capacity=0)
+    assert Layout.parse(layout.header) == layout
+    assert layout.file_bytes == layout.data_begin == 4096
+
+
+def test_ten_thousand_tensors_in_well_under_a_second() -> None:
+    """The hook builds it in the training process."""
+    boxes = [whole(f"model.layers.{i}.self_attn.q_proj.weight", "float32", 128, 64) for i in range(10_000)]
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        layout = Layout.build(boxes, meta_capacity=4096)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.5
+    assert len(layout.shards) == 10_000
+    assert Layout.parse(layout.header) == layout
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([MIXED[1], MIXED[1]], "w@2,0"),
+        ([whole("w@0", "int8", 1), part("w", "int8", (2,), (0,), (1,))], "w@0"),
+        ([whole("__meta__", "int8", 1)], "__meta__"),
+        ([whole("__metadata__", "int8", 1)], "__metadata__"),
+        ([whole("head", "int8", 1)], "alias"),
+        ([part(f"w{i}", "uint8", (2**56,), (0,), (2**56,)) for i in range(17)], "above the limit"),
+    ],
+)
+def test_impossible_layouts_are_refused(boxes: list[TensorBox], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        build(boxes)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"meta_capacity": -1},
+        {"meta_capacity": 2**31},
+        {"meta_capacity": 1.0},
+        {"meta_capacity": 1, "attrs": {"format": "np"}},
+        {"meta_capacity": 1, "attrs": {"a": 1}},
+        {"meta_capacity": 1, "attrs": {"a": "\ud800"}},
+        {"meta_capacity": 1, "ties": {"a": 1}},
+        {"meta_capacity": 1, "ties": {"a": "b", "b": "c"}},
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(LayoutError):
+        Layout.build([], **arguments)  # type: ignore[arg-type]
+
+
+def test_duplicates_are_named_but_not_all() -> None:
+    with pytest.raises(LayoutError, match="and 2 more"):
+        build([whole(f"t{i}", "int8", 1) for i in range(12)] * 2)
+
+
+# --- hostile bytes: either parse it, or FormatError, never any other error ---
+
+
+def parses(data: bytes) -> bool:
+    try:
+        layout = Layout.parse(data)
+    except FormatError:
+        return False
+    # What was accepted is whole: its shards tile the data area.
+    end = layout.data_begin
+    for shard in layout.shards:
+        assert shard.begin == end
+        assert shard.tensor.nbytes == shard.nbytes
+        end = shard.end
+    assert (end, layout.file_bytes) == layout.meta
+    return True
+
+
+def reencoded(entries: object) -> bytes:
+    text = json.dumps(entries).encode()
+    text = text.ljust(len(text) + -(8 + len(text)) % 4096)
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_truncated_headers_are_refused() -> None:
+    header = build().header
+    for length in [*range(20), len(header) // 2, len(header) - 1]:
+        assert not parses(header[:length])
+    with pytest.raises(FormatError):
+        header_length(b"1234567")
+    with pytest.raises(FormatError):
+        Layout.parse(header, file_bytes=build().file_bytes - 1)
+    with pytest.raises(FormatError):
+        Layout.parse(header, file_bytes=10)
+
+
+def test_huge_length_is_refused_before_it_is_believed() -> None:
+    for length in (2**28 + 4088, 2**63, 2**64 - 8, 0, 1, 4089):
+        with pytest.raises(FormatError):
+            header_length(length.to_bytes(8, "little"))
+
+
+def test_every_bit_flip_in_a_header_parses_or_is_refused() -> None:
+    """Bits rot in memory too; a reader that dies of it takes the good snapshots with it."""
+    header = Layout.build([MIXED[1], MIXED[3]], meta_capacity=8, ties={"head": "w"}).header
+    used = len(header.rstrip())
+    assert parses(header)
+    for at in range(used):
+        for bit in range(8):
+            changed = bytearray(header)
+            changed[at] ^= 1 << bit
+            parses(bytes(changed))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_random_damage_parses_or_is_refused(random_: random.Random) -> None:
+    header = bytearray(build().header)
+    used = len(header.rstrip())
+    for _ in range(random_.randint(1, 4)):
+        at, size = random_.randrange(used), random_.randint(0, 8)
+        match random_.randrange(4):
+            case 0:
+                header[at : at + size] = random_.randbytes(size)
+            case 1:
+                header[at : at + size] = b""
+            case 2:
+                source = random_.randrange(used)
+                header[at:at] = header[source : source + size * 8]
+            case 3:
+                header[at : at + 1] = random_.choice([b'"', b"{", b"}", b"[", b"]", b",", b"0", b"9", b"-", b"e", b"."])
+    header[:8] = (len(header) - 8).to_bytes(8, "little")
+    parses(bytes(header[: 8 + (len(header) - 8)]).ljust(len(header) + -len(header) % 4096))
+    padded = bytes(header).ljust(len(header) + -len(header) % 4096)
+    parses((len(padded) - 8).to_bytes(8, "little") + padded[8:])
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | st.text(max_size=8)
+    | st.sampled_from(["F32", "float32", "pt", "1", "global", "rank"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["dtype", "shape", "data_offsets", "fqn", "__metadata__", "w"]), inner, max_size=4
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_value_anywhere_parses_or_is_refused(data: st.DataObject) -> None:
+    """The bytes are well-formed JSON here, so that the damage reaches the checks behind the JSON reader."""
+    entries = json.loads(build().header[8:])
+    inner = {key: json.loads(entries["__metadata__"][key]) for key in ("snapshotd.boxes", "snapshotd.ties")}
+    root: dict[str, object] = {"outer": entries, "inner": inner}
+    here: object = root
+    for _ in range(data.draw(st.integers(1, 5))):
+        if isinstance(here, dict) and here:
+            key: object = data.draw(st.sampled_from(sorted(here)))
+        elif isinstance(here, list) and here:
+            key = data.draw(st.integers(0, len(here) - 1))
+        else:
+            break
+        container, here = here, here[key]  # type: ignore[index]
+    container[key] = data.draw(json_values)  # type: ignore[index]
+    outer = root["outer"]
+    if isinstance(outer, dict) and isinstance(outer.get("__metadata__"), dict) and isinstance(root["inner"], dict):
+        for name, value in root["inner"].items():
+            outer["__metadata__"].setdefault(name, "")
+            outer["__metadata__"][name] = json.dumps(value)
+    parses(reencoded(outer))
+
+
+def changed_entries(**changes: object) -> bytes:
+    entries = json.loads(Layout.build([whole("a", "int16", 3)], meta_capacity=8).header[8:])
+    for path, value in changes.items():
+        *keys, last = path.split("__")
+        here = entries
+        for key in keys:
+            here = here[key]
+        here[last] = value
+    return reencoded(entries)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        changed_entries(a__data_offsets=[0, 5]),
+        changed_entries(a__data_offsets=[1, 7]),
+        changed_entries(a__data_offsets=[6, 0]),
+        changed_entries(a__data_offsets=[0, 2**70]),
+        changed_entries(a__shape=[2]),
+        changed_entries(a__shape=[3.0]),
+        changed_entries(a__shape=[True, 3]),
+        changed_entries(a__shape=[-3]),
+        changed_entries(a__shape=[1] * 100),
+        changed_entries(a__dtype="F16"),
+        changed_entries(a__dtype=["I16"]),
+        changed_entries(a__extra=1),
+        changed_entries(b={"dtype": "U8", "shape": [0], "data_offsets": [6, 6]}),
+        reencoded({}),
+        reencoded([]),
+        reencoded({"__metadata__": {"format": "pt"}}),
+        reencoded({"__metadata__": {"format": "pt", "snapshotd.version": "2"}}),
+        (4088).to_bytes(8, "little") + b"[" * 4088,
+        (4088).to_bytes(8, "little") + b'{"a":' * 817 + b"   ",
+        (4088).to_bytes(8, "little") + b"{\xff".ljust(4088),
+        (4088).to_bytes(8, "little") + b" {}".ljust(4088),
+        (8184).to_bytes(8, "little") + (b'{"a":' + b"9" * 8000 + b"}").ljust(8184),
+        (4088).to_bytes(8, "little") + b'{"a":1,"a":1}'.ljust(4088),
+        (4088).to_bytes(8, "little") + b'{"__metadata__":{"a":"\\ud800"}}'.ljust(4088),
+        (4088).to_bytes(8, "little") + b'{"__metadata__":{"a":NaN}}'.ljust(4088),
+    ],
+)
+def test_known_tricks_are_refused(data: bytes) -> None:
+    assert not parses(data)
+
+
+shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def tensor_boxes(draw: st.DrawFn) -> TensorBox:
+    shape = draw(shapes)
+    offsets = tuple(draw(st.integers(0, size)) for size in shape)
+    lengths = tuple(draw(st.integers(0, size - offset)) for size, offset in zip(shape, offsets, strict=True))
+    return TensorBox(
+        name=draw(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)),
+        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        global_shape=shape,
+        box=Box(offsets, lengths),
+        scope=draw(st.sampled_from(["global", "rank"])),
+        kind=draw(st.sampled_from(["param", "optim", "x"])),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(tensor_boxes(), max_size=8), st.integers(0, 300))
+def test_whatever_can_be_built_is_read_back(boxes: list[TensorBox], meta_capacity: int) -> None:
+    try:
+        layout = Layout.build(boxes, meta_capacity=meta_capacity)
+    except LayoutError as error:
+        assert "more than once" in str(error)
+        return
+    again = Layout.parse(layout.header, file_bytes=layout.file_bytes)
+    assert again.shards == layout.shards
+    assert sorted(map(repr, (shard.tensor for shard in layout.shards))) == sorted(map(repr, boxes))
