@@ -1,0 +1,47 @@
+# Each target makes what it needs; a fresh clone needs Python (3.10 or newer), make and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FAULTS ?= all
+
+.PHONY: demo test check fmt sim faults proto clean
+
+# Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
+demo: $(READY)
+	$(BIN)/python -m examples.demo --faults $(FAULTS)
+
+# All tests.
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Style, types, and generated code that is up to date.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy snapshotd client/snapshotd_client
+	$(BIN)/python -m tests.proto_drift
+
+# Format imports and what ruff can mend.
+fmt: $(READY)
+	$(BIN)/ruff check --fix .
+
+# The long simulation: 2,000 seeds.
+sim: $(READY)
+	$(BIN)/python -m tests.simulation.run --seeds 2000
+
+# Real kills only.
+faults: $(READY)
+	$(BIN)/python -m pytest tests/faults
+
+# Generated code of the wire contract.
+proto: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/snapshotd/v1/*.proto
+	rm -f snapshotd/v1/worker_pb2_grpc.py snapshotd/v1/bulk_pb2_grpc.py snapshotd/v1/record_pb2_grpc.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)

@@ -1,0 +1,281 @@
+"""
+The daemon's shell: workers and coordinator in, the pure node core in the middle, work orders out.
+
+Rule 1: the core is called on one event loop, one event at a time; heavy work runs in threads and
+        comes back as an event.
+Rule 2: whatever fails here costs protection, never the training job: a failed order is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+
+from snapshotd.arena.arena import Arena, SlotFile
+from snapshotd.daemon import events
+from snapshotd.daemon.core import NodeCore
+from snapshotd.daemon.link import CoordinatorLink
+from snapshotd.daemon.orders import Orders
+from snapshotd.daemon.workers import WorkerSocket
+from snapshotd.errors import SnapshotdError
+from snapshotd.failpoints import failpoint
+from snapshotd.v1 import worker_pb2 as worker
+
+__all__ = ["DaemonService"]
+
+log = logging.getLogger("snapshotd.daemon")
+
+TICK_S = 0.2
+LEASE_RETRY_S = 0.005
+
+
+class DaemonService:
+    """
+    Runs one node until `stop`.
+
+    Collaborators come ready made: the arena, the orders (pipelines bound to it), the core, the link
+    to the coordinator and the workers' socket path.
+    """
+
+    def __init__(
+        self,
+        *,
+        arena: Arena,
+        orders: Orders,
+        core: NodeCore,
+        slots: dict[events.SlotId, SlotFile],
+        link: CoordinatorLink,
+        who: Callable[[], worker.IAm],
+        socket_path: Any,
+        scrub_rate: int = 0,
+    ) -> None:
+        self._arena = arena
+        self._orders = orders
+        self._core = core
+        self._slots = slots
+        self._link = link
+        self._scrub_rate = scrub_rate
+        self._socket = WorkerSocket(socket_path, who=who, frame=self._worker_said, gone=self._worker_gone)
+        # Sealing is on the way of every step and must not queue behind long work.
+        self._sealing = ThreadPoolExecutor(max_workers=4, thread_name_prefix="seal")
+        self._working = ThreadPoolExecutor(max_workers=8, thread_name_prefix="work")
+        self._parity_cancels: dict[tuple[str, int, int], threading.Event] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._counters: Counter[str] = Counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = psutil.Process()
+        self.fatal: asyncio.Future[None] | None = None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.fatal = self._loop.create_future()
+        self._orders.on_corruption = self._corruption_from_thread
+        self._orders.on_count = self._count_from_thread
+        await self._socket.start()
+        self._link.start(up=self._coordinator_up, down=self._coordinator_down, said=self._coordinator_said)
+        self._spawn(self._tick())
+        if self._scrub_rate:
+            self._spawn(self._scrub())
+
+    async def stop(self) -> None:
+        """End the service; slots and parity stay in the arena for the next daemon."""
+        self._orders.cancel.set()
+        for cancel in self._parity_cancels.values():
+            cancel.set()
+        await self._link.stop()
+        await self._socket.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._sealing.shutdown(wait=True, cancel_futures=True)
+        self._working.shutdown(wait=True, cancel_futures=True)
+
+    # ---------------------------------------------------------------- facts
+
+    def _worker_said(self, conn: events.WorkerConn, frame: worker.Frame) -> None:
+        self._handle(events.WorkerFrame(conn=conn, frame=frame))
+
+    def _worker_gone(self, conn: events.WorkerConn) -> None:
+        self._handle(events.WorkerGone(conn=conn))
+
+    def _coordinator_up(self) -> None:
+        self._handle(events.CoordinatorUp())
+
+    def _coordinator_down(self) -> None:
+        self._handle(events.CoordinatorDown())
+
+    def _coordinator_said(self, message: Any) -> None:
+        self._handle(events.CoordinatorSaid(message=message))
+
+    def _corruption_from_thread(self, found: events.CorruptionFound) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._handle, found)
+
+    def _count_from_thread(self, name: str, amount: int) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._counters.update, {name: amount})
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._handle(events.Ticked())
+
+    async def _scrub(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            await self._in_thread(self._working, self._orders.scrub, self._scrub_rate)
+
+    def _handle(self, event: events.Event) -> None:
+        try:
+            effects = self._core.handle(event, time.monotonic())
+            for effect in effects:
+                self._obey(effect)
+        except Exception as error:
+            # A bug of ours. The slots outlive this process: the next daemon re-attaches and verifies them.
+            log.critical("the node core failed on %s", event, exc_info=True)
+            if self.fatal is not None and not self.fatal.done():
+                self.fatal.set_exception(error)
+
+    # ---------------------------------------------------------------- effects
+
+    def _obey(self, effect: events.Effect) -> None:
+        match effect:
+            case events.ToWorker(conn=conn, frame=frame):
+                self._socket.send(conn, frame)
+            case events.CloseWorker(conn=conn):
+                self._socket.cut(conn)
+            case events.ToCoordinator(message=message):
+                self._report(message)
+            case events.Note():
+                log.info(
+                    "%s job=%s epoch=%d step=%d: %s", effect.stream, effect.job, effect.epoch, effect.step, effect.text
+                )
+            case events.Count(name=name, amount=amount):
+                self._counters[name] += amount
+            case events.DeleteSlot(slot=slot):
+                file = self._slots.pop(slot, None)
+                if file is not None:
+                    self._arena.delete(file)
+            case events.DeleteParity(parity=parity):
+                self._orders.delete_parity(parity)
+            case events.CancelParity(job=job, epoch=epoch, step=step):
+                cancel = self._parity_cancels.get((job, epoch, step))
+                if cancel is not None:
+                    cancel.set()
+            case events.ReleaseRestore(conn=conn, batch_id=batch_id):
+                self._orders.release_restore(conn, batch_id)
+            case _:
+                self._spawn(self._work(effect))
+
+    def _report(self, message: Any) -> None:
+        if message.HasField("heartbeat"):
+            for name, value in self._counters.items():
+                message.heartbeat.counters[name] = value
+            message.heartbeat.arena_bytes = self._arena.used_bytes
+            message.heartbeat.budget_bytes = self._arena.budget_bytes
+            message.heartbeat.resident_bytes = self._process.memory_info().rss
+        elif message.HasField("sealed") or message.HasField("parity_built"):
+            failpoint("daemon.before_report")
+        self._link.send(message)
+
+    async def _work(self, order: events.Effect) -> None:
+        ending: events.Event
+        match order:
+            case events.CreateSlot():
+                ending = await self._create(order)
+            case events.VoidSlot(slot=slot):
+                while not self._arena.invalidate(self._slots[slot]):
+                    await asyncio.sleep(LEASE_RETRY_S)
+                ending = events.SlotReady(slot=slot)
+            case events.SealSlot():
+                ending = await self._seal(order)
+            case events.BuildParity():
+                ending = await self._build_parity(order)
+            case events.RebuildObject():
+                ending = await self._rebuild(order)
+            case events.PersistSlots(persist=persist):
+                done = await self._in_thread(self._working, self._orders.persist, persist)
+                ending = events.PersistFinished(done=done)
+            case events.SealPersisted(seal=seal):
+                sealed = await self._in_thread(self._working, self._orders.seal_persisted, seal)
+                ending = events.PersistSealFinished(done=sealed)
+            case events.ServeRestore():
+                frame = await self._in_thread(
+                    self._working, self._orders.serve_restore, order.conn, order.rank, order.plan, order.frame
+                )
+                ending = events.RestoreServed(conn=order.conn, frame=frame)
+            case _:
+                raise AssertionError(f"no such order: {order}")
+        self._handle(ending)
+
+    async def _create(self, order: events.CreateSlot) -> events.Event:
+        try:
+            file = await self._in_thread(self._working, self._arena.create_slot, order.header, order.file_bytes)
+        except SnapshotdError as error:
+            return events.SlotRefused(slot=order.slot, reason=str(error))
+        self._slots[order.slot] = file
+        return events.SlotCreated(slot=order.slot, path=str(file.path))
+
+    async def _seal(self, order: events.SealSlot) -> events.Event:
+        try:
+            sealed = await self._in_thread(self._sealing, self._orders.seal, self._slots[order.slot], order.ref)
+        except (SnapshotdError, OSError) as error:
+            return events.SlotSealFailed(slot=order.slot, reason=str(error))
+        return events.SlotSealed(
+            slot=order.slot, ref=sealed.ref, data_digest=sealed.data_digest, seconds=sealed.seconds
+        )
+
+    async def _build_parity(self, order: events.BuildParity) -> events.Event:
+        protect = order.protect
+        key = (protect.job, protect.epoch, protect.step)
+        cancel = self._parity_cancels[key] = threading.Event()
+        began = time.monotonic()
+        try:
+            parities = await self._in_thread(self._working, self._orders.build_parity, protect, cancel)
+        except (SnapshotdError, OSError) as error:
+            return events.ParityAborted(job=protect.job, epoch=protect.epoch, step=protect.step, reason=str(error))
+        finally:
+            self._parity_cancels.pop(key, None)
+        return events.ParityFinished(
+            job=protect.job,
+            epoch=protect.epoch,
+            step=protect.step,
+            parities=tuple(parities),
+            seconds=time.monotonic() - began,
+        )
+
+    async def _rebuild(self, order: events.RebuildObject) -> events.Event:
+        done, file = await self._in_thread(self._working, self._orders.rebuild, order.rebuild)
+        if file is not None:
+            self._slots[order.slot] = file
+        return events.RebuildFinished(done=done, slot=order.slot if file is not None else None)
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
+        assert self._loop is not None
+        return await self._loop.run_in_executor(pool, work, *args)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            error = task.exception()
+            if error is not None and self.fatal is not None and not self.fatal.done():
+                log.critical("a work order failed in a way that is a bug", exc_info=error)
+                self.fatal.set_exception(error)

@@ -1,0 +1,117 @@
+"""What both ends of the control plane share: channel options, credentials, the check of who is calling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from snapshotd.errors import AccessDenied, UsageError
+from snapshotd.security import TlsFiles, require_secure
+
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "MAX_MESSAGE_BYTES",
+    "check_peer",
+    "open_aio_channel",
+    "open_channel",
+    "parse_address",
+    "server_credentials",
+    "tls_files",
+]
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.so_reuseport", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def check_peer(peer: str, guard: Callable[[str], bool] | None) -> None:
+    """
+    Raise AccessDenied unless the guard lets this gRPC peer in.
+
+    peer: as gRPC spells it, "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
+    """
+    if guard is not None and not guard(peer):
+        raise AccessDenied(
+            f"{peer} belongs to another user; snapshotd on loopback serves its own user only (use TLS, or --insecure)"
+        )
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """("host", port) of "host:port" or "[v6]:port"; raises UsageError that says what is wrong."""
+    host, separator, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdecimal() or int(port) > 65_535:
+        raise UsageError(f"{text!r} is not an address; write HOST:PORT, for example 127.0.0.1:7070")
+    return host, int(port)
+
+
+def open_channel(
+    address: str,
+    *,
+    tls: TlsFiles | None,
+    insecure: bool,
+    options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS,
+) -> grpc.Channel:
+    """
+    A blocking channel to the coordinator.
+
+    Raises UsageError when the address is on another host and there is neither TLS nor `insecure`.
+    """
+    host, _ = parse_address(address)
+    require_secure(host, tls, insecure)
+    if tls is None:
+        return grpc.insecure_channel(address, options=list(options))
+    return grpc.secure_channel(address, _channel_credentials(tls), options=list(options))
+
+
+def open_aio_channel(
+    address: str,
+    *,
+    tls: TlsFiles | None,
+    insecure: bool,
+    options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS,
+) -> grpc.aio.Channel:
+    """The same for asyncio."""
+    host, _ = parse_address(address)
+    require_secure(host, tls, insecure)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=list(options))
+    return grpc.aio.secure_channel(address, _channel_credentials(tls), options=list(options))
+
+
+def tls_files(cert: str, key: str, ca: str) -> TlsFiles | None:
+    """The three TLS files, or None when none is named; UsageError when only some are."""
+    if not (cert or key or ca):
+        return None
+    if not (cert and key and ca):
+        raise UsageError("TLS between hosts is mutual: give all of --tls-cert, --tls-key and --tls-ca")
+    return TlsFiles(cert=Path(cert), key=Path(key), ca=Path(ca))
+
+
+def server_credentials(tls: TlsFiles | None) -> grpc.ServerCredentials | None:
+    """Credentials that want a client certificate, or None without TLS."""
+    if tls is None:
+        return None
+    key, chain, ca = tls.pems()
+    return grpc.ssl_server_credentials([(key, chain)], root_certificates=ca, require_client_auth=True)
+
+
+def _channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    key, chain, ca = tls.pems()
+    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=chain)
