@@ -1,0 +1,23 @@
+"""
+Pure: from tensor boxes that are there and tensor boxes that are wanted to a plan of byte-range copies.
+
+Knows ``layout`` and nobody else.
+"""
+
+from __future__ import annotations
+
+from snapshotd.reshard.apply import apply_copy
+from snapshotd.reshard.copies import Copy, merge_neighbours
+from snapshotd.reshard.plan import Plan, Problem, SourceShard, TargetShard, coverage, plan
+
+__all__ = [
+    "Copy",
+    "Plan",
+    "Problem",
+    "SourceShard",
+    "TargetShard",
+    "apply_copy",
+    "coverage",
+    "merge_neighbours",
+    "plan",
+]

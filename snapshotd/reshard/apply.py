@@ -1,0 +1,57 @@
+"""
+Carry out copies in memory, by numpy: one array assignment per copy, whatever its number of runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from snapshotd.errors import LayoutError
+from snapshotd.reshard.copies import Copy
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["apply_copy"]
+
+_WORDS: Final[dict[int, np.dtype[Any]]] = {
+    8: np.dtype(np.uint64),
+    4: np.dtype(np.uint32),
+    2: np.dtype(np.uint16),
+    1: np.dtype(np.uint8),
+}
+
+
+def apply_copy(copy: Copy, src: Buffer, dst: Buffer) -> None:
+    """
+    Copy the bytes of ``copy`` from ``src``, the source file's bytes, to ``dst``, the target file's.
+
+    Both are contiguous buffers from file offset 0 on and must not overlap. LayoutError if either is too short, or
+    ``dst`` is read-only: nothing is written then.
+    """
+    source, target = memoryview(src), memoryview(dst)
+    if target.readonly:
+        raise LayoutError("cannot copy into a read-only buffer")
+    for what, view, (begin, end) in (("source", source, copy.src_range), ("target", target, copy.dst_range)):
+        if not view.c_contiguous:
+            raise LayoutError(f"the {what} buffer is not contiguous")
+        if not 0 <= begin <= end <= view.nbytes:
+            raise LayoutError(f"the copy needs bytes [{begin}, {end}) of the {what}, which has {view.nbytes}")
+    if not copy.nbytes:
+        return
+    # Elements as wide as the runs allow: numpy moves runs of one word far faster than runs of some bytes.
+    width = next(width for width in _WORDS if copy.run_bytes % width == 0)
+    dtype = _WORDS[width]
+    counts = tuple(dim[0] for dim in copy.dims)
+    shape = (*counts, copy.run_bytes // width)
+    # The constructor, unlike as_strided, checks once more that the strides stay inside the buffer.
+    reads: npt.NDArray[Any] = np.ndarray(
+        shape, dtype, buffer=source, offset=copy.src_begin, strides=(*(dim[1] for dim in copy.dims), width)
+    )
+    writes: npt.NDArray[Any] = np.ndarray(
+        shape, dtype, buffer=target, offset=copy.dst_begin, strides=(*(dim[2] for dim in copy.dims), width)
+    )
+    np.copyto(writes, reads)

@@ -1,0 +1,369 @@
+"""
+Plan which bytes go where: boxes in, byte-range copies out. Live recovery and the offline converter both use it.
+
+Rule 1: each wanted byte is written by exactly one copy.
+Rule 2: tensors of scope "global" match by name, over all sources. Those of scope "rank" match by name in the one source
+that ``rank_source`` gives for the target.
+Rule 3: where sources overlap (replicas), the preferred one is taken, and the next for what it lacks only.
+Rule 4: nothing is converted: dtype and global shape must be the same on both sides.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from operator import sub
+from typing import Final, Literal
+
+from snapshotd.errors import LayoutError, Unrecoverable
+from snapshotd.layout.box import Box, TensorBox
+from snapshotd.reshard.copies import Copy, block_copy, merge_neighbours
+from snapshotd.reshard.regions import Region, RegionIndex, overlap, region_of, subtract
+
+__all__ = ["Plan", "Problem", "SourceShard", "TargetShard", "coverage", "plan"]
+
+_LISTED: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceShard:
+    """A tensor box that is there: at byte offset ``begin`` of the file ``source`` (an opaque id, such as a rank)."""
+
+    source: int
+    tensor: TensorBox
+    begin: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetShard:
+    """A tensor box that is wanted: at byte offset ``begin`` of the file ``target`` (an opaque id, such as a rank)."""
+
+    target: int
+    tensor: TensorBox
+    begin: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All copies of a resharding, in order of the target shards they fill."""
+
+    copies: tuple[Copy, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(copy.nbytes for copy in self.copies)
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The sources that are read."""
+        return frozenset(copy.source for copy in self.copies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """
+    What is wrong with one global tensor's sources.
+
+    "gap": ``region`` (as slices) is in no source. "overlap": ``region`` is in two or more, ``sources`` among them (a
+    replica: no harm, but memory). "mismatch": sources disagree about dtype or global shape.
+    """
+
+    kind: Literal["gap", "overlap", "mismatch"]
+    name: str
+    region: str
+    sources: tuple[int, ...]
+    detail: str
+
+
+_Key = tuple[str, int | None]
+"""(name, None) of a global tensor, (name, source) of one that is private to its rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensor:
+    """The sources of one key. ``odd`` is one that does not agree with ``first``; ``index`` has (preference, shard)."""
+
+    first: SourceShard
+    odd: SourceShard | None
+    index: RegionIndex[tuple[int, SourceShard]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failures:
+    """Tensor name to what is wrong with it."""
+
+    absent: dict[str, str] = field(default_factory=dict)
+    different: dict[str, str] = field(default_factory=dict)
+    uncovered: dict[str, str] = field(default_factory=dict)
+
+    def raise_any(self) -> None:
+        wrong = []
+        if self.absent:
+            wrong.append(f"{len(self.absent)} wanted tensors are in no source: {_listed([*self.absent.values()])}")
+        if self.different:
+            wrong.append(f"{len(self.different)} tensors differ: {_listed([*self.different.values()])}")
+        if wrong:
+            raise LayoutError("; ".join(wrong))
+        if self.uncovered:
+            listed = _listed([*self.uncovered.values()])
+            raise Unrecoverable(f"{len(self.uncovered)} wanted tensors are not whole in the sources: {listed}")
+
+
+def plan(
+    sources: Iterable[SourceShard],
+    targets: Sequence[TargetShard],
+    *,
+    prefer: Callable[[int], int] | None = None,
+    rank_source: Mapping[int, int] | None = None,
+    merge_files: bool = False,
+) -> Plan:
+    """
+    Return the copies that fill all ``targets`` from ``sources``.
+
+    ``prefer`` ranks sources, lower first (0 for local, 1 for remote); of equal boxes in equally ranked sources the one
+    with the lower id is taken, so that the plan depends on nothing but its arguments. ``rank_source`` gives for each
+    target the source of its rank-scope tensors; without it, that is the source with the target's own id.
+    ``merge_files`` also joins copies of different tensors that continue each other in both files: for callers to whom a
+    target is one file, not many tensors.
+
+    LayoutError for wanted tensors that no source has or that differ in dtype or global shape; Unrecoverable for regions
+    that no source covers. Both name up to ten of them.
+    """
+    keys = [_key_of(target, rank_source) for target in targets]
+    tensors = _by_key(sources, _bounds(targets, keys), prefer or (lambda source: 0))
+    failures = _Failures()
+    copies: list[Copy] = []
+    for target, key in zip(targets, keys, strict=True):
+        copies += _fill(target, key, tensors, failures)
+    failures.raise_any()
+    return Plan(copies=tuple(merge_neighbours(copies) if merge_files else copies))
+
+
+def coverage(sources: Iterable[SourceShard]) -> list[Problem]:
+    """
+    Return what is wrong with the global tensors of ``sources``: nothing, if each element is there exactly once.
+
+    Gaps and mismatches mean that a state is not whole. Overlaps are replicas.
+    """
+    names: defaultdict[str, list[SourceShard]] = defaultdict(list)
+    for shard in sources:
+        if shard.tensor.scope == "global":
+            names[shard.tensor.name].append(shard)
+    problems: list[Problem] = []
+    for name, shards in names.items():
+        problems += _tensor_problems(name, shards)
+    return problems
+
+
+def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> _Key:
+    name = target.tensor.name
+    if target.tensor.scope == "global":
+        return name, None
+    if rank_source is None:
+        return name, target.target
+    if target.target not in rank_source:
+        raise LayoutError(f"rank_source names no source for target {target.target}, which wants {name}")
+    return name, rank_source[target.target]
+
+
+def _bounds(targets: Sequence[TargetShard], keys: Sequence[_Key]) -> dict[_Key, Region]:
+    """Return the smallest region around all wanted boxes of each key: what lies outside need not be looked at."""
+    bounds: dict[_Key, Region] = {}
+    for target, key in zip(targets, keys, strict=True):
+        region = region_of(target.tensor.box)
+        there = bounds.get(key)
+        # Where targets disagree about the dimensions, one of them will be found to differ from the sources.
+        if there is not None and len(there[0]) == len(region[0]):
+            region = (tuple(map(min, there[0], region[0])), tuple(map(max, there[1], region[1])))
+        bounds[key] = region
+    return bounds
+
+
+def _touches(box: Box, bounds: Region) -> bool:
+    """Whether a box is not empty and has a part inside ``bounds``."""
+    for offset, length, begin, end in zip(box.offsets, box.lengths, *bounds, strict=False):
+        if offset >= end or offset + length <= begin or not length:
+            return False
+    return True
+
+
+def _by_key(
+    sources: Iterable[SourceShard], bounds: Mapping[_Key, Region], prefer: Callable[[int], int]
+) -> dict[_Key, _Tensor]:
+    """Group the shards that are near wanted ones; of several with the very same box, keep the preferred one only."""
+    groups: dict[_Key, list[SourceShard]] = {}
+    for shard in sources:
+        key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
+        if key in bounds:
+            groups.setdefault(key, []).append(shard)
+    ranking: dict[int, tuple[int, int]] = {}
+    tensors: dict[_Key, _Tensor] = {}
+    for key, shards in groups.items():
+        first = shards[0]
+        odd: SourceShard | None = None
+        wanted = bounds[key]
+        best: dict[Box, tuple[tuple[int, int], SourceShard]] = {}
+        for shard in shards:
+            box, source = shard.tensor.box, shard.source
+            if not _same_tensor(first.tensor, shard.tensor):
+                odd = odd or shard
+                continue
+            if not _touches(box, wanted):
+                continue
+            if source not in ranking:
+                ranking[source] = (prefer(source), source)
+            there = best.get(box)
+            if there is None or ranking[source] < there[0]:
+                best[box] = (ranking[source], shard)
+        entries = [(region_of(box), (rank[0], shard)) for box, (rank, shard) in best.items()]
+        tensors[key] = _Tensor(first=first, odd=odd, index=RegionIndex(entries))
+    return tensors
+
+
+def _fill(target: TargetShard, key: _Key, tensors: Mapping[_Key, _Tensor], failures: _Failures) -> list[Copy]:
+    """Return the copies that fill one target shard; what cannot be filled goes to ``failures``."""
+    tensor = target.tensor
+    found = tensors.get(key)
+    if found is None:
+        # An empty box needs nothing, and a rank may have skipped capturing what has no bytes.
+        if not tensor.box.is_empty:
+            where = "" if key[1] is None else f" (private to source {key[1]})"
+            failures.absent[tensor.name] = f"{tensor.name}{where}"
+        return []
+    for shard in (found.first, found.odd):
+        if shard is not None and not _same_tensor(shard.tensor, tensor):
+            failures.different[tensor.name] = (
+                f"{tensor.name} is {tensor.dtype} {list(tensor.global_shape)} in target {target.target}, but "
+                f"{shard.tensor.dtype} {list(shard.tensor.global_shape)} in source {shard.source}"
+            )
+            return []
+    if tensor.box.is_empty:
+        return []
+    wanted = region_of(tensor.box)
+    candidates = found.index.overlapping(wanted)
+    if len(candidates) > 1:
+        # By preference, and then by place, which keeps what is left in few pieces.
+        candidates.sort(key=lambda entry: (entry[1][0], entry[0], entry[1][1].source))
+    left = [wanted]
+    copies: list[Copy] = []
+    for region, (_, shard) in candidates:
+        still_left: list[Region] = []
+        for piece in left:
+            common = overlap(piece, region)
+            if common is None:
+                still_left.append(piece)
+            else:
+                copies.append(_copy(shard, target, common))
+                still_left += subtract(piece, common)
+        left = still_left
+        if not left:
+            break
+    if left:
+        failures.uncovered[tensor.name] = (
+            f"{tensor.name} {list(tensor.global_shape)} in target {target.target} lacks {_regions(left)}"
+        )
+    return merge_neighbours(copies) if len(copies) > 1 else copies
+
+
+def _copy(shard: SourceShard, target: TargetShard, region: Region) -> Copy:
+    begins, ends = region
+    there, here = shard.tensor.box, target.tensor.box
+    return block_copy(
+        source=shard.source,
+        target=target.target,
+        src_begin=shard.begin,
+        dst_begin=target.begin,
+        itemsize=target.tensor.itemsize,
+        lengths=tuple(map(sub, ends, begins)),
+        src_lengths=there.lengths,
+        dst_lengths=here.lengths,
+        src_at=tuple(map(sub, begins, there.offsets)),
+        dst_at=tuple(map(sub, begins, here.offsets)),
+    )
+
+
+def _tensor_problems(name: str, shards: Sequence[SourceShard]) -> list[Problem]:
+    first = shards[0].tensor
+    problems: list[Problem] = []
+    boxes: defaultdict[Box, list[int]] = defaultdict(list)
+    for shard in shards:
+        if _same_tensor(first, shard.tensor):
+            if not shard.tensor.box.is_empty:
+                boxes[shard.tensor.box].append(shard.source)
+            continue
+        detail = (
+            f"{name} is {first.dtype} {list(first.global_shape)} in source {shards[0].source}, but "
+            f"{shard.tensor.dtype} {list(shard.tensor.global_shape)} in source {shard.source}"
+        )
+        where = (shards[0].source, shard.source)
+        problems.append(Problem(kind="mismatch", name=name, region=str(shard.tensor.box), sources=where, detail=detail))
+    left = [region_of(Box.whole(first.global_shape))] if 0 not in first.global_shape else []
+    for box in sorted(boxes, key=lambda box: box.offsets):
+        left = _without(left, region_of(box))
+    for piece in left:
+        region = _slices(piece)
+        problems.append(
+            Problem(kind="gap", name=name, region=region, sources=(), detail=f"{name}{region} is in no source")
+        )
+    for box, sources in boxes.items():
+        if len(sources) > 1:
+            problems.append(_overlap_problem(name, str(box), sources))
+    present = prod(first.global_shape) - sum(map(_numel, left))
+    if sum(box.numel for box in boxes) > present:
+        problems += _partial_overlaps(name, boxes)
+    return problems
+
+
+def _partial_overlaps(name: str, boxes: Mapping[Box, Sequence[int]]) -> list[Problem]:
+    """Return the pairs of different boxes that share elements: only the first few, since one is enough to act on."""
+    problems: list[Problem] = []
+    index = RegionIndex([(region_of(box), box) for box in boxes])
+    seen: set[Box] = set()
+    for box in boxes:
+        seen.add(box)
+        for region, other in index.overlapping(region_of(box)):
+            common = overlap(region, region_of(box))
+            if other not in seen and common is not None:
+                problems.append(_overlap_problem(name, _slices(common), [*boxes[box], *boxes[other]]))
+                if len(problems) == _LISTED:
+                    return problems
+    return problems
+
+
+def _overlap_problem(name: str, region: str, sources: Sequence[int]) -> Problem:
+    listed = _listed([str(source) for source in sources])
+    detail = f"{name}{region} is in {len(sources)} sources: {listed}"
+    return Problem(kind="overlap", name=name, region=region, sources=tuple(sources), detail=detail)
+
+
+def _without(pieces: Iterable[Region], hole: Region) -> list[Region]:
+    left: list[Region] = []
+    for piece in pieces:
+        common = overlap(piece, hole)
+        left += [piece] if common is None else subtract(piece, common)
+    return left
+
+
+def _same_tensor(one: TensorBox, other: TensorBox) -> bool:
+    return one.dtype == other.dtype and one.global_shape == other.global_shape
+
+
+def _numel(region: Region) -> int:
+    return prod(map(sub, region[1], region[0]))
+
+
+def _slices(region: Region) -> str:
+    return "[" + ", ".join(f"{begin}:{end}" for begin, end in zip(*region, strict=True)) + "]"
+
+
+def _regions(regions: Sequence[Region]) -> str:
+    more = f" and {len(regions) - 3} more regions" if len(regions) > 3 else ""
+    return ", ".join(map(_slices, regions[:3])) + more + f" ({sum(map(_numel, regions))} elements)"
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return ", ".join(texts[:_LISTED]) + more
