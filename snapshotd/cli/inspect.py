@@ -1,0 +1,171 @@
+"""`snapshotd inspect PATH`: what a durable snapshot, a job's directory or a slot file is, and what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snapshotd.arena.budget import format_bytes
+from snapshotd.durable import DurableSnapshot, open_snapshot, scan_durable
+from snapshotd.durable.format import MARKER_NAME
+from snapshotd.errors import FormatError, UsageError
+from snapshotd.layout import Layout, header_length
+
+TENSORS_SHOWN = 40
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a snapshot's directory, a job's or the durable root, or a slot file")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare the digests")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = examine(options.path, verify=options.verify)
+    if options.json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+    else:
+        _show(found)
+    return 0
+
+
+def examine(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """
+    Describe what lies at `path`; with `verify`, every byte is read.
+
+    Raises UsageError when there is nothing that snapshotd knows, FormatError or CorruptionError when it is broken.
+    """
+    if path.is_file():
+        return _slot_file(path)
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist")
+    if (path / MARKER_NAME).is_file():
+        with open_snapshot(path) as snapshot:
+            return _snapshot(path, snapshot, verify)
+    if any(path.glob("rank-*.safetensors")):
+        raise FormatError(
+            f"{path} has rank files but no {MARKER_NAME}: it was not finished and is no snapshot; "
+            "a daemon removes such leftovers when it persists the next one"
+        )
+    durables = scan_durable(path) or scan_durable(path.parent, path.name)
+    if not durables:
+        raise UsageError(f"{path} holds no snapshot that snapshotd knows")
+    return {
+        "kind": "durable-root",
+        "path": str(path),
+        "snapshots": [
+            {"job": ref.job, "epoch": ref.epoch, "step": ref.step, "world_size": ref.world_size, "path": ref.path}
+            for ref in durables
+        ],
+    }
+
+
+def _snapshot(path: Path, snapshot: DurableSnapshot, verify: bool) -> dict[str, Any]:
+    ref = snapshot.ref
+    ranks = [snapshot.rank_file(rank) for rank in range(snapshot.world_size)]
+    tensors: dict[str, dict[str, Any]] = {}
+    for rank, file in enumerate(ranks):
+        _collect(tensors, file.layout, rank)
+    result: dict[str, Any] = {
+        "kind": "snapshot",
+        "path": str(path),
+        "complete": True,
+        "job": ref.job,
+        "epoch": ref.epoch,
+        "step": ref.step,
+        "world_size": ref.world_size,
+        "bytes": sum(file.file_bytes for file in ranks),
+        "ranks": [{"rank": rank, "file": file.path.name, "bytes": file.file_bytes} for rank, file in enumerate(ranks)],
+        "tensors": sorted(tensors.values(), key=lambda tensor: (tensor["kind"], tensor["name"])),
+        "readable_by": ["snapshotd", "safetensors (rank files)"],
+    }
+    if verify:
+        result["verified_bytes"] = snapshot.verify()
+    return result
+
+
+def _slot_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        first = file.read(8)
+        if len(first) < 8:
+            raise FormatError(f"{path} has {len(first)} bytes; a slot begins with 8 bytes of header length")
+        length = header_length(first)
+        layout = Layout.parse(first + file.read(length))
+        meta_begin, meta_end = layout.meta
+        file.seek(meta_begin)
+        meta_text = file.read(meta_end - meta_begin)
+    size = path.stat().st_size
+    if size != layout.file_bytes:
+        raise FormatError(f"{path} has {size} bytes, its layout says {layout.file_bytes}")
+    tensors: dict[str, dict[str, Any]] = {}
+    _collect(tensors, layout, None)
+    result: dict[str, Any] = {
+        "kind": "slot",
+        "path": str(path),
+        "layout": layout.hash,
+        "bytes": layout.file_bytes,
+        "tensors": sorted(tensors.values(), key=lambda tensor: (tensor["kind"], tensor["name"])),
+        "readable_by": ["snapshotd", "safetensors"],
+    }
+    try:
+        result["step"] = json.loads(meta_text)["step"]
+    except (ValueError, KeyError, TypeError):
+        result["step"] = None
+    return result
+
+
+def _collect(tensors: dict[str, dict[str, Any]], layout: Layout, rank: int | None) -> None:
+    for shard in layout.shards:
+        box = shard.tensor
+        name = box.name if box.scope == "global" or rank is None else f"{box.name} (rank {rank})"
+        entry = tensors.setdefault(
+            name,
+            {
+                "name": name,
+                "kind": box.kind,
+                "scope": box.scope,
+                "dtype": box.dtype,
+                "shape": list(box.global_shape),
+                "bytes": 0,
+                "parts": 0,
+            },
+        )
+        entry["bytes"] += shard.nbytes
+        entry["parts"] += 1
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console()
+    for key in ("kind", "path", "job", "epoch", "step", "world_size", "layout", "complete"):
+        if key in found:
+            console.print(f"{key:>10}: {found[key]}", highlight=False)
+    if "bytes" in found:
+        console.print(f"{'bytes':>10}: {format_bytes(found['bytes'])}", highlight=False)
+    if "verified_bytes" in found:
+        console.print(f"{'verified':>10}: {format_bytes(found['verified_bytes'])}, every digest matches", highlight=False)
+    if "snapshots" in found:
+        table = Table("job", "epoch", "step", "world", "path")
+        for snapshot in found["snapshots"]:
+            table.add_row(
+                snapshot["job"], *(str(snapshot[key]) for key in ("epoch", "step", "world_size")), snapshot["path"]
+            )
+        console.print(table)
+    if "tensors" in found:
+        table = Table("tensor", "kind", "dtype", "shape", "bytes", "parts")
+        for tensor in found["tensors"][:TENSORS_SHOWN]:
+            table.add_row(
+                tensor["name"],
+                tensor["kind"],
+                tensor["dtype"],
+                "x".join(map(str, tensor["shape"])) or "scalar",
+                format_bytes(tensor["bytes"]),
+                str(tensor["parts"]),
+            )
+        console.print(table)
+        if len(found["tensors"]) > TENSORS_SHOWN:
+            console.print(f"... and {len(found['tensors']) - TENSORS_SHOWN} more (--json shows all)", highlight=False)
