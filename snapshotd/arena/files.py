@@ -1,0 +1,237 @@
+"""
+Files of an arena, mapped: slots, parity, and buffers for restores.
+
+Rule 1: a file's memory is all there before anybody gets it (fallocate), so that a full tmpfs is an error here
+        and never a SIGBUS in a worker that writes through its mapping.
+Rule 2: a mapping is populated in one system call, outside Python's global lock: touching pages one by one costs
+        twice the time, and a daemon that holds the lock for a second looks dead to its peers.
+Rule 3: the fields of these objects change under their arena's lock only; ``view`` is anybody's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import errno
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import Final, Generic, Literal, TypeVar
+
+from snapshotd.arena.budget import format_bytes
+from snapshotd.arena.keys import KeyId, ref_key
+from snapshotd.errors import BudgetError, FormatError, LocalProtocolError, UsageError
+from snapshotd.layout import digest
+from snapshotd.v1.control_pb2 import ParityRef, SlotRef
+
+__all__ = [
+    "AnyFile",
+    "BufferFile",
+    "Outcome",
+    "ParityFile",
+    "SealableFile",
+    "SlotFile",
+    "State",
+    "check_header",
+    "check_private",
+    "create_file",
+    "map_file",
+    "open_file",
+    "seal_key",
+]
+
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python's mmap.madvise would hold the global lock
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+
+Outcome = Literal["pool", "delete"]
+RefT = TypeVar("RefT", SlotRef, ParityRef)
+
+
+class State(enum.Enum):
+    """
+    Where a file is in its life.
+
+    OPEN: its owner may write. SEALED: it has a record and can be found. POOLED: free, to be taken again.
+    DOOMED: gone for its owner, but somebody still reads. GONE: unlinked and unmapped.
+    """
+
+    OPEN = "open"
+    SEALED = "sealed"
+    POOLED = "pooled"
+    DOOMED = "doomed"
+    GONE = "gone"
+
+
+class _MappedFile:
+    """A file and its mapping. ``cost_bytes`` is what it counts in the arena's budget: whole pages."""
+
+    kind: Literal["slot", "parity", "buffer"]
+
+    def __init__(self, file_id: int, path: Path, file_bytes: int, mapping: mmap.mmap | None, cost_bytes: int) -> None:
+        self.file_id = file_id
+        self.path = path
+        self.file_bytes = file_bytes
+        self.cost_bytes = cost_bytes
+        self.view: memoryview = memoryview(bytearray()) if mapping is None else memoryview(mapping)
+        self._mapping = mapping
+        self.state = State.OPEN
+        self.num_leases = 0
+        self.outcome: Outcome = "delete"
+        self.key: KeyId | None = None
+
+    @property
+    def record_path(self) -> Path:
+        """Where the seal record of this file is, if it has one."""
+        return self.path.with_suffix(".rec")
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the file has a record and can be found by its key."""
+        return self.state is State.SEALED
+
+    def unmap(self) -> None:
+        """Give the memory back; when slices of ``view`` are still held somewhere, the last one to go does it."""
+        mapping, self._mapping = self._mapping, None
+        try:
+            self.view.release()
+            if mapping is not None:
+                mapping.close()
+        except BufferError:
+            return  # exported pointers: the mapping ends with the last of them
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path.name} {self.file_bytes} bytes {self.state.value}>"
+
+
+class _SealableFile(_MappedFile, Generic[RefT]):
+    """A file that can be sealed: ``ref`` and ``digests`` (8 bytes a chunk) are known then."""
+
+    ref: RefT | None = None
+    digests: bytes | None = None
+
+    @property
+    def root(self) -> str:
+        """The root digest, "" while unsealed."""
+        return "" if self.ref is None or self.digests is None else self.ref.root_digest
+
+
+class SlotFile(_SealableFile[SlotRef]):
+    """One rank's snapshot of one step. ``ref`` and ``digests`` are None until it is sealed."""
+
+    kind = "slot"
+    job = ""
+
+    @property
+    def slot_id(self) -> int:
+        """The number that names this file; never given twice, not by a later daemon either."""
+        return self.file_id
+
+
+class ParityFile(_SealableFile[ParityRef]):
+    """Parity of one position of a stripe set. ``digests`` is None until it is sealed."""
+
+    kind = "parity"
+
+
+class BufferFile(_MappedFile):
+    """Memory for bytes on their way to a restoring worker. Never sealed, never found again."""
+
+    kind = "buffer"
+
+
+SealableFile = SlotFile | ParityFile
+AnyFile = SlotFile | ParityFile | BufferFile
+
+
+def create_file(path: Path, nbytes: int) -> mmap.mmap | None:
+    """
+    Create ``path`` (0600) with all its memory, and return it mapped and populated; None for no bytes.
+
+    BudgetError when the memory is not there; then there is no file either. What was in the memory is zeros.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if nbytes == 0:
+            return None
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return map_file(descriptor, nbytes)
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+            raise BudgetError(
+                f"{format_bytes(nbytes)} ({nbytes} bytes) could not be allocated in {path.parent}: {error.strerror}"
+            ) from error
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def open_file(path: Path, nbytes: int) -> mmap.mmap | None:
+    """
+    Return the existing file mapped and populated; None for no bytes.
+
+    FormatError unless it is a regular file of ours, private, with exactly ``nbytes`` and no second name. OSError when
+    the machine cannot map it: then nothing is wrong with the file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise FormatError(f"{path.name} cannot be opened: {error.strerror}") from error
+    try:
+        check_private(descriptor, path.name)
+        status = os.fstat(descriptor)
+        if status.st_size != nbytes:
+            raise FormatError(f"{path.name} has {status.st_size} bytes, its record says {nbytes}")
+        return map_file(descriptor, nbytes) if nbytes else None
+    finally:
+        os.close(descriptor)
+
+
+def check_private(descriptor: int, name: str) -> None:
+    """Raise FormatError unless the open file is a regular one of ours, with one name and no access for others."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{name} is no regular file")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or status.st_nlink != 1:
+        raise FormatError(
+            f"{name} is not private: user {status.st_uid}, mode {status.st_mode & 0o777:04o}, {status.st_nlink} names"
+        )
+
+
+def map_file(descriptor: int, nbytes: int) -> mmap.mmap:
+    """Return ``nbytes`` (at least 1) of the file, shared, writable and populated."""
+    mapping = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    first = ctypes.c_char.from_buffer(mapping)
+    failed = _libc.madvise(ctypes.addressof(first), nbytes, _MADV_POPULATE_WRITE)
+    code = ctypes.get_errno()
+    del first
+    if not failed:
+        return mapping
+    mapping.close()
+    if code != errno.EINVAL:
+        raise OSError(code, os.strerror(code))
+    # An older kernel. The same, with the global lock held.
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    return mmap.mmap(descriptor, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def check_header(header: bytes, file_bytes: int) -> None:
+    """Raise UsageError for a header that is longer than its file."""
+    if len(header) > file_bytes:
+        raise UsageError(f"a header of {len(header)} bytes does not fit into a slot of {file_bytes}")
+
+
+def seal_key(obj: SealableFile, ref: SlotRef | ParityRef, digests: bytes) -> KeyId:
+    """Return the key to seal under. LocalProtocolError when file, reference and digests do not belong together."""
+    if isinstance(obj, SlotFile) is not isinstance(ref, SlotRef):
+        raise LocalProtocolError(f"{obj!r} cannot be sealed as a {type(ref).__name__}")
+    if ref.file_bytes != obj.file_bytes:
+        raise LocalProtocolError(f"{obj!r} cannot be sealed as {ref.file_bytes} bytes")
+    if len(digests) != digest.chunk_count(obj.file_bytes) * digest.DIGEST_BYTES:
+        raise LocalProtocolError(f"{obj!r} cannot be sealed with {len(digests)} bytes of digests")
+    if ref.root_digest != digest.root_digest(digests):
+        raise LocalProtocolError(f"{obj!r} cannot be sealed: the root digest is not that of its chunks")
+    return ref_key(ref)
