@@ -1,7 +1,8 @@
 """
 Every setting of coordinator and daemon: one table, from which flags, environment, TOML and docs come.
 
-Order: flag, environment (SNAPSHOTD_<NAME>), TOML file (`--config`, table of the command), default.
+Order: flag, environment, TOML file (`--config`, table of the command), default. The variable is SNAPSHOTD_<NAME>;
+that of the coordinator's own settings SNAPSHOTD_COORDINATOR_<NAME>, so that one environment serves both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-__all__ = ["CoordinatorSettings", "DaemonSettings", "Setting", "ToolSettings", "add_flags", "load", "table"]
+__all__ = ["CoordinatorSettings", "DaemonSettings", "Setting", "ToolSettings", "add_flags", "load", "table", "variable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +266,12 @@ def table(kind: type[S]) -> Mapping[str, Setting]:
     return tables[kind]
 
 
+def variable(kind: type[S], name: str) -> str:
+    """The environment variable of a setting."""
+    own = kind is CoordinatorSettings and name not in _TOOL_TABLE and name != "log_level"
+    return ("SNAPSHOTD_COORDINATOR_" if own else "SNAPSHOTD_") + name.upper()
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: type[S]) -> None:
     """A flag for each setting; unset flags stay None, so that `load` can look further."""
     for name, setting in table(kind).items():
@@ -287,12 +294,12 @@ def load(kind: type[S], flags: argparse.Namespace, section: str, environ: Mappin
     from_file = _read_toml(Path(path), section, table(kind)) if path else {}
     values: dict[str, Any] = {}
     for name, setting in table(kind).items():
-        variable = "SNAPSHOTD_" + name.upper()
+        environment = variable(kind, name)
         flag = getattr(flags, name)
         if flag is not None:
             values[name] = _parsed(setting, flag, "--" + name.replace("_", "-"))
-        elif variable in environ:
-            values[name] = _parsed(setting, environ[variable], variable)
+        elif environment in environ:
+            values[name] = _parsed(setting, environ[environment], environment)
         elif name in from_file:
             values[name] = _parsed(setting, from_file[name], f"{path}: {section}.{name}")
         else:
