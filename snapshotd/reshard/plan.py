@@ -184,6 +184,7 @@ def _bounds(targets: Sequence[TargetShard], keys: Sequence[_Key]) -> dict[_Key, 
 
 def _touches(box: Box, bounds: Region) -> bool:
     """Whether a box is not empty and has a part inside ``bounds``."""
+    # Not strict: where the dimensions differ, the target is refused later anyway, with a message.
     for offset, length, begin, end in zip(box.offsets, box.lengths, *bounds, strict=False):
         if offset >= end or offset + length <= begin or not length:
             return False

@@ -169,6 +169,9 @@ def test_plans_prefer_data_and_skip_zeros() -> None:
     assert [(p.position, p.is_parity, p.row, p.index, p.begin == p.end) for p in plan] == [
         (3, False, None, 1, True), (4, False, None, 2, False), (1, True, 1, 4, False)
     ]  # fmt: skip
+    # What is wanted may be there and rotten: it is not used to rebuild itself.
+    assert [p.index for p in decode_plan(geometry, 2, 0, {0, 1, 4}, {2, 3})] == [1, 2, 3]
+    assert [p.index for p in reencode_plan(geometry, 2, 0, {0, 1}, {2, 3})] == [0, 1, 4]
     assert decode_plan(geometry, 0, 3, set(), set()) == []
     assert [p.index for p in reencode_plan(geometry, 2, 1, {0, 1, 4}, {2})] == [0, 1, 2]
     assert [p.index for p in reencode_plan(geometry, 2, 1, {0, 1}, {2})] == [0, 1, 3]

@@ -279,14 +279,20 @@ def test_any_value_anywhere_parses_or_is_refused(data: st.DataObject) -> None:
 
 
 def changed_entries(**changes: object) -> bytes:
+    """A good header but for the values at the given paths; ``boxes__`` goes into the JSON inside the JSON."""
     entries = json.loads(Layout.build([whole("a", "int16", 3)], meta_capacity=8).header[8:])
+    boxes = json.loads(entries["__metadata__"]["snapshotd.boxes"])
     for path, value in changes.items():
-        *keys, last = path.split("__")
-        here = entries
-        for key in keys:
-            here = here[key]
+        first, last = path.rsplit("__", 1)
+        here = boxes[first.removeprefix("boxes__")] if first.startswith("boxes__") else entries.setdefault(first, {})
         here[last] = value
+    entries["__metadata__"]["snapshotd.boxes"] = json.dumps(boxes)
     return reencoded(entries)
+
+
+def test_the_unchanged_entries_are_good() -> None:
+    """Else the tests below would pass for the wrong reason."""
+    assert parses(changed_entries())
 
 
 @pytest.mark.parametrize(
@@ -304,13 +310,28 @@ def changed_entries(**changes: object) -> bytes:
         changed_entries(a__dtype="F16"),
         changed_entries(a__dtype=["I16"]),
         changed_entries(a__extra=1),
-        changed_entries(b={"dtype": "U8", "shape": [0], "data_offsets": [6, 6]}),
+        changed_entries(a__data_offsets=[False, 6]),
+        # Each of these is consistent with all but one of the checks.
+        changed_entries(a__data_offsets=[1, 7], __meta____data_offsets=[7, 15]),
+        changed_entries(__meta____data_offsets=[7, 15]),
+        changed_entries(boxes__a__global_shape=[2], a__shape=[2]),
+        changed_entries(boxes__a__fqn="b"),
+        changed_entries(boxes__a__dtype="float16"),
+        changed_entries(boxes__a__global_shape=[4]),
+        changed_entries(boxes__a__offsets=[1]),
+        changed_entries(boxes__a__offsets=[]),
+        changed_entries(boxes__a__kind=[]),
+        changed_entries(boxes__a__scope={}),
+        changed_entries(boxes__a__fqn=1),
+        changed_entries().replace(b'"format": "pt", ', b'"format": "pt", "format": "pt", ').replace(b" " * 16, b"", 1),
+        changed_entries(b__dtype="U8", b__shape=[0], b__data_offsets=[6, 6]),
         reencoded({}),
         reencoded([]),
         reencoded({"__metadata__": {"format": "pt"}}),
         reencoded({"__metadata__": {"format": "pt", "snapshotd.version": "2"}}),
         (4088).to_bytes(8, "little") + b"[" * 4088,
-        (4088).to_bytes(8, "little") + b'{"a":' * 817 + b"   ",
+        (81912).to_bytes(8, "little") + b'{"a":' * 16382 + b"  ",
+        (81912).to_bytes(8, "little") + (b'{"a":' + b"[" * 81900).ljust(81912),
         (4088).to_bytes(8, "little") + b"{\xff".ljust(4088),
         (4088).to_bytes(8, "little") + b" {}".ljust(4088),
         (8184).to_bytes(8, "little") + (b'{"a":' + b"9" * 8000 + b"}").ljust(8184),
