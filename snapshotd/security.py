@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _UNIX_PATH_BYTES_MAX: Final = 107
-_ESTABLISHED: Final = "01"
+_HELD_STATES: Final = ("01", "04", "05", "08")  # established, or closed in one direction
 
 
 # ------------------------------------------------------------------------------------------------ TLS
@@ -205,7 +205,7 @@ def loopback_peer_uid(sock: socket.socket, *, proc: Path = Path("/proc/self/net"
     """
     Return the uid of the local socket at the other end of the loopback TCP connection ``sock``; None if unknown.
 
-    The kernel's socket table is searched for the connection seen from the other side. Only an established socket that
+    The kernel's socket table is searched for the connection seen from the other side. Only a socket that
     somebody holds counts: the kernel shows uid 0 for one whose owner has closed it, which must not pass for root.
     """
     try:
@@ -217,7 +217,7 @@ def loopback_peer_uid(sock: socket.socket, *, proc: Path = Path("/proc/self/net"
             next(table, None)
             for line in table:
                 fields = line.split()
-                if len(fields) < 10 or fields[3] != _ESTABLISHED or fields[9] == "0":
+                if len(fields) < 10 or fields[3] not in _HELD_STATES or fields[9] == "0":
                     continue
                 if _table_endpoint(fields[1]) == theirs and _table_endpoint(fields[2]) == ours:
                     return int(fields[7])

@@ -112,14 +112,10 @@ class Arena:
 
     def take_free(self, job: str, file_bytes: int) -> SlotFile | None:
         """Return an open slot of this job and size from the pool (its bytes are old, its header too), or None."""
-        with self._lock:
-            for index in range(len(self._pool) - 1, -1, -1):  # the newest is the warmest
-                obj = self._pool[index]
-                if isinstance(obj, SlotFile) and obj.job == job and obj.file_bytes == file_bytes:
-                    del self._pool[index]
-                    obj.state = State.OPEN
-                    return obj
-        return None
+        slot = self._take_pooled(
+            lambda obj: isinstance(obj, SlotFile) and obj.job == job and obj.file_bytes == file_bytes
+        )
+        return slot if isinstance(slot, SlotFile) else None
 
     def rewrite_header(self, slot: SlotFile, header: bytes) -> None:
         """Let an open slot begin with another ``header``. UsageError if it does not fit or the slot is not open."""
@@ -134,16 +130,8 @@ class Arena:
 
         BudgetError as for create_slot(); ``nbytes`` may be 0.
         """
-        with self._lock:
-            parity = None
-            for index in range(len(self._pool) - 1, -1, -1):
-                obj = self._pool[index]
-                if isinstance(obj, ParityFile) and obj.file_bytes == nbytes:
-                    del self._pool[index]
-                    obj.state = State.OPEN
-                    parity = obj
-                    break
-        if parity is None:
+        parity = self._take_pooled(lambda obj: isinstance(obj, ParityFile) and obj.file_bytes == nbytes)
+        if not isinstance(parity, ParityFile):
             parity = self._create(ParityFile, nbytes)
         parity.ref = ref
         return parity
@@ -363,6 +351,15 @@ class Arena:
             return max(0, min(self.budget_bytes - self._used_bytes, room) + pooled)
 
     # ------------------------------------------------------------------------------------------ insides
+
+    def _take_pooled(self, wanted: Callable[[SealableFile], bool]) -> SealableFile | None:
+        with self._lock:
+            for obj in reversed(self._pool):  # the newest is the warmest
+                if wanted(obj):
+                    self._pool.remove(obj)
+                    obj.state = State.OPEN
+                    return obj
+        return None
 
     def _create(self, kind: type[FileT], nbytes: int) -> FileT:
         if nbytes < 0:

@@ -1,0 +1,281 @@
+"""
+Connections to peers, kept for the next request.
+
+Rule 1: at most ``limit`` connections per peer. Whoever waits for one fails as soon as the peer fails for somebody
+        else, so that a dead peer costs one timeout, and not one for each that waits in line.
+Rule 2: a kept connection may have died since. If nothing of the answer has come yet, the request is sent once more
+        over a new one; reads have no effects, so that is safe.
+Rule 3: only a connection whose answer was read to its last byte goes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from snapshotd.errors import AccessDenied, PeerUnreachable, RemoteProtocolError, UsageError
+from snapshotd.transfer import wire
+from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse
+
+__all__ = ["Borrowed", "Connection", "Pool"]
+
+_KEEP_S: Final = 60.0  # half of what the server keeps an idle connection for
+_POLL_S: Final = 0.05
+
+
+class Connection:
+    """One open connection; belongs to one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.used_at = time.monotonic()
+
+    def usable(self) -> bool:
+        """Whether it is worth a try: young enough, and silent as an idle connection has to be."""
+        if time.monotonic() - self.used_at > _KEEP_S:
+            return False
+        try:
+            poll = select.poll()  # select() fails for descriptors above 1023
+            poll.register(self.sock, select.POLLIN)
+            return not poll.poll(0)
+        except (OSError, ValueError):
+            return False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class _Peer:
+    """The connections of one address. Fields change under the pool's lock."""
+
+    def __init__(self) -> None:
+        self.idle: list[Connection] = []
+        self.num_in_use = 0
+        self.num_waiting = 0
+        self.num_failures = 0
+        self.last_failure = ""
+
+
+class Borrowed:
+    """A connection for one request; made by Pool.borrow()."""
+
+    def __init__(self, pool: Pool, address: str, connection: Connection | None) -> None:
+        self._pool = pool
+        self._address = address
+        self._connection = connection
+        self._kept = False
+
+    def ask(self, request: BulkRequest) -> BulkResponse:
+        """Send the request and return the head of the answer, over a new connection if the kept one is stale."""
+        with self._mapped():
+            return self._ask_twice(request)
+
+    def receive(self, out: memoryview) -> None:
+        """Fill ``out`` with the next bytes of the answer's payload."""
+        assert self._connection is not None, "nothing was asked yet"
+        with self._mapped():
+            wire.receive_exactly(self._connection.sock, out)
+
+    def _ask_twice(self, request: BulkRequest) -> BulkResponse:
+        if self._connection is not None:
+            try:
+                return self._ask(self._connection, request)
+            except (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                self._connection.close()
+                self._connection = None
+                self._pool.forget_idle(self._address)  # they are as old as this one
+        self._connection = self._pool.connect(self._address)
+        return self._ask(self._connection, request)
+
+    def _ask(self, connection: Connection, request: BulkRequest) -> BulkResponse:
+        try:
+            wire.send_frame(connection.sock, request)
+        except (ConnectionError, ssl.SSLError) as error:
+            # A peer that refuses us says why and hangs up, perhaps before it has read the request.
+            try:
+                return wire.receive_frame(connection.sock, BulkResponse, within_s=self._pool.timeout_s)
+            except ssl.SSLError as alert:
+                raise alert from error
+            except (OSError, wire.ConnectionClosed, RemoteProtocolError):
+                raise error from None
+        return wire.receive_frame(connection.sock, BulkResponse, within_s=self._pool.timeout_s)
+
+    def keep(self) -> None:
+        """The answer was read to its end: the connection may serve again."""
+        self._kept = True
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Turn what sockets raise into what we raise."""
+        try:
+            yield
+        except wire.ConnectionClosed:
+            raise self._pool.failed(self._address, f"{self._address} closed the connection") from None
+        except TimeoutError:
+            message = f"{self._address} was silent for {self._pool.timeout_s:g} s"
+            raise self._pool.failed(self._address, message) from None
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            raise self._pool.failed(self._address, f"lost {self._address}: {error}") from error
+        except ssl.SSLError as error:
+            if "ALERT" in (error.reason or ""):
+                raise AccessDenied(f"{self._address} does not accept our certificate: {error}") from error
+            raise RemoteProtocolError(f"TLS with {self._address} failed: {error}") from error
+        except OSError as error:
+            raise self._pool.failed(self._address, f"lost {self._address}: {error}") from error
+
+    def end(self) -> None:
+        if self._connection is not None and not self._kept:
+            self._connection.close()
+            self._connection = None
+        self._pool.take_back(self._address, self._connection)
+
+
+class Pool:
+    """Connections by address; safe to use from many threads. See BulkClient for the arguments."""
+
+    def __init__(self, *, tls: ssl.SSLContext | None, timeout_s: float, limit: int) -> None:
+        self.timeout_s = timeout_s
+        self._tls = tls
+        self._limit = limit
+        self._peers: dict[str, _Peer] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def borrow(self, address: str, cancel: threading.Event | None) -> Iterator[Borrowed]:
+        """Yield the right to one request to that peer, waiting for it if need be."""
+        connection, stale = self._take(address, cancel)
+        for old in stale:
+            old.close()
+        borrowed = Borrowed(self, address, connection)
+        try:
+            yield borrowed
+        finally:
+            borrowed.end()
+
+    def connect(self, address: str) -> Connection:
+        """Return a new connection, with TLS if so set. PeerUnreachable, AccessDenied, UsageError."""
+        host, port = wire.parse_address(address)
+        try:
+            sock = _connect(host, port, self.timeout_s)
+        except OSError as error:
+            raise self.failed(address, f"cannot connect to {address}: {error}") from error
+        if self._tls is None:
+            return Connection(sock)
+        try:
+            secured = self._tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:
+            sock.close()
+            raise UsageError(f"cannot begin TLS with {address}: {error}") from error
+        try:
+            secured.do_handshake()
+        except BaseException as error:
+            secured.close()
+            if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+                raise self.failed(address, f"{address} ended the TLS handshake: {error}") from error
+            if isinstance(error, ssl.SSLError):
+                raise AccessDenied(f"{address} is not a peer of ours: {error}") from error
+            if isinstance(error, OSError):
+                raise self.failed(address, f"{address} did not finish the TLS handshake: {error}") from error
+            raise
+        return Connection(secured)
+
+    def failed(self, address: str, message: str) -> PeerUnreachable:
+        """Note that the peer cannot be reached, for those who wait; return the exception to raise."""
+        with self._changed:
+            peer = self._peers.get(address)
+            if peer is not None:
+                peer.num_failures += 1
+                peer.last_failure = message
+                self._changed.notify_all()
+        return PeerUnreachable(message)
+
+    def forget_idle(self, address: str) -> None:
+        """Close the idle connections to that peer."""
+        with self._changed:
+            peer = self._peers.get(address)
+            idle = [] if peer is None else peer.idle[:]
+            if peer is not None:
+                peer.idle.clear()
+        for connection in idle:
+            connection.close()
+
+    def take_back(self, address: str, connection: Connection | None) -> None:
+        """End a loan; None when there is no connection to keep."""
+        with self._changed:
+            peer = self._peers[address]
+            peer.num_in_use -= 1
+            if connection is not None and not self._closed:
+                connection.used_at = time.monotonic()
+                peer.idle.append(connection)
+                connection = None
+            if not peer.num_in_use and not peer.num_waiting and not peer.idle:
+                del self._peers[address]  # nothing is known about it; addresses come and go
+            self._changed.notify_all()
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Close all idle connections, and those in use when they come back."""
+        with self._changed:
+            self._closed = True
+            idle = [connection for peer in self._peers.values() for connection in peer.idle]
+            for peer in self._peers.values():
+                peer.idle.clear()
+            self._changed.notify_all()
+        for connection in idle:
+            connection.close()
+
+    def _take(self, address: str, cancel: threading.Event | None) -> tuple[Connection | None, list[Connection]]:
+        """Wait for a place; return an idle connection (None: make one) and those that are to be closed."""
+        wire.parse_address(address)
+        stale: list[Connection] = []
+        with self._changed:
+            peer = self._peers.get(address)
+            failures = 0 if peer is None else peer.num_failures
+            while True:
+                if self._closed:
+                    raise UsageError("the bulk client is closed")
+                peer = self._peers.setdefault(address, _Peer())
+                if peer.num_failures > failures:
+                    raise PeerUnreachable(peer.last_failure)
+                if peer.num_in_use < self._limit:
+                    break
+                if cancel is not None and cancel.is_set():
+                    raise wire.TransferCancelled("the transfer was cancelled")
+                peer.num_waiting += 1
+                # An event cannot be waited for together with a condition; so, look at it now and then.
+                self._changed.wait(None if cancel is None else _POLL_S)
+                peer.num_waiting -= 1
+            peer.num_in_use += 1
+            while peer.idle:
+                connection = peer.idle.pop()  # the newest: the least likely to be stale
+                if connection.usable():
+                    return connection, stale
+                stale.append(connection)
+            return None, stale
+
+
+def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
+    """Try the addresses of the host in turn, within ``timeout_s`` in all."""
+    deadline = time.monotonic() + timeout_s
+    problem: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            wire.tune(sock)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.connect(address)
+            sock.settimeout(timeout_s)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem

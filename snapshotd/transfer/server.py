@@ -1,0 +1,381 @@
+"""
+Serves the bytes of slots and parity files to other daemons and to tools.
+
+Rule 1: a peer is checked (user, certificate) before one byte of its request is read.
+Rule 2: a request is checked whole before anything is answered; after an ok answer exactly the promised bytes follow.
+Rule 3: an object is held (leased) from its lookup to its last byte.
+Rule 4: nothing a peer does ends the server, or keeps a thread for longer than the timeouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
+
+from snapshotd.arena.keys import describe
+from snapshotd.errors import AccessDenied, RemoteProtocolError, SnapshotdError, UsageError
+from snapshotd.failpoints import failpoint
+from snapshotd.security import PeerGuard
+from snapshotd.transfer import wire
+from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
+
+__all__ = ["BulkServer", "Lookup", "Servable"]
+
+_log: Final = logging.getLogger(__name__)
+_SMALL_BYTES: Final = 64 * 1024
+_LINGER_S: Final = 0.5
+_LINGER_BYTES: Final = 256 * 1024
+_ACCEPT_PAUSE_S: Final = 0.05
+_JOIN_S: Final = 5.0
+
+
+class Servable(Protocol):
+    """What the server needs of an object: an arena's slots and parity files have it, tests have their own."""
+
+    @property
+    def view(self) -> memoryview:
+        """All of its bytes."""
+
+    @property
+    def file_bytes(self) -> int:
+        """How many."""
+
+    @property
+    def digests(self) -> bytes | None:
+        """Chunk digests; None while the object is not sealed."""
+
+    @property
+    def root(self) -> str:
+        """Root digest."""
+
+
+Lookup = Callable[[ObjectKey], AbstractContextManager[Servable | None]]
+
+
+class BulkServer:
+    """
+    Listens from construction to close(), one thread per connection. A context manager.
+
+    Args:
+        listen: (host, port); port 0 takes a free one, see ``address``. UsageError when it cannot be had.
+        lookup: finds an object and holds it for the length of its block; None for what is not here.
+        tls: a context that asks for the peer's certificate; None for plain TCP.
+        guard: who is served. Default: on loopback our own user and root, nobody else without TLS.
+        max_connections: beyond that the connection that has been idle longest is closed for a new one, or, if all are
+            busy, the new one is refused.
+        timeout_s: a peer that neither takes nor gives a byte for so long is dropped.
+        idle_timeout_s: a connection without requests for so long is closed.
+    """
+
+    def __init__(
+        self,
+        listen: tuple[str, int],
+        lookup: Lookup,
+        *,
+        tls: ssl.SSLContext | None = None,
+        guard: PeerGuard | None = None,
+        max_connections: int = 64,
+        timeout_s: float = 30.0,
+        idle_timeout_s: float = 120.0,
+    ) -> None:
+        if max_connections < 1 or timeout_s <= 0 or idle_timeout_s <= 0:
+            raise UsageError("max_connections and timeouts of a bulk server must be positive")
+        self._lookup = lookup
+        self._tls = tls
+        self._guard = guard if guard is not None else PeerGuard()
+        self._max_connections = max_connections
+        self._timeout_s = timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._connections: dict[_Connection, None] = {}  # the order is that of their last request
+        self._counters = {"connections": 0, "refused": 0, "requests": 0, "errors": 0, "sent_bytes": 0}
+        self._listener = _listen(listen)
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._accepter = threading.Thread(target=self._accept, name="bulk-accept", daemon=True)
+        self._accepter.start()
+
+    @property
+    def address_text(self) -> str:
+        """``host:port`` as in NodeHello.bulk_address."""
+        return wire.format_address(*self.address)
+
+    def counters(self) -> dict[str, int]:
+        """Return what happened since the start: connections, refused, requests, errors, sent_bytes."""
+        with self._lock:
+            return dict(self._counters)
+
+    def close(self) -> None:
+        """Stop listening, cut all connections, and wait for the threads. May be called twice."""
+        self._closing.set()
+        wire.hang_up(self._listener)  # wakes accept()
+        self._accepter.join(_JOIN_S)
+        self._listener.close()
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.cut()
+        for connection in connections:
+            connection.thread.join(_JOIN_S)
+
+    def __enter__(self) -> BulkServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ connections
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._closing.wait(_ACCEPT_PAUSE_S)  # the kernel keeps the peer in the queue meanwhile
+                continue
+            connection = _Connection(self, sock)
+            with self._lock:
+                admitted = not self._closing.is_set() and self._make_room()
+                if admitted:
+                    self._connections[connection] = None
+                    self._counters["connections"] += 1
+                else:
+                    self._counters["refused"] += 1
+            if admitted:
+                connection.thread.start()
+            else:
+                sock.close()
+
+    def _make_room(self) -> bool:
+        """Under the lock: whether one more connection may be; an idle one is cut for it."""
+        if len(self._connections) < self._max_connections:
+            return True
+        for connection in self._connections:
+            if not connection.busy:
+                # Its thread ends by itself; until then there is one more than the limit.
+                del self._connections[connection]
+                connection.cut()
+                return True
+        return False
+
+    def _serve(self, connection: _Connection) -> None:
+        """The life of one connection, in its own thread."""
+        sock = connection.sock
+        try:
+            sock.settimeout(self._timeout_s)
+            wire.tune(sock)
+            self._guard.check(sock, encrypted=self._tls is not None)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                connection.replace(sock)
+                self._shake_hands(sock)
+            connection.busy = False
+            while not self._closing.is_set() and self._serve_one(connection, sock):
+                pass
+        except AccessDenied as error:
+            self._count("refused")
+            _log.warning("bulk peer refused: %s", error)
+            if self._tls is None:
+                self._part(sock, error)
+        except RemoteProtocolError as error:
+            self._count("errors")
+            self._part(sock, error)
+        except OSError as error:  # timeouts, resets, failed handshakes
+            if not self._closing.is_set():
+                _log.debug("bulk connection ended: %s", error)
+        except wire.ConnectionClosed:
+            pass  # the way a connection should end
+        except Exception:
+            self._count("errors")
+            _log.exception("bulk connection failed")
+        finally:
+            with self._lock:
+                self._connections.pop(connection, None)
+            connection.close()
+
+    def _serve_one(self, connection: _Connection, sock: socket.socket) -> bool:
+        """Read and answer one request; returns whether the connection goes on."""
+        sock.settimeout(self._idle_timeout_s)
+        request = wire.receive_frame(sock, BulkRequest, within_s=self._timeout_s)
+        with self._lock:
+            if connection not in self._connections:
+                return False  # cut to make room
+            connection.busy = True
+            self._connections[connection] = self._connections.pop(connection)
+            self._counters["requests"] += 1
+        sock.settimeout(self._timeout_s)
+        try:
+            self._answer(sock, request)
+        except _Refusal as error:
+            self._count("errors")
+            wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
+        finally:
+            connection.busy = False
+        return True
+
+    def _part(self, sock: socket.socket, error: SnapshotdError) -> None:
+        """Say why, and give the peer a moment to hear it: closing with unread bytes would reset the connection."""
+        with contextlib.suppress(OSError):
+            sock.settimeout(_LINGER_S)
+            wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
+        self._drain(sock)
+
+    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
+        try:
+            sock.do_handshake()
+        except ssl.SSLError as error:
+            self._count("refused")
+            _log.warning("bulk peer refused: %s", error)
+            self._drain(sock)  # or the alert, which says why, may be lost
+            raise
+
+    def _drain(self, sock: socket.socket) -> None:
+        """Send nothing more, and take what still comes for a moment."""
+        with contextlib.suppress(OSError):
+            sock.settimeout(_LINGER_S)
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+            scratch = bytearray(_SMALL_BYTES)
+            left = _LINGER_BYTES
+            while left > 0 and not self._closing.is_set():
+                count = socket.socket.recv_into(sock, scratch)
+                if count == 0:
+                    break
+                left -= count
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        with self._lock:
+            self._counters[name] += amount
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def _answer(self, sock: socket.socket, request: BulkRequest) -> None:
+        if request.protocol != wire.PROTOCOL:
+            raise RemoteProtocolError(f"protocol {request.protocol} is not spoken here, {wire.PROTOCOL} is")
+        if request.object.WhichOneof("kind") is None:
+            raise RemoteProtocolError("a request names neither a slot nor a parity file")
+        if len(request.ranges) > wire.RANGES_MAX:
+            raise RemoteProtocolError(f"{len(request.ranges)} ranges are more than {wire.RANGES_MAX}")
+        failpoint("transfer.before_send")
+        with contextlib.ExitStack() as stack:
+            try:
+                obj = stack.enter_context(self._lookup(request.object))
+            except SnapshotdError as error:
+                raise _Refusal(error.code, str(error)) from error
+            except Exception as error:
+                _log.exception("lookup failed")
+                raise _Refusal("INTERNAL", f"the lookup of {describe(request.object)} failed") from error
+            if obj is None or obj.digests is None:
+                raise _Refusal("NOT_FOUND", f"{describe(request.object)} is not sealed here")
+            with memoryview(obj.digests if request.digests else obj.view) as view:
+                ranges = [(0, view.nbytes)] if request.digests else _checked(request, min(obj.file_bytes, view.nbytes))
+                response = BulkResponse(
+                    ok=True,
+                    file_bytes=obj.file_bytes,
+                    root_digest=obj.root,
+                    payload_bytes=sum(end - begin for begin, end in ranges),
+                )
+                wire.send_frame(sock, response)
+                self._send(sock, view, ranges)
+
+    def _send(self, sock: socket.socket, view: memoryview, ranges: Iterable[tuple[int, int]]) -> None:
+        """Send the ranges: large ones straight from the mapping, runs of small ones gathered into one piece."""
+        scratch = bytearray(_SMALL_BYTES)
+        gathered = 0
+        with memoryview(scratch) as small:
+            for begin, end in ranges:
+                if gathered and gathered + end - begin > _SMALL_BYTES:
+                    self._send_piece(sock, small, 0, gathered)
+                    gathered = 0
+                if end - begin <= _SMALL_BYTES // 4:
+                    small[gathered : gathered + end - begin] = view[begin:end]
+                    gathered += end - begin
+                    continue
+                if gathered:
+                    self._send_piece(sock, small, 0, gathered)
+                    gathered = 0
+                for at in range(begin, end, wire.PIECE_BYTES):
+                    self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
+                    if at + wire.PIECE_BYTES < end:
+                        failpoint("transfer.mid_send")
+            if gathered:
+                self._send_piece(sock, small, 0, gathered)
+
+    def _send_piece(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
+        with view[begin:end] as piece:
+            if failpoint("transfer.corrupt_send") == "corrupt":
+                flipped = bytearray(piece)
+                flipped[len(flipped) // 2] ^= 0x10
+                sock.sendall(flipped)
+            else:
+                sock.sendall(piece)
+        self._count("sent_bytes", end - begin)
+
+
+class _Refusal(SnapshotdError):
+    """A request that is answered with a no; the connection goes on."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Connection:
+    """A socket, its thread, and whether a request is being answered."""
+
+    def __init__(self, server: BulkServer, sock: socket.socket) -> None:
+        self.sock = sock
+        self.busy = True  # until it has proved itself, it is not cut for others
+        self._lock = threading.Lock()
+        self._cut = False
+        self.thread = threading.Thread(target=server._serve, args=(self,), name="bulk-serve", daemon=True)
+
+    def replace(self, sock: socket.socket) -> None:
+        """The same connection inside TLS from now on."""
+        with self._lock:
+            self.sock = sock
+            if self._cut:
+                wire.hang_up(sock)
+
+    def cut(self) -> None:
+        """Wake the thread, which then finds the connection ended. Only the thread itself closes the descriptor."""
+        with self._lock:
+            self._cut = True
+            wire.hang_up(self.sock)
+
+    def close(self) -> None:
+        with self._lock:
+            self.sock.close()
+
+
+def _checked(request: BulkRequest, file_bytes: int) -> list[tuple[int, int]]:
+    ranges = [(item.begin, item.end) for item in request.ranges]
+    for begin, end in ranges:
+        if not begin <= end <= file_bytes:
+            raise _Refusal("INVALID_ARGUMENT", f"the range [{begin}, {end}) is not inside {file_bytes} bytes")
+    return ranges
+
+
+def _listen(listen: tuple[str, int]) -> socket.socket:
+    host, port = listen
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cannot listen at {wire.format_address(host, port)}: {error}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        wire.tune(sock)
+        sock.bind((host, port))
+        sock.listen(128)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise UsageError(f"cannot listen at {wire.format_address(host, port)}: {error}") from error
+    return sock
