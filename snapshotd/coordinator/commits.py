@@ -1,0 +1,370 @@
+"""
+From sealed to committed: which step is whole, protected, relied on; and how ranks that lost step find together again.
+
+Rule 1: a step is committed only when every rank of the current, complete epoch has sealed it and, where the epoch has
+parity, every node of it has built its part. A step that cannot be protected is given up, never committed half.
+Rule 2: one Protect is in flight per job; of several whole steps the latest wins.
+Rule 3: a step that some rank left out can never be whole. Then all ranks start again at one step further on, and
+further each time that this fails in a row (1, 2, 4 ... 64 steps), until a commit succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from snapshotd.coordinator.inventory import Node
+from snapshotd.coordinator.job import Context, Job, Sealed
+from snapshotd.coordinator.membership import Epoch
+from snapshotd.erasure.geometry import StripeGeometry
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["SLACK_STEPS_MAX", "Commits", "stripe_sets"]
+
+SLACK_STEPS_MAX = 64
+_STEPS_KEPT = 64
+
+SEALED = control.Committed.LEVEL_SEALED
+PROTECTED = control.Committed.LEVEL_PROTECTED
+
+
+@dataclass(slots=True)
+class Protecting:
+    """A step whose parity is being built. waiting: nodes that have not said ParityBuilt."""
+
+    step: int
+    order: control.Protect
+    since: float
+    waiting: set[str]
+    expected: dict[str, set[tuple[str, int, int, int, int, int]]] = field(default_factory=dict)
+
+
+def stripe_sets(
+    job: str, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]
+) -> list[control.StripeSet]:
+    """Return what is coded together: for each group and each lane, the slots of that lane on the group's nodes."""
+    sets = []
+    for index, group in enumerate(epoch.groups):
+        ranks = {node_id: epoch.ranks_of(node_id) for node_id in group}
+        for lane in range(max(len(of_node) for of_node in ranks.values())):
+            members = [
+                control.StripeMember(
+                    node_id=node_id,
+                    slot=shards[ranks[node_id][lane]].slot if lane < len(ranks[node_id]) else control.SlotRef(),
+                )
+                for node_id in group
+            ]
+            m = min(epoch.m, len(group) - 1)
+            sets.append(
+                control.StripeSet(job=job, epoch=epoch.number, step=step, group=index, lane=lane, m=m, members=members)
+            )
+    return sets
+
+
+class Commits:
+    """The uncommitted steps of one job's current epoch."""
+
+    def __init__(self, ctx: Context, job: Job, on_commit: Callable[[Job], None]) -> None:
+        self.in_flight: Protecting | None = None
+        self.min_step = 0
+        self.sealed: dict[int, dict[int, control.NodeSealed.Shard]] = {}
+        self.progress: dict[int, int] = {}
+        self._skipped: dict[int, set[int]] = {}
+        self._streak = 0
+        self._abandon: control.Abandon | None = None
+        self._ctx = ctx
+        self._job = job
+        self._on_commit = on_commit
+
+    # ------------------------------------------------------------ messages
+
+    def reset(self) -> None:
+        """A new epoch begins: nothing of the older ones can be committed any more."""
+        self.in_flight, self._abandon = None, None
+        self.min_step, self._streak = 0, 0
+        self.sealed, self.progress, self._skipped = {}, {}, {}
+
+    def on_sealed(self, node: Node, message: control.NodeSealed) -> None:
+        node.add((shard.slot for shard in message.shards), iter(()))
+        if message.shards:
+            self._job.saw((message.epoch, message.step))
+        epoch = self._current(message.epoch, f"step {message.step} sealed by {node.node_id}")
+        if epoch is None:
+            return
+        for shard in message.shards:
+            who = epoch.ranks.get(shard.slot.rank)
+            if who is None or who.node_id != node.node_id:
+                self._job.counts["refused_messages"] += 1
+                continue
+            self._saw_progress(shard.slot.rank, message.step)
+            if message.step >= self.min_step and not self._is_committed(epoch.number, message.step):
+                self.sealed.setdefault(message.step, {})[shard.slot.rank] = shard
+        self.advance()
+
+    def on_skipped(self, node: Node, message: control.NodeSkipped) -> None:
+        self._job.counts[f"skipped_{message.reason or 'unknown'}"] += 1
+        epoch = self._current(message.epoch, f"step {message.step} skipped by {node.node_id}")
+        if epoch is None:
+            return
+        self._saw_progress(message.rank, message.step)
+        if message.rank not in self.sealed.get(message.step, {}):
+            self._skipped.setdefault(message.step, set()).add(message.rank)
+            for old in sorted(self._skipped)[:-_STEPS_KEPT]:
+                del self._skipped[old]
+        self.advance()
+
+    def on_parity_built(self, node: Node, message: control.ParityBuilt) -> None:
+        node.add(iter(()), iter(message.parities))
+        epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
+        flight = self.in_flight
+        if epoch is None or flight is None or flight.step != message.step:
+            return
+        self._note_built(node)
+        self.advance()
+
+    def on_parity_failed(self, node: Node, message: control.ParityFailed) -> None:
+        epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
+        if epoch is None or self.in_flight is None or self.in_flight.step != message.step:
+            return
+        if self._away(epoch):
+            # A peer is away, perhaps for good: the sealed step stays where it is, for the recovery to choose from.
+            self.in_flight = None
+        else:
+            self._give_up(f"{node.node_id} could not build parity: {message.reason}")
+        self.advance()
+
+    def on_node_lost(self, node: Node) -> None:
+        epoch = self._job.current
+        if epoch is not None and node.node_id in epoch.node_ids:
+            self.in_flight = None
+            self._forget_seals(epoch, node)
+
+    def resync(self, node: Node) -> None:
+        """Bring a node that said hello up to date; it reports its uncommitted sealed steps again after this."""
+        epoch = self._job.current
+        if epoch is not None:
+            self._forget_seals(epoch, node)
+        if self._abandon is not None:
+            self._ctx.out.to_node(node.session, abandon=self._abandon)
+        if self.in_flight is not None:
+            self._note_built(node)
+            if node.node_id in self.in_flight.waiting:
+                self._ctx.out.to_node(node.session, protect=self.in_flight.order)
+
+    def tick(self) -> None:
+        flight = self.in_flight
+        if flight is not None and self._ctx.now - flight.since >= self._ctx.settings.protect_timeout_s:
+            late = ", ".join(sorted(flight.waiting))
+            self._give_up(f"no parity from {late} within {self._ctx.settings.protect_timeout_s:.0f} s")
+        self.advance()
+
+    # ------------------------------------------------------------ decisions
+
+    def advance(self) -> None:
+        """Take each step that can be taken now. Each round commits, protects or abandons, so the loop ends."""
+        epoch = self._job.current
+        if epoch is None or not epoch.formed or epoch.number != self._job.number:
+            return
+        for _ in range(_STEPS_KEPT):
+            if not self._advance_once(epoch):
+                return
+
+    def _advance_once(self, epoch: Epoch) -> bool:
+        if self.in_flight is not None:
+            if self.in_flight.waiting:
+                return False
+            return self._finish(epoch)
+        whole = [step for step, shards in self.sealed.items() if self._is_whole(epoch, step, shards)]
+        if whole and self._away(epoch):
+            return False
+        if whole:
+            self._begin(epoch, max(whole))
+            return True
+        impossible = [step for step in self.sealed if self._is_impossible(epoch, step)]
+        if impossible:
+            step = max(impossible)
+            left_out = sorted(rank for rank in epoch.ranks if rank not in self.sealed[step])
+            self._job.counts["abandoned_steps"] += 1
+            self._send_abandon(f"step {step} was left out by rank {', '.join(map(str, left_out[:8]))}")
+            return True
+        return False
+
+    def _is_whole(self, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]) -> bool:
+        return all(rank in shards for rank in range(epoch.world_size))
+
+    def _is_impossible(self, epoch: Epoch, step: int) -> bool:
+        shards, skipped = self.sealed[step], self._skipped.get(step, set())
+        return any(
+            rank not in shards and (rank in skipped or self.progress.get(rank, -1) > step) for rank in epoch.ranks
+        )
+
+    def _begin(self, epoch: Epoch, step: int) -> None:
+        shards = self.sealed[step]
+        wrong = self._replica_conflict(shards)
+        if wrong:
+            self._job.split = False
+            self._job.counts["replica_conflicts"] += 1
+            mode = control.SetReplicaMode(job=self._job.name, epoch=epoch.number, split=False, reason=wrong)
+            self._to_epoch(epoch, set_replica_mode=mode)
+            self._ctx.out.note("integrity", self._job.name, wrong, epoch=epoch.number, step=step)
+            self._send_abandon(wrong)
+            return
+        if epoch.m == 0:
+            self._commit(epoch, step, SEALED)
+            return
+        sets = stripe_sets(self._job.name, epoch, step, shards)
+        order = control.Protect(
+            job=self._job.name,
+            epoch=epoch.number,
+            step=step,
+            sets=sets,
+            peers=self._ctx.nodes.peers(epoch.node_ids),
+        )
+        expected: dict[str, set[tuple[str, int, int, int, int, int]]] = {node_id: set() for node_id in epoch.node_ids}
+        for one in sets:
+            geometry = StripeGeometry([member.slot.file_bytes for member in one.members], one.m)
+            for position, member in enumerate(one.members):
+                if geometry.parity_bytes(position):
+                    key = (one.job, one.epoch, one.step, one.group, one.lane, position)
+                    expected[member.node_id].add(key)
+        self.in_flight = Protecting(
+            step=step, order=order, since=self._ctx.now, waiting=set(epoch.node_ids), expected=expected
+        )
+        self._to_epoch(epoch, protect=order)
+
+    def _finish(self, epoch: Epoch) -> bool:
+        flight = self.in_flight
+        assert flight is not None
+        missing = self._missing_parts(epoch, flight)
+        if missing:
+            self._give_up(f"parts are gone before the commit: {', '.join(missing[:4])}")
+            return True
+        self.in_flight = None
+        self._commit(epoch, flight.step, PROTECTED)
+        return True
+
+    def _missing_parts(self, epoch: Epoch, flight: Protecting) -> list[str]:
+        """Pair assertion: what is committed must really be there, by the nodes' own inventories."""
+        missing = []
+        for node_id in epoch.node_ids:
+            node = self._ctx.nodes.get(node_id)
+            for rank in epoch.ranks_of(node_id):
+                if node is None or (self._job.name, epoch.number, flight.step, rank) not in node.slots:
+                    missing.append(f"slot of rank {rank} on {node_id}")
+            for key in flight.expected[node_id]:
+                if node is None or key not in node.parities:
+                    missing.append(f"parity of {node_id}")
+        return missing
+
+    def _commit(self, epoch: Epoch, step: int, level: control.Committed.Level) -> None:
+        self._job.committed = Sealed(epoch=epoch.number, step=step, level=level, world_size=epoch.world_size)
+        self._job.fallback = None
+        self._job.saw((epoch.number, step))
+        self._job.counts["commits"] += 1
+        self._streak = 0
+        self.sealed = {later: shards for later, shards in self.sealed.items() if later > step}
+        self._skipped = {later: ranks for later, ranks in self._skipped.items() if later > step}
+        self._ctx.out.put(self._job.name, "commit", self._job.commit_json(), sync=False)
+        committed = control.Committed(job=self._job.name, epoch=epoch.number, step=step, level=level)
+        for node in self._ctx.nodes.connected():
+            if node.node_id in epoch.node_ids or node.holds_job(self._job.name):
+                self._ctx.out.to_node(node.session, committed=committed)
+        self._on_commit(self._job)
+
+    def _give_up(self, reason: str) -> None:
+        """The step in flight will not be committed; go on with the next one."""
+        flight = self.in_flight
+        assert flight is not None
+        self.in_flight = None
+        self._job.counts["protect_failures"] += 1
+        self._send_abandon(f"step {flight.step} is not protected: {reason}")
+
+    def _send_abandon(self, reason: str) -> None:
+        slack = min(SLACK_STEPS_MAX, (1 << self._streak) >> 1)
+        self._streak = min(self._streak + 1, 10)
+        self.min_step = max(self.progress.values(), default=-1) + 1 + slack
+        self.sealed = {}
+        self._skipped = {}
+        self._abandon = control.Abandon(
+            job=self._job.name,
+            epoch=self._job.number,
+            up_to_step=max(0, self.min_step - 1),
+            min_step=self.min_step,
+            reason=reason,
+        )
+        epoch = self._job.current
+        self._ctx.out.note("commit", self._job.name, f"abandons: {reason}; goes on at step {self.min_step}")
+        if epoch is not None:
+            self._to_epoch(epoch, abandon=self._abandon)
+
+    # ------------------------------------------------------------ small ones
+
+    def _current(self, number: int, what: str) -> Epoch | None:
+        """Fencing: the current epoch if `number` is it, else None, counted."""
+        epoch = self._job.current
+        if number < self._job.number:
+            self._job.counts["fenced_messages"] += 1
+            text = f"refused: {what} speaks of epoch {number}, the job is at {self._job.number}"
+            self._ctx.out.note("commit", self._job.name, text, epoch=number)
+            return None
+        return epoch if epoch is not None and epoch.number == number == self._job.number else None
+
+    def _is_committed(self, number: int, step: int) -> bool:
+        committed = self._job.committed
+        return committed is not None and (number, step) <= committed.key
+
+    def _away(self, epoch: Epoch) -> bool:
+        return any(self._ctx.nodes.session_of(node_id) is None for node_id in epoch.node_ids)
+
+    def _forget_seals(self, epoch: Epoch, node: Node) -> None:
+        ranks = epoch.ranks_of(node.node_id)
+        for step in list(self.sealed):
+            for rank in ranks:
+                self.sealed[step].pop(rank, None)
+            if not self.sealed[step]:
+                del self.sealed[step]
+
+    def _saw_progress(self, rank: int, step: int) -> None:
+        self.progress[rank] = max(self.progress.get(rank, -1), step)
+
+    def _note_built(self, node: Node) -> None:
+        flight = self.in_flight
+        if flight is not None and flight.expected.get(node.node_id, set()) <= node.parities.keys():
+            flight.waiting.discard(node.node_id)
+
+    def _to_epoch(
+        self,
+        epoch: Epoch,
+        *,
+        protect: control.Protect | None = None,
+        abandon: control.Abandon | None = None,
+        set_replica_mode: control.SetReplicaMode | None = None,
+    ) -> None:
+        for node_id in epoch.node_ids:
+            self._ctx.out.to_node(
+                self._ctx.nodes.session_of(node_id),
+                protect=protect,
+                abandon=abandon,
+                set_replica_mode=set_replica_mode,
+            )
+
+    @staticmethod
+    def _replica_conflict(shards: dict[int, control.NodeSealed.Shard]) -> str:
+        """Return in words which ranks disagree about what is replicated, or ""."""
+        groups: dict[str, tuple[int, control.NodeSealed.Shard]] = {}
+        digests: dict[str, tuple[int, str]] = {}
+        for rank, shard in sorted(shards.items()):
+            if not shard.replica_group:
+                continue
+            first, one = groups.setdefault(shard.replica_group, (rank, shard))
+            if one.replica_hash != shard.replica_hash:
+                return (
+                    f"ranks {first} and {rank} do not mean the same by their replicated state: each captures all of it"
+                )
+            if shard.replica_digest:
+                first, digest = digests.setdefault(shard.replica_group, (rank, shard.replica_digest))
+                if digest != shard.replica_digest:
+                    return (
+                        f"replicated values differ between ranks {first} and {rank}: each rank captures all of its own"
+                    )
+        return ""

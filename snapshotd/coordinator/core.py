@@ -1,0 +1,534 @@
+"""
+The coordinator: one pure state machine. Events and time in, ordered effects and reasons out.
+
+Rule 1: no I/O, no clock, no thread, no randomness: the same events at the same times give the same outputs.
+Rule 2: the truth about bytes is in the daemons' inventories; what is remembered (Put) is only what must never go back:
+epochs, the line, what was committed, what is durable.
+Rule 3: every message may come twice, late, or of an older epoch; none of that changes anything but a counter.
+
+The parts: `inventory` (nodes and what they hold), `rendezvous_core` (launchers), `membership` (epochs), `commits`,
+`persists`, `recovery` with `rebuilds` and `snapshots`. This file connects them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from snapshotd.coordinator.commits import Commits
+from snapshotd.coordinator.events import (
+    AgentMessageArrived,
+    AgentSessionEnded,
+    Answer,
+    CoreSettings,
+    Event,
+    ForgetWanted,
+    NodeMessageArrived,
+    NodeSessionEnded,
+    Output,
+    SessionId,
+    SnapshotWanted,
+    Ticked,
+)
+from snapshotd.coordinator.inventory import Inventory, Node
+from snapshotd.coordinator.job import Context, Decision, Episode, Job
+from snapshotd.coordinator.membership import Attached, Epoch, Round, parity_groups
+from snapshotd.coordinator.outbox import Outbox
+from snapshotd.coordinator.persists import Persists
+from snapshotd.coordinator.rebuilds import Rebuilds
+from snapshotd.coordinator.recovery import Recovery
+from snapshotd.coordinator.rendezvous_core import EXIT_LOST, Launchers
+from snapshotd.coordinator.status import describe
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["CoordinatorCore", "JobParts"]
+
+_SEQS_KEPT = 256
+
+
+@dataclass(slots=True)
+class JobParts:
+    """A job and the parts of the core that work on it."""
+
+    job: Job
+    launchers: Launchers
+    commits: Commits
+    persists: Persists
+    rebuilds: Rebuilds
+    recovery: Recovery
+    attach_noted: bool = False
+
+
+class CoordinatorCore:
+    """Decides everything that the coordinator decides; its shell only carries events in and effects out."""
+
+    def __init__(self, settings: CoreSettings, remembered: Iterable[tuple[str, str, str]] = ()) -> None:
+        self.ctx = Context(settings=settings, nodes=Inventory(), out=Outbox())
+        self.jobs: dict[str, JobParts] = {}
+        self._started = False
+        self._seqs: dict[SessionId, dict[int, None]] = {}
+        self._remember(remembered)
+
+    def handle(self, event: Event, now: float) -> Output:
+        """Take one fact in; return what the shell must do next, in the order of the fields of Output."""
+        self.ctx.now = now
+        if not self._started:
+            self._start(now)
+        match event:
+            case NodeMessageArrived(session=session, message=message):
+                self._on_node_message(session, message)
+            case NodeSessionEnded(session=session):
+                self._on_node_session_ended(session)
+            case AgentMessageArrived(session=session, message=agent_message):
+                self._on_agent_message(session, agent_message)
+            case AgentSessionEnded(session=session):
+                for parts in self.jobs.values():
+                    parts.launchers.session_ended(session)
+            case SnapshotWanted(request_id=request_id, job=name, step=step):
+                self._on_snapshot_wanted(request_id, name, step)
+            case ForgetWanted(request_id=request_id, job=name):
+                self._on_forget(request_id, name)
+            case Ticked():
+                self._on_tick()
+        return self.ctx.out.take()
+
+    def status(self, now: float) -> dict[str, object]:
+        """Return what people and tools see: nodes, jobs, levels, margins, recoveries, newest reasons."""
+        return describe(self.ctx, self.jobs, now)
+
+    # ------------------------------------------------------------ start
+
+    def _remember(self, remembered: Iterable[tuple[str, str, str]]) -> None:
+        for name, key, text in remembered:
+            value = json.loads(text)
+            parts = self._parts(name)
+            if key == "epoch":
+                parts.job.number = int(value["number"])
+                parts.job.last_m = int(value["m"])
+                if value["epoch"] is not None:
+                    parts.job.current = Epoch.from_json(value["epoch"])
+                parts.launchers.remember(value["launchers"])
+            else:
+                parts.job.remember(key, value)
+        for parts in self.jobs.values():
+            job = parts.job
+            if job.current is not None and not job.finished:
+                for node_id in job.current.node_ids:
+                    self.ctx.nodes.remember(node_id)
+        for node_id in self.ctx.settings.nodes_expected:
+            self.ctx.nodes.remember(node_id)
+
+    def _start(self, now: float) -> None:
+        self._started = True
+        self.ctx.started = now
+        for node in self.ctx.nodes.nodes.values():
+            node.down_since = now
+        for parts in self.jobs.values():
+            for agent in parts.launchers.agents.values():
+                agent.down_since = now
+
+    def _parts(self, name: str) -> JobParts:
+        parts = self.jobs.get(name)
+        if parts is None:
+            job = Job(name=name)
+            rebuilds = Rebuilds(self.ctx, job)
+            persists = Persists(self.ctx, job)
+            parts = self.jobs[name] = JobParts(
+                job=job,
+                launchers=Launchers(self.ctx, job, self._mint_for_launchers),
+                commits=Commits(self.ctx, job, lambda _: persists.maybe_begin()),
+                persists=persists,
+                rebuilds=rebuilds,
+                recovery=Recovery(
+                    self.ctx, job, rebuilds, on_refused=self._on_refused, on_plan_lost=self._on_plan_lost
+                ),
+            )
+        return parts
+
+    # ------------------------------------------------------------ nodes
+
+    def _on_node_message(self, session: SessionId, message: control.NodeMessage) -> None:
+        body = message.WhichOneof("body")
+        if body == "hello":
+            self._on_hello(session, message.hello)
+            return
+        node = self.ctx.nodes.of_session(session)
+        if node is None:
+            return
+        seen = self._seqs.setdefault(session, {})
+        if message.seq and message.seq in seen:
+            return
+        seen[message.seq] = None
+        if len(seen) > _SEQS_KEPT:
+            del seen[next(iter(seen))]
+        if body == "heartbeat":
+            node.counters = dict(message.heartbeat.counters)
+            node.arena_bytes, node.budget_bytes = message.heartbeat.arena_bytes, message.heartbeat.budget_bytes
+            node.resident_bytes = message.heartbeat.resident_bytes
+        elif body == "inventory_change":
+            self._on_inventory_change(node, message.inventory_change)
+        elif body is not None:
+            self._on_job_message(node, body, message)
+
+    def _on_job_message(self, node: Node, body: str, message: control.NodeMessage) -> None:
+        if body == "persist_sealed":
+            parts = self._parts(message.persist_sealed.durable.job)
+            parts.persists.on_sealed(node, message.persist_sealed)
+            return
+        parts = self._parts(getattr(message, body).job)
+        if body == "worker_attached":
+            self._on_attached(parts, node, message.worker_attached)
+        elif body == "worker_detached":
+            self._on_detached(parts, node, message.worker_detached)
+        elif body == "sealed":
+            parts.commits.on_sealed(node, message.sealed)
+        elif body == "skipped":
+            parts.commits.on_skipped(node, message.skipped)
+        elif body == "parity_built":
+            parts.commits.on_parity_built(node, message.parity_built)
+        elif body == "parity_failed":
+            parts.commits.on_parity_failed(node, message.parity_failed)
+        elif body == "persist_done":
+            parts.persists.on_done(node, message.persist_done)
+        elif body == "rebuild_done":
+            parts.rebuilds.on_done(node, message.rebuild_done)
+            parts.recovery.advance()
+        elif body == "restore_asked":
+            parts.recovery.on_asked(node, message.restore_asked)
+        elif body == "restore_finished":
+            self._on_restore_finished(parts, message.restore_finished)
+        elif body == "first_step":
+            episode = parts.job.episode(message.first_step.epoch)
+            if episode is not None:
+                episode.first_step_at = self.ctx.now
+
+    def _on_hello(self, session: SessionId, hello: control.NodeHello) -> None:
+        nodes = self.ctx.nodes
+        known = nodes.get(hello.node_id)
+        if known is not None and known.session == session:
+            return
+        node, older, restarted = nodes.hello(session, hello)
+        if older is not None:
+            self.ctx.out.close(older)
+        if restarted:
+            self.ctx.out.note("membership", "", f"the daemon of {node.node_id} was restarted")
+        named = {ref.job for ref in hello.slots} | {ref.set.job for ref in hello.parities}
+        named |= set(hello.epochs) | {worker.job for worker in hello.workers} | {ref.job for ref in hello.durables}
+        for name, number in hello.epochs.items():
+            self._learn(self._parts(name), number)
+        for durable in hello.durables:
+            job = self._parts(durable.job).job
+            if (durable.epoch, durable.step) not in job.durables:
+                job.add_durable(durable)
+            job.ever = True
+        for ref in hello.slots:
+            self._parts(ref.job).job.saw((ref.epoch, ref.step))
+        welcome = control.NodeWelcome()
+        for name in sorted(named):
+            committed = self.jobs[name].job.committed if name in self.jobs else None
+            if committed is not None and self.jobs[name].job.fallback is None:
+                welcome.committed.add(
+                    job=name,
+                    epoch=committed.epoch,
+                    step=committed.step,
+                    level=control.Committed.Level.ValueType(committed.level),
+                )
+        self.ctx.out.to_node(session, welcome=welcome)
+        for parts in self.jobs.values():
+            current = parts.job.current
+            if current is not None and current.formed and node.node_id in current.node_ids:
+                self.ctx.out.to_node(session, epoch_formed=current.message(parts.job.name))
+        for worker in hello.workers:
+            self._on_attached(self._parts(worker.job), node, worker)
+        for parts in self.jobs.values():
+            current = parts.job.current
+            if parts.job.name in named or (current is not None and node.node_id in current.node_ids):
+                parts.recovery.resync(node)
+                parts.commits.resync(node)
+                parts.persists.resync(node)
+            parts.rebuilds.resync(node)
+            parts.recovery.advance()
+            parts.commits.advance()
+
+    def _on_node_session_ended(self, session: SessionId) -> None:
+        self._seqs.pop(session, None)
+        node = self.ctx.nodes.session_ended(session, self.ctx.now)
+        if node is None:
+            return
+        for parts in self.jobs.values():
+            if node.node_id in parts.job.node_ids():
+                parts.job.sign(self.ctx.now, f"the daemon of {node.node_id} lost its connection")
+
+    def _on_inventory_change(self, node: Node, change: control.InventoryChange) -> None:
+        node.add(iter(change.slots_added), iter(change.parities_added))
+        self.ctx.nodes.remove(node, change)
+        touched = {ref.job for ref in (*change.slots_added, *change.slots_removed)}
+        touched |= {ref.set.job for ref in (*change.parities_added, *change.parities_removed)}
+        for name in sorted(touched):
+            parts = self._parts(name)
+            if change.reason == "corrupt":
+                parts.job.counts["corrupt_objects"] += len(change.slots_removed) + len(change.parities_removed)
+                text = f"{node.node_id} found bytes that do not match their digest: they count as lost and are rebuilt"
+                self.ctx.out.note("integrity", name, text)
+            if change.reason != "freed":
+                parts.recovery.advance()
+
+    # ------------------------------------------------------------ epochs
+
+    def _learn(self, parts: JobParts, number: int) -> None:
+        """A peer knows a newer epoch than the store: never go back behind it."""
+        job = parts.job
+        if number > job.number:
+            job.number, job.learned = number, True
+            job.current = None
+            parts.commits.reset()
+            parts.recovery.reset()
+            self._put_epoch(parts)
+
+    def _on_attached(self, parts: JobParts, node: Node, worker: control.WorkerAttached) -> None:
+        job = parts.job
+        if not 0 <= worker.rank < worker.world_size:
+            job.counts["refused_messages"] += 1
+            return
+        who = Attached(node_id=node.node_id, nonce=worker.nonce, local_rank=worker.local_rank)
+        job.finished = False
+        if worker.epoch:
+            self._attach_known(parts, worker, who)
+        else:
+            self._attach_round(parts, worker, who)
+
+    def _attach_known(self, parts: JobParts, worker: control.WorkerAttached, who: Attached) -> None:
+        job = parts.job
+        if worker.epoch < job.number:
+            job.counts["fenced_messages"] += 1
+            return
+        self._learn(parts, worker.epoch)
+        if job.current is None or job.current.number != job.number:
+            job.current = Epoch(number=job.number, formation=worker.formation, minted_at=self.ctx.now)
+        epoch = job.current
+        epoch.world_size = epoch.world_size or worker.world_size
+        if worker.world_size != epoch.world_size:
+            job.counts["refused_messages"] += 1
+            return
+        known = epoch.ranks.get(worker.rank)
+        if known == who:
+            self._repeat_formed(parts, who.node_id)
+            return
+        if epoch.formed and known is not None and known.node_id != who.node_id:
+            text = f"rank {worker.rank} of epoch {epoch.number} attached on {who.node_id}, it runs on {known.node_id}"
+            self.ctx.out.note("membership", job.name, text, epoch=epoch.number)
+            job.counts["refused_messages"] += 1
+            return
+        epoch.ranks[worker.rank] = who
+        if epoch.complete():
+            self._formed(parts, epoch)
+
+    def _attach_round(self, parts: JobParts, worker: control.WorkerAttached, who: Attached) -> None:
+        job, current = parts.job, parts.job.current
+        if current is not None and current.formation == worker.formation and current.ranks.get(worker.rank) == who:
+            self._repeat_formed(parts, who.node_id)
+            return
+        one = job.rounds.get(worker.formation)
+        if one is None or one.world_size != worker.world_size:
+            one = job.rounds[worker.formation] = Round(world_size=worker.world_size)
+        one.ranks[worker.rank] = who
+        while len(job.rounds) > 8:
+            del job.rounds[next(iter(job.rounds))]
+        if len(one.ranks) < one.world_size:
+            return
+        job.rounds.clear()
+        job.number += 1
+        reason = job.first_sign[1] if job.first_sign is not None else "all ranks of a launch are attached"
+        self._begin_epoch(parts, reason)
+        job.current = Epoch(
+            number=job.number,
+            formation=worker.formation,
+            world_size=one.world_size,
+            ranks=one.ranks,
+            minted_at=self.ctx.now,
+        )
+        self._formed(parts, job.current)
+
+    def _repeat_formed(self, parts: JobParts, node_id: str) -> None:
+        """A worker that attached again may sit behind a daemon that knows nothing of its epoch any more."""
+        epoch = parts.job.current
+        if epoch is not None and epoch.formed:
+            self.ctx.out.to_node(self.ctx.nodes.session_of(node_id), epoch_formed=epoch.message(parts.job.name))
+
+    def _mint_for_launchers(self, job: Job, reason: str) -> int:
+        """A new epoch whose launchers are agreed on; its workers attach later."""
+        parts = self.jobs[job.name]
+        job.number += 1
+        parts.launchers.epoch = job.number
+        self._begin_epoch(parts, reason or "the launchers are complete")
+        job.current = Epoch(number=job.number, minted_at=self.ctx.now)
+        self._put_epoch(parts)
+        return job.number
+
+    def _begin_epoch(self, parts: JobParts, reason: str) -> None:
+        job = parts.job
+        sign = job.first_sign
+        broken_at = parts.launchers.broken_at if sign is not None and parts.launchers.broken_at else None
+        job.open_episode(
+            Episode(
+                epoch=job.number,
+                reason=reason,
+                noticed_at=sign[0] if sign is not None else None,
+                broken_at=broken_at if broken_at is not None else (sign[0] if sign is not None else None),
+                minted_at=self.ctx.now,
+            )
+        )
+        parts.attach_noted = False
+        parts.commits.reset()
+        parts.recovery.reset()
+        self.ctx.out.note("membership", job.name, f"epoch {job.number} begins: {reason}", epoch=job.number)
+
+    def _formed(self, parts: JobParts, epoch: Epoch) -> None:
+        """Each rank is attached: the epoch can commit and restore."""
+        job, settings = parts.job, self.ctx.settings
+        domains = {
+            node_id: node.domain for node_id in epoch.node_ids if (node := self.ctx.nodes.get(node_id)) is not None
+        }
+        epoch.groups, epoch.m, epoch.reason = parity_groups(
+            epoch.node_ids, domains, group_size=settings.group_size, parity=settings.parity
+        )
+        epoch.formed, epoch.formed_at = True, self.ctx.now
+        job.last_m = epoch.m
+        episode = job.episode(epoch.number)
+        if episode is not None and episode.formed_at is None:
+            episode.formed_at = self.ctx.now
+        self._put_epoch(parts)
+        for node_id in epoch.node_ids:
+            self.ctx.out.to_node(self.ctx.nodes.session_of(node_id), epoch_formed=epoch.message(job.name))
+        where = ', '.join(epoch.node_ids[:16])
+        text = f"epoch {epoch.number} is complete: {epoch.world_size} ranks on {where}, m={epoch.m}"
+        text += f" ({epoch.reason})" if epoch.reason else ""
+        self.ctx.out.note("membership", job.name, text, epoch=epoch.number)
+        parts.recovery.advance()
+        parts.commits.advance()
+
+    def _on_detached(self, parts: JobParts, node: Node, gone: control.WorkerDetached) -> None:
+        job = parts.job
+        for one in job.rounds.values():
+            who = one.ranks.get(gone.rank)
+            if who is not None and who.nonce == gone.nonce:
+                del one.ranks[gone.rank]
+        epoch = job.current
+        who = epoch.ranks.get(gone.rank) if epoch is not None else None
+        if epoch is None or who is None or who.nonce != gone.nonce:
+            return
+        if gone.finished:
+            job.finished = True
+            return
+        if not epoch.formed:
+            del epoch.ranks[gone.rank]
+        job.sign(self.ctx.now, f"rank {gone.rank} on {node.node_id} ended")
+
+    def _on_restore_finished(self, parts: JobParts, done: control.RestoreFinished) -> None:
+        episode = parts.job.episode(done.epoch)
+        if not done.ok:
+            parts.job.counts["restore_failures"] += 1
+            text = f"rank {done.rank} could not restore: {done.error}"
+            self.ctx.out.note("recovery", parts.job.name, text, epoch=done.epoch)
+        elif episode is not None:
+            episode.restored_at = self.ctx.now
+            episode.fetch_s = max(episode.fetch_s, done.fetch_s)
+            episode.load_s = max(episode.load_s, done.load_s)
+
+    def _put_epoch(self, parts: JobParts) -> None:
+        value = {
+            "number": parts.job.number,
+            "m": parts.job.last_m,
+            "epoch": None if parts.job.current is None else parts.job.current.to_json(),
+            "launchers": parts.launchers.to_json(),
+        }
+        self.ctx.out.put(parts.job.name, "epoch", value, sync=True)
+
+    # ------------------------------------------------------------ launchers
+
+    def _on_agent_message(self, session: SessionId, message: control.AgentMessage) -> None:
+        body = message.WhichOneof("body")
+        if body == "join":
+            self._parts(message.join.job).launchers.join(session, message.join)
+        elif body == "resume":
+            parts = self._parts(message.resume.job)
+            self._learn(parts, message.resume.epoch)
+            parts.launchers.resume(session, message.resume)
+        elif body == "leave":
+            self._parts(message.leave.job).launchers.leave(message.leave)
+
+    def _on_refused(self, job: Job, reason: str) -> None:
+        parts = self.jobs[job.name]
+        if parts.launchers.agents:
+            parts.launchers.close(reason, EXIT_LOST)
+
+    def _on_plan_lost(self, job: Job, reason: str) -> None:
+        self.jobs[job.name].launchers.restart(reason)
+
+    # ------------------------------------------------------------ tools
+
+    def _on_snapshot_wanted(self, request_id: str, name: str, step: int | None) -> None:
+        parts = self.jobs.get(name)
+        if parts is None:
+            known = ", ".join(sorted(self.jobs)[:16]) or "none"
+            text = f"there is no job {name!r}; known are: {known}"
+            self.ctx.out.answer(Answer(request_id=request_id, error_code="INVALID_ARGUMENT", error=text))
+            return
+        parts.recovery.want(request_id, step)
+
+    def _on_forget(self, request_id: str, name: str) -> None:
+        parts = self.jobs.get(name)
+        if parts is None:
+            text = f"there is no job {name!r}"
+            self.ctx.out.answer(Answer(request_id=request_id, error_code="INVALID_ARGUMENT", error=text))
+            return
+        number = parts.job.number + 1
+        drop = control.DropSnapshots(job=name, epoch=number, reason="the job was forgotten")
+        for node in self.ctx.nodes.connected():
+            self.ctx.out.to_node(node.session, drop=drop)
+        self.ctx.out.delete(name, None)
+        self.ctx.nodes.drop_job(name)
+        self.ctx.out.forget(name)
+        launchers = parts.launchers
+        del self.jobs[name]
+        # The number of the epoch goes on: it never goes back, not even for a forgotten job.
+        fresh = self._parts(name)
+        fresh.job.number = number
+        fresh.job.decision = Decision(
+            epoch=number, kind=control.RESTORE_KIND_UNSPECIFIED, reason="forgotten", released=True
+        )
+        if launchers.state == "closed":
+            launchers.reopen()
+        self._put_epoch(fresh)
+        answer = control.ForgetJobResponse(message=f"job {name} is forgotten; its next launch starts afresh")
+        self.ctx.out.answer(Answer(request_id=request_id, forgotten=answer))
+
+    # ------------------------------------------------------------ time
+
+    def _on_tick(self) -> None:
+        settings = self.ctx.settings
+        for node in self.ctx.nodes.expire(self.ctx.now, settings.node_lease_s, settings.startup_grace_s):
+            self.ctx.out.note(
+                "membership", "", f"{node.node_id} is dead: away for longer than {settings.node_lease_s} s"
+            )
+            for parts in self.jobs.values():
+                parts.commits.on_node_lost(node)
+                parts.persists.on_node_lost(node)
+                parts.rebuilds.on_node_lost(node)
+        for parts in list(self.jobs.values()):
+            parts.launchers.tick()
+            parts.rebuilds.tick()
+            parts.commits.tick()
+            parts.recovery.advance()
+            self._note_late_attach(parts)
+
+    def _note_late_attach(self, parts: JobParts) -> None:
+        epoch = parts.job.current
+        if epoch is None or epoch.formed or parts.attach_noted:
+            return
+        if self.ctx.now - epoch.minted_at >= self.ctx.settings.attach_timeout_s:
+            parts.attach_noted = True
+            there = f"{len(epoch.ranks)} of {epoch.world_size or 'an unknown number of'} ranks"
+            text = f"epoch {epoch.number} waits: {there} attached after {self.ctx.settings.attach_timeout_s:.0f} s"
+            self.ctx.out.note("membership", parts.job.name, text, epoch=epoch.number)

@@ -1,0 +1,163 @@
+"""
+Which nodes there are, and what each of them holds.
+
+Rule 1: a node without a session for longer than its lease is dead, and what it held is lost.
+Rule 2: a hello is the whole truth about its node: it replaces what was known.
+Rule 3: a remembered node that has not been heard of since the coordinator started is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from snapshotd.coordinator.events import SessionId
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["Inventory", "Node", "ParityKey", "SlotKey", "SnapshotKey", "parity_key", "slot_key"]
+
+SnapshotKey: TypeAlias = tuple[int, int]
+"""(epoch, step): snapshots of one job are ordered so."""
+SlotKey: TypeAlias = tuple[str, int, int, int]
+"""job, epoch, step, rank"""
+ParityKey: TypeAlias = tuple[str, int, int, int, int, int]
+"""job, epoch, step, group, lane, position"""
+
+
+def slot_key(ref: control.SlotRef) -> SlotKey:
+    return (ref.job, ref.epoch, ref.step, ref.rank)
+
+
+def parity_key(ref: control.ParityRef) -> ParityKey:
+    return (ref.set.job, ref.set.epoch, ref.set.step, ref.set.group, ref.set.lane, ref.position)
+
+
+@dataclass(slots=True)
+class Node:
+    """One daemon. connected: it has a session; alive: it has one, or its lease still runs."""
+
+    node_id: str
+    session: SessionId | None = None
+    nonce: str = ""
+    version: str = ""
+    bulk: str = ""
+    domain: str = ""
+    alive: bool = True
+    heard: bool = False
+    down_since: float | None = None
+    budget_bytes: int = 0
+    arena_bytes: int = 0
+    resident_bytes: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+    persist_every_steps: int = 0
+    persist_every_s: float = 0.0
+    slots: dict[SlotKey, control.SlotRef] = field(default_factory=dict)
+    parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
+
+    @property
+    def connected(self) -> bool:
+        return self.session is not None
+
+    def holds_job(self, job: str) -> bool:
+        return any(key[0] == job for key in self.slots) or any(key[0] == job for key in self.parities)
+
+    def add(self, slots: Iterator[control.SlotRef], parities: Iterator[control.ParityRef]) -> None:
+        for slot in slots:
+            self.slots[slot_key(slot)] = slot
+        for parity in parities:
+            self.parities[parity_key(parity)] = parity
+
+
+class Inventory:
+    """All nodes, by id and by session."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._sessions: dict[SessionId, Node] = {}
+
+    def remember(self, node_id: str) -> None:
+        """A node that must exist somewhere: wait for its hello, or for its lease."""
+        self.nodes.setdefault(node_id, Node(node_id=node_id))
+
+    def of_session(self, session: SessionId) -> Node | None:
+        return self._sessions.get(session)
+
+    def get(self, node_id: str) -> Node | None:
+        return self.nodes.get(node_id)
+
+    def session_of(self, node_id: str) -> SessionId | None:
+        node = self.nodes.get(node_id)
+        return None if node is None else node.session
+
+    def alive(self, node_id: str) -> bool:
+        node = self.nodes.get(node_id)
+        return node is not None and node.alive
+
+    def connected(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.connected]
+
+    def hello(self, session: SessionId, hello: control.NodeHello) -> tuple[Node, SessionId | None, bool]:
+        """Take the hello in. Return the node, its older session if it had one, and whether its daemon is a new one."""
+        node = self.nodes.setdefault(hello.node_id, Node(node_id=hello.node_id))
+        older = node.session if node.session not in (None, session) else None
+        if older is not None:
+            self._sessions.pop(older, None)
+        restarted = node.nonce not in ("", hello.nonce)
+        node.session, node.nonce, node.version = session, hello.nonce, hello.version
+        node.bulk, node.domain = hello.bulk_address, hello.domain
+        node.alive, node.heard, node.down_since = True, True, None
+        node.budget_bytes = hello.budget_bytes
+        node.persist_every_steps, node.persist_every_s = hello.persist_every_steps, hello.persist_every_s
+        node.slots, node.parities = {}, {}
+        node.add(iter(hello.slots), iter(hello.parities))
+        self._sessions[session] = node
+        return node, older, restarted
+
+    def session_ended(self, session: SessionId, now: float) -> Node | None:
+        """Start the lease of the session's node; None when the session is not a node's newest."""
+        node = self._sessions.pop(session, None)
+        if node is not None:
+            node.session, node.down_since = None, now
+        return node
+
+    def expire(self, now: float, lease_s: float, grace_s: float) -> list[Node]:
+        """Declare nodes dead whose lease is over; what they held is lost. Return them."""
+        dead = []
+        for node in self.nodes.values():
+            if node.connected or not node.alive:
+                continue
+            if node.down_since is None:
+                node.down_since = now
+            if now - node.down_since >= (lease_s if node.heard else max(lease_s, grace_s)):
+                node.alive = False
+                node.slots, node.parities = {}, {}
+                dead.append(node)
+        return dead
+
+    def absent(self, job: str, node_ids: frozenset[str]) -> list[str]:
+        """Nodes that may still come back with something of the job: alive, but without a session."""
+        return sorted(
+            node.node_id
+            for node in self.nodes.values()
+            if node.alive and not node.connected and (not node.heard or node.node_id in node_ids or node.holds_job(job))
+        )
+
+    def peers(self, node_ids: Iterator[str] | list[str]) -> list[control.PeerAddress]:
+        found = []
+        for node_id in dict.fromkeys(node_ids):
+            node = self.nodes.get(node_id)
+            if node is not None and node.bulk:
+                found.append(control.PeerAddress(node_id=node_id, bulk=node.bulk))
+        return found
+
+    def remove(self, node: Node, change: control.InventoryChange) -> None:
+        for slot in change.slots_removed:
+            node.slots.pop(slot_key(slot), None)
+        for parity in change.parities_removed:
+            node.parities.pop(parity_key(parity), None)
+
+    def drop_job(self, job: str) -> None:
+        for node in self.nodes.values():
+            node.slots = {key: ref for key, ref in node.slots.items() if key[0] != job}
+            node.parities = {key: ref for key, ref in node.parities.items() if key[0] != job}

@@ -1,0 +1,213 @@
+"""
+What a node knows: its workers, its jobs, its slots. Plain records; `core` and `core_slots` decide over them.
+
+The life of a slot::
+
+    CREATING -> FREE -> GRANTED -> SEALING -> SEALED -> VOIDING -> FREE
+                                      a rebuilt slot begins as SEALED; any state but CREATING may end in DeleteSlot
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from snapshotd.daemon.events import (
+    Count,
+    Effect,
+    NodeSettings,
+    Note,
+    SlotId,
+    ToCoordinator,
+    ToWorker,
+    WorkerConn,
+)
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import worker_pb2 as worker
+
+__all__ = ["JobState", "NodeState", "ParityKey", "Slot", "SnapshotKey", "State", "Worker", "parity_key"]
+
+SnapshotKey: TypeAlias = tuple[int, int]
+"""epoch, step"""
+ParityKey: TypeAlias = tuple[int, int, int, int, int]
+"""epoch, step, group, lane, position; of one job"""
+
+
+def parity_key(ref: control.ParityRef) -> ParityKey:
+    return (ref.set.epoch, ref.set.step, ref.set.group, ref.set.lane, ref.position)
+
+
+class State(Enum):
+    CREATING = "creating"
+    FREE = "free"
+    GRANTED = "granted"
+    SEALING = "sealing"
+    SEALED = "sealed"
+    VOIDING = "voiding"
+
+
+@dataclass(slots=True)
+class Slot:
+    """One slot file. doomed: to be freed as soon as what holds it is over."""
+
+    slot: SlotId
+    job: str
+    rank: int
+    state: State
+    layout_hash: str
+    file_bytes: int
+    path: str = ""
+    conn: WorkerConn | None = None
+    ref: control.SlotRef | None = None
+    shard: control.NodeSealed.Shard | None = None
+    doomed: bool = False
+    rebuilt: bool = False
+
+    @property
+    def key(self) -> SnapshotKey:
+        assert self.ref is not None
+        return (self.ref.epoch, self.ref.step)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker's connection. epoch 0: its launcher did not know, and EpochFormed has not come yet."""
+
+    conn: WorkerConn
+    hello: worker.WorkerHello
+    epoch: int
+    header: bytes = b""
+    layout_hash: str = ""
+    file_bytes: int = 0
+    replica_group: str = ""
+    replica_hash: str = ""
+    layout_request: int | None = None
+    refused_at: float | None = None
+    granted: SlotId | None = None
+    query: tuple[int, float] | None = None
+    last_sealed: int = -1
+    last_digest: str = ""
+    restoring: bool = False
+    first_step_due: bool = False
+    finished: bool = False
+    local_bytes: int = 0
+    remote_bytes: int = 0
+    decoded_bytes: int = 0
+
+    @property
+    def job(self) -> str:
+        return self.hello.job
+
+    @property
+    def rank(self) -> int:
+        return self.hello.rank
+
+    def attached(self) -> control.WorkerAttached:
+        return control.WorkerAttached(
+            job=self.hello.job,
+            epoch=self.epoch,
+            formation=self.hello.formation,
+            rank=self.hello.rank,
+            world_size=self.hello.world_size,
+            local_rank=self.hello.local_rank,
+            nonce=self.hello.nonce,
+            pid=self.hello.pid,
+        )
+
+
+@dataclass(slots=True)
+class JobState:
+    """One job on this node. progress: the highest step that each rank sealed or skipped in the epoch."""
+
+    name: str
+    epoch: int = 0
+    formed: control.EpochFormed | None = None
+    committed: SnapshotKey | None = None
+    line_epoch: int = 0
+    kept: set[SnapshotKey] = field(default_factory=set)
+    min_step: int = 0
+    split: bool = True
+    split_reason: str = ""
+    plan: control.RestorePlan | None = None
+    plan_asked: bool = False
+    building: control.Protect | None = None
+    parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
+    built: set[SnapshotKey] = field(default_factory=set)
+    rebuilding: dict[tuple[int, int, int, int, int, bool, bool], SlotId] = field(default_factory=dict)
+    persisting: set[SnapshotKey] = field(default_factory=set)
+    persisted: dict[SnapshotKey, control.PersistDone] = field(default_factory=dict)
+    sealing_durable: set[SnapshotKey] = field(default_factory=set)
+    durables_done: dict[SnapshotKey, control.PersistSealed] = field(default_factory=dict)
+    progress: dict[int, int] = field(default_factory=dict)
+    assigned: dict[int, str] = field(default_factory=dict)
+
+    def enter(self, epoch: int) -> bool:
+        """Go to a newer epoch: what belonged to the older one's membership is over. False if it is not newer."""
+        if epoch <= self.epoch:
+            return False
+        self.epoch, self.formed, self.plan, self.plan_asked = epoch, None, None, False
+        self.min_step, self.split, self.split_reason = 0, True, ""
+        self.progress, self.assigned, self.built = {}, {}, set()
+        return True
+
+    def ranks_here(self, node_id: str) -> list[int] | None:
+        """Ranks of the epoch on this node, once its membership is complete."""
+        if self.formed is None:
+            return None
+        return [rank for rank, node in enumerate(self.formed.nodes) if node == node_id]
+
+
+class NodeState:
+    """All that the node core knows, and the effects that it collects during one `handle`."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.settings = settings
+        self.now = 0.0
+        self.connected = False
+        self.workers: dict[WorkerConn, Worker] = {}
+        self.jobs: dict[str, JobState] = {}
+        self.slots: dict[SlotId, Slot] = {}
+        self.durables: dict[tuple[str, int, int], control.DurableRef] = {}
+        self.counters: dict[str, int] = {}
+        self.next_slot = 1
+        self._seq = 0
+        self._effects: list[Effect] = []
+
+    def job(self, name: str) -> JobState:
+        return self.jobs.setdefault(name, JobState(name=name))
+
+    def new_slot_id(self) -> SlotId:
+        self.next_slot += 1
+        return SlotId(self.next_slot - 1)
+
+    def do(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+    def count(self, name: str, amount: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + amount
+        self._effects.append(Count(name=name, amount=amount))
+
+    def note(self, stream: str, job: str, text: str, *, epoch: int = 0, step: int = -1) -> None:
+        self._effects.append(Note(stream=stream, job=job, text=text, epoch=epoch, step=step))
+
+    def tell(self, message: control.NodeMessage) -> None:
+        """Say something to the coordinator; without a session it is dropped: the next hello says it all."""
+        if self.connected:
+            self._seq += 1
+            message.seq = self._seq
+            self._effects.append(ToCoordinator(message=message))
+
+    def send(self, conn: WorkerConn, frame: worker.Frame) -> None:
+        if conn in self.workers:
+            self._effects.append(ToWorker(conn=conn, frame=frame))
+
+    def workers_of(self, job: str) -> list[Worker]:
+        return [one for one in self.workers.values() if one.job == job]
+
+    def worker_of(self, job: str, rank: int) -> Worker | None:
+        return next((one for one in self.workers.values() if one.job == job and one.rank == rank), None)
+
+    def take(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
