@@ -158,8 +158,9 @@ class Arena:
         write_record(obj.record_path, data)
         failpoint("arena.after_seal_record")
         with self._lock:
-            if obj.state is not State.OPEN:  # given back meanwhile: a bug of the owner, or the arena is closed
-                obj.record_path.unlink(missing_ok=True)
+            if obj.state is not State.OPEN:
+                if not self._closed:  # a bug of the owner; after close() the record is right, and not ours any more
+                    obj.record_path.unlink(missing_ok=True)
                 raise LocalProtocolError(f"{obj!r} was given back while it was sealed")
             self._index(obj, key, ref, digests)
             old = self._sealed.get(key)
@@ -421,11 +422,8 @@ class Arena:
         room = headroom(self.root)
         with self._lock:
             used, pooled = self._used_bytes, sum(obj.cost_bytes for obj in self._pool)
-        limits = [
-            ("the file system", room.filesystem),
-            ("the control group", room.cgroup),
-            ("the machine", room.machine),
-        ]
+        names = ("the file system", "the control group", "the machine")
+        limits = zip(names, (room.filesystem, room.cgroup, room.machine), strict=True)
         left = ", ".join(f"{name} has {format_bytes(value)}" for name, value in limits if value is not None)
         return (
             f"the budget is {format_bytes(self.budget_bytes)}, {format_bytes(used)} are used "

@@ -319,6 +319,32 @@ def test_dying_around_the_record(site: str, open_arena: Restart) -> None:
     assert (1 if "after" in site else 0) == len(arena.scan())
 
 
+@pytest.mark.parametrize("meanwhile", ["release", "close"])
+def test_giving_back_while_sealing(meanwhile: str, open_arena: Restart, tmp_path: Path) -> None:
+    """A pooled file must never have a record; one that was whole when its daemon stopped must keep it."""
+    arena = open_arena()
+    slot = arena.create_slot(b"x", 1000, job="j")
+    reached, go = tmp_path / "reached", tmp_path / "go"
+    failpoints.configure(f"arena.after_seal_record=touch({reached});arena.after_seal_record=wait({go})")
+    errors: list[BaseException] = []
+
+    def seal() -> None:
+        try:
+            _seal(arena, slot)
+        except LocalProtocolError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=seal)
+    thread.start()
+    failpoints._wait(str(reached))
+    arena.release(slot) if meanwhile == "release" else arena.close()
+    go.touch()
+    thread.join(10)
+    assert len(errors) == 1
+    assert (meanwhile == "close") == slot.record_path.exists()
+    assert (meanwhile == "close") == (len(open_arena().scan()) == 1)
+
+
 def test_sealing_what_does_not_belong_together(arena: Arena) -> None:
     slot = arena.create_slot(b"x", CHUNK_BYTES)
     digests = chunk_digests(slot.view, CHUNK_BYTES)
