@@ -27,7 +27,17 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-__all__ = ["CoordinatorSettings", "DaemonSettings", "Setting", "ToolSettings", "add_flags", "load", "table", "variable"]
+__all__ = [
+    "CoordinatorSettings",
+    "DaemonSettings",
+    "Setting",
+    "ToolSettings",
+    "add_flags",
+    "defaults",
+    "load",
+    "table",
+    "variable",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +79,7 @@ _TLS_CERT = Setting(parse=str, default="", doc="PEM certificate of this process,
 _TLS_KEY = Setting(parse=str, default="", doc="PEM key of the certificate", metavar="FILE")
 _TLS_CA = Setting(parse=str, default="", doc="PEM certificate of the authority that signs all nodes", metavar="FILE")
 _LOG_LEVEL = Setting(parse=str.upper, default="INFO", doc="DEBUG, INFO, WARNING or ERROR", metavar="LEVEL")
-_COORDINATOR = Setting(
-    parse=str, default="127.0.0.1:7070", doc="the coordinator's address", metavar="HOST:PORT"
-)
+_COORDINATOR = Setting(parse=str, default="127.0.0.1:7070", doc="the coordinator's address", metavar="HOST:PORT")
 
 _COORDINATOR_TABLE: dict[str, Setting] = {
     "listen": Setting(parse=str, default="127.0.0.1:7070", doc="address to serve on", metavar="HOST:PORT"),
@@ -124,12 +132,20 @@ _DAEMON_TABLE: dict[str, Setting] = {
         doc="the coordinator's address; none: this daemon runs one of its own, for one node",
         metavar="HOST:PORT",
     ),
-    "node_id": Setting(parse=str, default=socket.gethostname(), doc="this node's name, unique in the cluster", metavar="NAME"),
+    "node_id": Setting(
+        parse=str, default=socket.gethostname(), doc="this node's name, unique in the cluster", metavar="NAME"
+    ),
     "listen": Setting(
-        parse=str, default="127.0.0.1:0", doc="address of the bulk listener that other daemons reach", metavar="HOST:PORT"
+        parse=str,
+        default="127.0.0.1:0",
+        doc="address of the bulk listener that other daemons reach",
+        metavar="HOST:PORT",
     ),
     "advertise": Setting(
-        parse=str, default="", doc="host that others reach the bulk listener at, when not that of --listen", metavar="HOST"
+        parse=str,
+        default="",
+        doc="host that others reach the bulk listener at, when not that of --listen",
+        metavar="HOST",
     ),
     "socket": Setting(parse=_path, default=None, doc="Unix socket for this node's workers", metavar="PATH"),
     "arena": Setting(parse=_path, default=None, doc="directory in tmpfs for slots and parity", metavar="DIR"),
@@ -143,16 +159,26 @@ _DAEMON_TABLE: dict[str, Setting] = {
         metavar="N",
     ),
     "capture_every": Setting(parse=_at_least(1), default=1, doc="capture every n-th step", metavar="N"),
-    "domain": Setting(parse=str, default="", doc="failure domain (rack, zone); groups spread over them", metavar="NAME"),
-    "persist": Setting(parse=str, default="", doc="directory for durable snapshots, the same for all nodes", metavar="DIR"),
+    "domain": Setting(
+        parse=str, default="", doc="failure domain (rack, zone); groups spread over them", metavar="NAME"
+    ),
+    "persist": Setting(
+        parse=str, default="", doc="directory for durable snapshots, the same for all nodes", metavar="DIR"
+    ),
     "persist_every": Setting(parse=_at_least(0), default=0, doc="persist every n-th step; 0: never", metavar="STEPS"),
     "persist_minutes": Setting(
-        parse=_at_least(0, float), default=0.0, doc="persist when that many minutes have passed; 0: never", metavar="MIN"
+        parse=_at_least(0, float),
+        default=0.0,
+        doc="persist when that many minutes have passed; 0: never",
+        metavar="MIN",
     ),
     "persist_keep": Setting(parse=_at_least(1), default=2, doc="durable snapshots to keep", metavar="K"),
     "codec": Setting(parse=str, default="auto", doc="auto, isal or zfec", metavar="NAME"),
     "scrub_rate": Setting(
-        parse=parse_bytes, default=64 << 20, doc="bytes per second to re-verify in the background; 0: off", metavar="BYTES"
+        parse=parse_bytes,
+        default=64 << 20,
+        doc="bytes per second to re-verify in the background; 0: off",
+        metavar="BYTES",
     ),
     "tls_cert": _TLS_CERT,
     "tls_key": _TLS_KEY,
@@ -280,7 +306,9 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[S]) -> None:
         if setting.parse is _flag:
             parser.add_argument(option, action="store_const", const="true", default=None, help=setting.doc)
         else:
-            parser.add_argument(option, default=None, metavar=setting.metavar, help=(setting.doc + shown).replace("%", "%%"))
+            parser.add_argument(
+                option, default=None, metavar=setting.metavar, help=(setting.doc + shown).replace("%", "%%")
+            )
     parser.add_argument("--config", default=None, metavar="FILE", help="TOML file with settings")
 
 
@@ -305,6 +333,11 @@ def load(kind: type[S], flags: argparse.Namespace, section: str, environ: Mappin
         else:
             values[name] = setting.default
     return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def defaults(kind: type[S], **values: Any) -> S:
+    """The settings of a command when nobody says anything but `values`."""
+    return kind(**{name: values.get(name, setting.default) for name, setting in table(kind).items()})
 
 
 def _parsed(setting: Setting, text: str, source: str) -> Any:

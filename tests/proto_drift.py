@@ -25,11 +25,7 @@ def drift() -> list[str]:
         committed = ROOT / "snapshotd" / "v1"
         wanted = set(fresh) - NOT_COMMITTED
         there = {path.name for path in committed.iterdir() if "_pb2" in path.name and path.suffix in (".py", ".pyi")}
-        differing = {
-            name
-            for name in wanted & there
-            if not filecmp.cmp(fresh[name], committed / name, shallow=False)
-        }
+        differing = {name for name in wanted & there if not filecmp.cmp(fresh[name], committed / name, shallow=False)}
     return sorted(differing | (wanted ^ there))
 
 

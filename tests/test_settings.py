@@ -22,12 +22,12 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     file.write_text("[daemon]\nbudget = '1GiB'\ngenerations = 5\ndomain = 'rack1'\n")
     environ = {"SNAPSHOTD_BUDGET": "2GiB", "SNAPSHOTD_GENERATIONS": "4"}
     settings = daemon("--budget", "3GiB", "--config", str(file), environ=environ)
-    assert (3 << 30, 4, "rack1", 1) == (
+    assert (
         settings.budget,
         settings.generations,
         settings.domain,
         settings.capture_every,
-    )
+    ) == (3 << 30, 4, "rack1", 1)
 
 
 @pytest.mark.parametrize("kind", [CoordinatorSettings, DaemonSettings, ToolSettings])
@@ -71,6 +71,6 @@ def test_half_a_tls_is_refused() -> None:
 
 
 def test_three_generations_when_snapshots_are_persisted(tmp_path: Path) -> None:
-    assert 2 == daemon().slot_generations
-    assert 3 == daemon("--persist", str(tmp_path), "--persist-every", "10").slot_generations
-    assert 4 == daemon("--persist", str(tmp_path), "--persist-every", "10", "--generations", "4").slot_generations
+    assert daemon().slot_generations == 2
+    assert daemon("--persist", str(tmp_path), "--persist-every", "10").slot_generations == 3
+    assert daemon("--persist", str(tmp_path), "--persist-every", "10", "--generations", "4").slot_generations == 4

@@ -7,7 +7,14 @@ from typing import TypeVar
 
 import grpc
 
-from snapshotd.errors import AccessDenied, PeerUnreachable, RemoteProtocolError, SnapshotdError, Unrecoverable, UsageError
+from snapshotd.errors import (
+    AccessDenied,
+    PeerUnreachable,
+    RemoteProtocolError,
+    SnapshotdError,
+    Unrecoverable,
+    UsageError,
+)
 from snapshotd.rpc import open_channel
 from snapshotd.settings import ToolSettings
 from snapshotd.v1 import control_pb2_grpc as control_grpc

@@ -147,7 +147,9 @@ def _show(found: dict[str, Any]) -> None:
     if "bytes" in found:
         console.print(f"{'bytes':>10}: {format_bytes(found['bytes'])}", highlight=False)
     if "verified_bytes" in found:
-        console.print(f"{'verified':>10}: {format_bytes(found['verified_bytes'])}, every digest matches", highlight=False)
+        console.print(
+            f"{'verified':>10}: {format_bytes(found['verified_bytes'])}, every digest matches", highlight=False
+        )
     if "snapshots" in found:
         table = Table("job", "epoch", "step", "world", "path")
         for snapshot in found["snapshots"]:

@@ -17,7 +17,9 @@ def configure_logging(level: str) -> None:
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise UsageError(f"--log-level {level!r} is not known; use DEBUG, INFO, WARNING or ERROR")
     logging.basicConfig(
-        stream=sys.stderr, level=level, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+        level=level,
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
         datefmt="%H:%M:%S",
     )
 

@@ -51,7 +51,9 @@ class Store:
                 f"{self.path} cannot be opened ({error}); is another coordinator running with --state {directory}?"
             ) from error
         except sqlite3.DatabaseError as error:
-            raise FormatError(f"{self.path} is not a coordinator's store ({error}); move it away to begin anew") from error
+            raise FormatError(
+                f"{self.path} is not a coordinator's store ({error}); move it away to begin anew"
+            ) from error
         self._sync: bool | None = None
 
     def remembered(self) -> Iterator[tuple[str, str, str]]:

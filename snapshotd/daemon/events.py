@@ -267,11 +267,12 @@ class ServeRestore:
     """
     Work off a RestoreQuery (write the manifest) or a RestoreWant (assemble the bytes) under the plan.
 
-    Ends in RestoreServed.
+    Ends in RestoreServed. rank, world_size: of the epoch that restores.
     """
 
     conn: WorkerConn
     rank: int
+    world_size: int
     plan: control.RestorePlan
     frame: worker.Frame
 

@@ -85,7 +85,7 @@ class CoordinatorLink:
                 except grpc.RpcError as error:
                     if not warned:
                         warned = True
-                        details = getattr(error, "details", lambda: error)()
+                        details = _words(error)
                         log.warning("no coordinator at %s (%s); trying on", self.address, details)
                 finally:
                     call.cancel()
@@ -101,3 +101,7 @@ class CoordinatorLink:
 async def _messages(outbox: asyncio.Queue[control.NodeMessage | None]) -> AsyncIterator[control.NodeMessage]:
     while (message := await outbox.get()) is not None:
         yield message
+
+
+def _words(error: grpc.RpcError) -> str:
+    return str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from snapshotd.arena.arena import Arena, SlotFile
+from snapshotd.arena import Arena, SlotFile
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
 from snapshotd.daemon.link import CoordinatorLink
@@ -68,6 +68,9 @@ class DaemonService:
         # Sealing is on the way of every step and must not queue behind long work.
         self._sealing = ThreadPoolExecutor(max_workers=4, thread_name_prefix="seal")
         self._working = ThreadPoolExecutor(max_workers=8, thread_name_prefix="work")
+        self._scrubbing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrub")
+        # A restore may wait for a rebuild, which must find a thread.
+        self._restoring = ThreadPoolExecutor(max_workers=16, thread_name_prefix="restore")
         self._parity_cancels: dict[tuple[str, int, int], threading.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._counters: Counter[str] = Counter()
@@ -102,6 +105,9 @@ class DaemonService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._sealing.shutdown(wait=True, cancel_futures=True)
         self._working.shutdown(wait=True, cancel_futures=True)
+        self._restoring.shutdown(wait=True, cancel_futures=True)
+        self._scrubbing.shutdown(wait=True, cancel_futures=True)
+        self._orders.close()
 
     # ---------------------------------------------------------------- facts
 
@@ -136,7 +142,7 @@ class DaemonService:
     async def _scrub(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            await self._in_thread(self._working, self._orders.scrub, self._scrub_rate)
+            await self._in_thread(self._scrubbing, self._orders.scrub, self._scrub_rate)
 
     def _handle(self, event: events.Event) -> None:
         try:
@@ -214,7 +220,13 @@ class DaemonService:
                 ending = events.PersistSealFinished(done=sealed)
             case events.ServeRestore():
                 frame = await self._in_thread(
-                    self._working, self._orders.serve_restore, order.conn, order.rank, order.plan, order.frame
+                    self._restoring,
+                    self._orders.serve_restore,
+                    order.conn,
+                    order.rank,
+                    order.world_size,
+                    order.plan,
+                    order.frame,
                 )
                 ending = events.RestoreServed(conn=order.conn, frame=frame)
             case _:

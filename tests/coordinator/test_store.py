@@ -26,9 +26,9 @@ def test_rows_survive_reopening(tmp_path: Path) -> None:
     store.close()
 
     store = Store(tmp_path)
-    assert [("j", "epoch", "1"), ("other", "x", "1")] == list(store.remembered())
+    assert list(store.remembered()) == [("j", "epoch", "1"), ("other", "x", "1")]
     store.apply([Delete(job="other", key=None)])
-    assert [("j", "epoch", "1")] == list(store.remembered())
+    assert list(store.remembered()) == [("j", "epoch", "1")]
     store.close()
 
 
@@ -45,10 +45,10 @@ def test_rows_survive_a_kill(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ})
-    assert -signal.SIGKILL == ended.returncode
+    assert ended.returncode == -signal.SIGKILL
 
     store = Store(tmp_path)
-    assert [("j", "commit", "49")] == list(store.remembered())
+    assert list(store.remembered()) == [("j", "commit", "49")]
     store.close()
 
 
@@ -56,7 +56,7 @@ def test_a_batch_is_all_or_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(Exception, match="NOT NULL"):
         store.apply([put("a", "1"), Put(job="j", key="b", value=None, sync=False)])  # type: ignore[arg-type]
-    assert [] == list(store.remembered())
+    assert list(store.remembered()) == []
     store.close()
 
 
@@ -78,16 +78,16 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_file_is_private(tmp_path: Path) -> None:
     Store(tmp_path / "state").close()
-    assert 0o600 == (tmp_path / "state" / "coordinator.sqlite").stat().st_mode & 0o777
-    assert 0o700 == (tmp_path / "state").stat().st_mode & 0o777
+    assert (tmp_path / "state" / "coordinator.sqlite").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
 
 
 def test_key_values_are_kept_apart_from_the_core_and_old_epochs_go(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.apply([put("kv/1/a", "x"), put("kv/2/a", "y"), put("epoch", "2")])
-    assert [("j", "epoch", "2")] == list(store.remembered())
-    assert {"kv/2/a": "y"} == store.key_values("j", "kv/2/")
+    assert list(store.remembered()) == [("j", "epoch", "2")]
+    assert store.key_values("j", "kv/2/") == {"kv/2/a": "y"}
     store.delete_prefix("j", "kv/", but="kv/2/")
-    assert {} == store.key_values("j", "kv/1/")
-    assert {"kv/2/a": "y"} == store.key_values("j", "kv/2/")
+    assert store.key_values("j", "kv/1/") == {}
+    assert store.key_values("j", "kv/2/") == {"kv/2/a": "y"}
     store.close()
