@@ -322,7 +322,7 @@ class NodeCore:
             self.state.send(one.conn, worker.Frame(request_id=frame.request_id, restore_ready=ready))
             return
         one.restoring = True
-        self.state.do(ServeRestore(conn=one.conn, rank=one.rank, plan=job.plan, frame=frame))
+        self.state.do(ServeRestore(conn=one.conn, rank=one.rank, world_size=one.world_size, plan=job.plan, frame=frame))
 
     def _on_restore_served(self, conn: WorkerConn, frame: worker.Frame) -> None:
         one = self.state.workers.get(conn)
@@ -381,8 +381,7 @@ class NodeCore:
         self.state.count("corrupt_objects")
         if event.slot is not None:
             slot = self.state.slots.get(event.slot)
-            same = slot is not None and slot.ref is not None and (event.ref is None or slot.ref == event.ref)
-            if slot is not None and same:
+            if slot is not None and slot.state is State.SEALED and (event.ref is None or slot.ref == event.ref):
                 self.state.note("integrity", slot.job, f"slot of rank {slot.rank} is corrupt: {event.detail}")
                 self.slots.lost(slot)
                 self.slots.serve(self.state.job(slot.job))

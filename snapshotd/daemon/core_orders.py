@@ -204,11 +204,28 @@ class Orders:
             if (job.building.epoch, job.building.step) == key:
                 return
             self._slots.cancel_build(job)
+        self._build(job, protect)
+
+    def _build(self, job: JobState, protect: control.Protect) -> None:
+        if (protect.epoch, protect.step) in job.cancelling:
+            # The cancelled build of the same step has not ended yet.
+            job.build_next = protect
+            return
         job.building = protect
         self._state.do(BuildParity(protect=protect))
 
+    def _after_cancel(self, job: JobState, key: SnapshotKey) -> control.Protect | None:
+        """A cancelled build has ended; return the same step's Protect that came meanwhile."""
+        job.cancelling.discard(key)
+        following = job.build_next
+        if following is None or (following.epoch, following.step) != key:
+            return None
+        job.build_next = None
+        return following
+
     def on_parity_finished(self, event: ParityFinished) -> None:
         job, key = self._state.job(event.job), (event.epoch, event.step)
+        self._after_cancel(job, key)
         wanted = any(slot.key == key for slot in self._slots.sealed(event.job))
         if job.building is not None and (job.building.epoch, job.building.step) == key:
             job.building = None
@@ -225,6 +242,11 @@ class Orders:
 
     def on_parity_aborted(self, event: ParityAborted) -> None:
         job = self._state.job(event.job)
+        if (event.epoch, event.step) in job.cancelling:
+            following = self._after_cancel(job, (event.epoch, event.step))
+            if following is not None and following.epoch == job.epoch:
+                self._on_protect(job, following)
+            return
         building = job.building
         if building is None or (building.epoch, building.step) != (event.epoch, event.step):
             return
@@ -428,7 +450,9 @@ class Orders:
         if kind is None:
             one.restoring = True
             frame = worker.Frame(request_id=request_id, restore_query=worker.RestoreQuery())
-            self._state.do(ServeRestore(conn=one.conn, rank=one.rank, plan=plan, frame=frame))
+            self._state.do(
+                ServeRestore(conn=one.conn, rank=one.rank, world_size=one.world_size, plan=plan, frame=frame)
+            )
             return
         if plan.kind == control.RESTORE_KIND_FRESH:
             one.first_step_due = True

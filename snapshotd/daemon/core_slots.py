@@ -285,8 +285,9 @@ class Slots:
 
     def cancel_build(self, job: JobState) -> None:
         if job.building is not None:
+            job.cancelling.add((job.building.epoch, job.building.step))
             self._state.do(CancelParity(job=job.name, epoch=job.building.epoch, step=job.building.step))
-            job.building = None
+        job.building = job.build_next = None
 
     def drop_orphans(self, job: JobState) -> None:
         """Free slots of ranks that do not run here any more; the ranks that do may adopt those of their layout."""
@@ -302,10 +303,9 @@ class Slots:
                 self.release(slot)
 
     def lost(self, slot: Slot) -> None:
-        """The bytes are bad: an erasure from now on."""
-        if slot.state is State.SEALED and slot.ref is not None:
-            change = control.InventoryChange(slots_removed=[slot.ref], reason="corrupt")
-            self._state.tell(control.NodeMessage(inventory_change=change))
+        """The bytes of a sealed slot are bad: an erasure from now on."""
+        change = control.InventoryChange(slots_removed=[slot.ref] if slot.ref is not None else [], reason="corrupt")
+        self._state.tell(control.NodeMessage(inventory_change=change))
         self._delete(slot)
 
     def adopt(self, recovered: Iterable[tuple[SlotId, control.SlotRef, str]]) -> None:

@@ -103,6 +103,10 @@ class Worker:
     def rank(self) -> int:
         return self.hello.rank
 
+    @property
+    def world_size(self) -> int:
+        return self.hello.world_size
+
     def attached(self) -> control.WorkerAttached:
         return control.WorkerAttached(
             job=self.hello.job,
@@ -132,6 +136,8 @@ class JobState:
     plan: control.RestorePlan | None = None
     plan_asked: bool = False
     building: control.Protect | None = None
+    cancelling: set[SnapshotKey] = field(default_factory=set)
+    build_next: control.Protect | None = None
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
     built: set[SnapshotKey] = field(default_factory=set)
     rebuilding: dict[tuple[int, int, int, int, int, bool, bool], SlotId] = field(default_factory=dict)
