@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -101,14 +102,18 @@ class RankFile:
         self.read_into(begin, memoryview(result))
         return bytes(result)
 
-    def verify(self, cancel: threading.Event | None = None) -> int:
-        """Read the whole file once, and return its bytes; CorruptionError for the first one that is wrong."""
+    def verify(self, pace: Callable[[int], None] | None = None) -> int:
+        """
+        Read the whole file once, and return its bytes; CorruptionError for the first one that is wrong.
+
+        ``pace`` is called with the bytes of each piece of 4 MiB: it may sleep, show progress, or raise to stop.
+        """
         buffer = memoryview(bytearray(min(_READ_BYTES, self.file_bytes)))
         for begin in range(0, self.file_bytes, _READ_BYTES):
-            if cancel is not None and cancel.is_set():
-                raise InterruptedError(f"verifying {self.path} was cancelled")
             with buffer[: min(_READ_BYTES, self.file_bytes - begin)] as part:
                 self._read_chunks(begin, part)
+                if pace is not None:
+                    pace(part.nbytes)
         return self.file_bytes
 
     def meta(self) -> bytes:
@@ -200,9 +205,9 @@ class DurableSnapshot:
                 file = self._files[rank] = RankFile(self.path, rank, self.marker)
             return file
 
-    def verify(self, cancel: threading.Event | None = None) -> int:
+    def verify(self, pace: Callable[[int], None] | None = None) -> int:
         """Read everything once, and return the number of bytes; CorruptionError for the first one that is wrong."""
-        return sum(self.rank_file(rank).verify(cancel) for rank in range(self.world_size))
+        return sum(self.rank_file(rank).verify(pace) for rank in range(self.world_size))
 
     def close(self) -> None:
         with self._lock:

@@ -32,7 +32,15 @@ from snapshotd.errors import CorruptionError, FormatError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["RankWriter", "make_directories", "prune", "snapshot_path", "write_atomic", "write_marker"]
+__all__ = [
+    "RankWriter",
+    "make_directories",
+    "prune",
+    "remove_temporaries",
+    "snapshot_path",
+    "write_atomic",
+    "write_marker",
+]
 
 _OURS: Final = re.compile(r"(rank-[0-9]{6,}\.(safetensors|json)|snapshot\.json)(\.[0-9a-f]{16}\.tmp)?\Z")
 
@@ -159,6 +167,15 @@ def prune(
     for path in leftovers:
         _remove_snapshot(path, note)
     return removed
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what interrupted attempts left in a snapshot directory. Nobody may be writing to it."""
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(".tmp") and _OURS.match(entry.name)]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(directory / name)
 
 
 def fsync_directory(path: Path) -> None:

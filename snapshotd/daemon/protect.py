@@ -1,0 +1,181 @@
+"""
+Protect: compute this node's part of the parity of a step that all ranks have sealed.
+
+Each member of a parity group holds the parity of m of the n stripes. It pulls the k data units of each from the other
+members, window by window, and encodes them while it receives the next. So each node sends m times its own data, and
+receives as much, whatever the size of the group.
+
+Rule 1: what is encoded is verified as it is read. A bit that flipped since the seal must not end up in the parity,
+where nobody would find it before the day it is needed.
+Rule 2: parity is sealed whole or not at all, and its record says all that is needed to decode.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from snapshotd.arena import Arena, ParityFile, parity_key
+from snapshotd.daemon.cancel import check_cancel
+from snapshotd.daemon.seal import digests_of
+from snapshotd.daemon.sources import Source, Sources
+from snapshotd.daemon.windows import WINDOW_BYTES, Input, WindowPump
+from snapshotd.erasure import Codec, ParityRow, StripeGeometry
+from snapshotd.errors import UsageError
+from snapshotd.failpoints import failpoint
+from snapshotd.layout import root_digest
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["build_parity", "check_stripe_set", "clear_gaps", "geometry_of", "seal_parity"]
+
+
+def build_parity(
+    protect: control.Protect,
+    node_id: str,
+    arena: Arena,
+    sources: Sources,
+    codec: Codec,
+    cancel: threading.Event | None = None,
+) -> list[control.ParityRef]:
+    """
+    Build and seal the parity files of ``node_id`` for all stripe sets that it is a member of.
+
+    What is there already is not built again. On any error, and when ``cancel`` is set (Cancelled), nothing that was
+    built by this call stays. SourceFailed says which member could not be read, and why.
+    """
+    failpoint("daemon.before_encode")
+    sources.learn(protect.peers)
+    built: list[ParityFile] = []
+    refs: list[control.ParityRef] = []
+    try:
+        for stripe_set in protect.sets:
+            if (stripe_set.job, stripe_set.epoch, stripe_set.step) != (protect.job, protect.epoch, protect.step):
+                raise UsageError(f"a stripe set of step {stripe_set.step} in an order for step {protect.step}")
+            for position, member in enumerate(stripe_set.members):
+                if member.node_id == node_id and stripe_set.m > 0:
+                    refs.append(_build(stripe_set, position, arena, sources, codec, cancel, built))
+    except BaseException:
+        for parity in built:
+            arena.release(parity)
+        raise
+    return refs
+
+
+def geometry_of(stripe_set: control.StripeSet) -> StripeGeometry:
+    """Return the geometry of a stripe set. LayoutError where there is none with these members and this m."""
+    return StripeGeometry([member.slot.file_bytes for member in stripe_set.members], stripe_set.m)
+
+
+def check_stripe_set(stripe_set: control.StripeSet) -> None:
+    """Raise UsageError for members that do not belong to the set's step."""
+    for position, member in enumerate(stripe_set.members):
+        slot = member.slot
+        if slot.file_bytes and (slot.job, slot.epoch, slot.step) != (stripe_set.job, stripe_set.epoch, stripe_set.step):
+            raise UsageError(
+                f"member {position} of the stripe set is of job {slot.job!r}, epoch {slot.epoch}, step {slot.step}; "
+                f"the set is of job {stripe_set.job!r}, epoch {stripe_set.epoch}, step {stripe_set.step}"
+            )
+
+
+def seal_parity(
+    arena: Arena,
+    parity: ParityFile,
+    stripe_set: control.StripeSet,
+    position: int,
+    cancel: threading.Event | None,
+) -> control.ParityRef:
+    """Hash a parity file whose bytes are all there, and write its record."""
+    digests = digests_of(parity.view, parity.file_bytes, cancel)
+    ref = control.ParityRef(
+        set=stripe_set, position=position, file_bytes=parity.file_bytes, root_digest=root_digest(digests)
+    )
+    failpoint("daemon.after_encode")
+    arena.seal(parity, ref, digests)
+    return ref
+
+
+def clear_gaps(parity: ParityFile, rows: list[ParityRow]) -> None:
+    """Between rows are some bytes that belong to none; a file from the pool has somebody's old bytes there."""
+    end = 0
+    for row in rows:
+        if row.length:
+            parity.view[end : row.offset] = bytes(row.offset - end)
+            end = row.offset + row.length
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    row: ParityRow
+    begin: int  # in the row
+    end: int
+
+
+def _build(
+    stripe_set: control.StripeSet,
+    position: int,
+    arena: Arena,
+    sources: Sources,
+    codec: Codec,
+    cancel: threading.Event | None,
+    built: list[ParityFile],
+) -> control.ParityRef:
+    check_stripe_set(stripe_set)
+    geometry = geometry_of(stripe_set)
+    wanted = control.ParityRef(set=stripe_set, position=position, file_bytes=geometry.parity_bytes(position))
+    existing = arena.find(parity_key(wanted))
+    if isinstance(existing, ParityFile) and existing.ref is not None and existing.ref.set == stripe_set:
+        found = existing.ref
+        if not arena.verify(existing):
+            return found  # the order came twice
+    check_cancel(cancel, "encoding")
+    parity = arena.create_parity(wanted, wanted.file_bytes)
+    built.append(parity)
+    rows = geometry.parity_rows(position)
+    clear_gaps(parity, rows)
+    needed = {p for row in rows for p in geometry.contributors(row.stripe) if geometry.lengths[p]}
+    with ExitStack() as stack:
+        members: dict[int, Source] = {}
+        for p in sorted(needed):
+            member = stripe_set.members[p]
+            members[p] = stack.enter_context(closing(sources.slot(member.slot, member.node_id, cancel)))
+        _encode(geometry, rows, parity, members, codec, cancel)
+    return seal_parity(arena, parity, stripe_set, position, cancel)
+
+
+def _encode(
+    geometry: StripeGeometry,
+    rows: list[ParityRow],
+    parity: ParityFile,
+    members: dict[int, Source],
+    codec: Codec,
+    cancel: threading.Event | None,
+) -> None:
+    windows = list(_windows(rows))
+    inputs = [_inputs(geometry, window, members) for window in windows]
+
+    def encode(index: int, views: list[memoryview]) -> None:
+        window = windows[index]
+        row = window.row
+        with parity.view[row.offset + window.begin : row.offset + window.end] as out:
+            codec.encode_row(geometry.k, geometry.m, row.row, views, out)
+        failpoint("daemon.mid_encode")
+
+    with WindowPump(geometry.k, cancel) as pump:
+        pump.run(inputs, encode)
+
+
+def _windows(rows: list[ParityRow]) -> Iterator[_Window]:
+    for row in rows:
+        for begin in range(0, row.length, WINDOW_BYTES):
+            yield _Window(row, begin, min(begin + WINDOW_BYTES, row.length))
+
+
+def _inputs(geometry: StripeGeometry, window: _Window, members: dict[int, Source]) -> list[Input]:
+    inputs: list[Input] = []
+    for contributor in geometry.contributors(window.row.stripe):
+        begin, end = geometry.unit_range(contributor, window.row.stripe)
+        first, last = min(begin + window.begin, end), min(begin + window.end, end)
+        inputs.append(Input(members.get(contributor), first, last))
+    return inputs

@@ -1,0 +1,485 @@
+"""
+Restore: tell a worker what its source has, and put the bytes that it wants where it can map them.
+
+One ``Restore`` serves all ranks of this node under one plan: the layouts of all source ranks are read once.
+
+Rule 1: what lies in one piece in a slot of this node is answered in place, under lease until it is released. All else
+goes into one buffer per request: from local slots by memory copy, from peers and durable files by verified ranges.
+Rule 2: a corrupt source is reported and refused. The slot can be decoded; wrong bytes cannot be taken back.
+Rule 3: rank-private tensors come from the source rank of the same number (modulo the source's world size). With
+another world size that is a guess for "param" and "optim": it is made only if all source ranks agree on the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Final, TypeAlias
+
+import xxhash
+
+from snapshotd.arena import Arena, BufferFile, Lease, SealableFile
+from snapshotd.daemon.cancel import check_cancel
+from snapshotd.daemon.gather import gather
+from snapshotd.daemon.sources import DurableSource, LocalSource, Piece, Source, Sources
+from snapshotd.durable import DurableSnapshot, open_snapshot
+from snapshotd.errors import FormatError, LayoutError, LocalProtocolError, Unrecoverable, UsageError
+from snapshotd.failpoints import failpoint
+from snapshotd.layout import CHUNK_BYTES, Box, Layout, TensorBox, header_length
+from snapshotd.layout.header import decode_json
+from snapshotd.reshard import Copy, SourceShard, TargetShard, apply_copy, plan
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import worker_pb2 as worker
+
+__all__ = ["MAX_BATCH_BYTES", "Batch", "Restore", "open_plan"]
+
+MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
+"""Of one request, not counting what is answered in place: bounds the buffers of a restore."""
+
+_ALIGN_BYTES: Final = 64
+"""Of each want in a buffer: the worker makes tensors of any element type on it."""
+
+_MAX_THREADS: Final = 8
+
+_HEADER_GUESS_BYTES: Final = CHUNK_BYTES
+"""Read at once from each source: the header of a thousand tensors, and a digest chunk is fetched whole anyway."""
+
+_GUESSED_KINDS: Final = frozenset({"param", "optim"})
+
+
+_Held: TypeAlias = Lease[SealableFile] | BufferFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """
+    The answer to one request: wants[i] lies at ``offsets[i]`` of ``paths[files[i]]``. Valid until it is released.
+
+    local_bytes, remote_bytes: where the wanted bytes came from. fetched_bytes: what that took, in whole chunks.
+    """
+
+    batch_id: int
+    paths: tuple[str, ...]
+    files: tuple[int, ...]
+    offsets: tuple[int, ...]
+    local_bytes: int
+    remote_bytes: int
+    fetched_bytes: int
+
+    def frame(self) -> worker.RestoreReady:
+        """Return the answer for the worker."""
+        return worker.RestoreReady(
+            batch_id=self.batch_id,
+            paths=self.paths,
+            files=self.files,
+            offsets=self.offsets,
+            local_bytes=self.local_bytes,
+            remote_bytes=self.remote_bytes,
+        )
+
+
+def open_plan(order: control.RestorePlan, sources: Sources) -> tuple[list[Source], DurableSnapshot | None]:
+    """
+    Return a source for each source rank of a plan, and the durable snapshot that the caller has to close, if it is one.
+
+    CorruptionError or PeerError when a source is not what the plan says; UsageError for a plan without sources.
+    """
+    opened: list[Source] = []
+    if order.kind == control.RESTORE_KIND_DURABLE:
+        snapshot = open_snapshot(order.durable_path)
+        try:
+            marker = snapshot.marker
+            found = (marker.job, marker.epoch, marker.step, marker.world_size)
+            expected = (order.job, order.source_epoch, order.source_step, order.source_world_size)
+            if found != expected:
+                raise FormatError(
+                    f"{order.durable_path} is (job, epoch, step, world size) {found}, expected {expected}"
+                )
+            for rank in range(snapshot.world_size):
+                opened.append(DurableSource(snapshot.rank_file(rank), sources.on_corruption))
+        except BaseException:
+            snapshot.close()
+            raise
+        return opened, snapshot
+    if order.kind != control.RESTORE_KIND_MEMORY:
+        raise UsageError(f"a plan of kind {control.RestoreKind.Name(order.kind)} has no bytes to restore")
+    if not order.source_world_size == len(order.slots) == len(order.nodes) > 0:
+        raise UsageError(
+            f"a plan for {order.source_world_size} source ranks names {len(order.slots)} slots "
+            f"on {len(order.nodes)} nodes"
+        )
+    sources.learn(order.peers)
+    try:
+        for rank, (ref, node) in enumerate(zip(order.slots, order.nodes, strict=True)):
+            if (ref.rank, ref.epoch, ref.step) != (rank, order.source_epoch, order.source_step):
+                raise UsageError(f"slot {rank} of the plan is of rank {ref.rank}, epoch {ref.epoch}, step {ref.step}")
+            opened.append(sources.slot(ref, node))
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+    return opened, None
+
+
+class Restore:
+    """
+    Serves the bytes of one plan to the ranks of this node. Safe to use from many threads; ``close`` releases all.
+
+    Args:
+        world_size: of the epoch that restores.
+        arena: where buffers are made.
+    """
+
+    def __init__(self, order: control.RestorePlan, world_size: int, arena: Arena, sources: Sources) -> None:
+        if world_size < 1:
+            raise UsageError(f"there is no world of size {world_size}")
+        self._order = order
+        self._world_size = world_size
+        self._arena = arena
+        self._lock = threading.Lock()
+        self._next_batch = 1
+        self._batches: dict[int, list[_Held]] = {}
+        self._closed = False
+        self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
+        with ExitStack() as stack:
+            self._sources, snapshot = open_plan(order, sources)
+            for source in self._sources:
+                stack.callback(source.close)
+            if snapshot is not None:
+                stack.callback(snapshot.close)
+            self._layouts = _read_layouts(self._sources)
+            self._stack = stack.pop_all()
+        self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
+        for rank, layout in enumerate(self._layouts):
+            for shard in layout.shards:
+                self._shards[shard.tensor.name, shard.tensor.scope].append(
+                    SourceShard(source=rank, tensor=shard.tensor, begin=shard.begin)
+                )
+
+    # ------------------------------------------------------------------------------------------ the manifest
+
+    def source_rank(self, rank: int) -> int:
+        """Return the source rank whose private state ``rank`` goes on with."""
+        return rank % len(self._sources)
+
+    def manifest(self, rank: int) -> bytes:
+        """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/restore-manifest."""
+        source_rank = self.source_rank(rank)
+        tensors: dict[tuple[str, str], TensorBox] = {}
+        ties: dict[str, str] = {}
+        for number, layout in enumerate(self._layouts):
+            for shard in layout.shards:
+                tensor = shard.tensor
+                if tensor.scope == "rank" and number != source_rank:
+                    continue
+                first = tensors.setdefault((tensor.name, tensor.scope), tensor)
+                if (first.dtype, first.global_shape) != (tensor.dtype, tensor.global_shape):
+                    raise LayoutError(
+                        f"{tensor.name} is {first.dtype} {list(first.global_shape)} in one source rank, but "
+                        f"{tensor.dtype} {list(tensor.global_shape)} in rank {number}"
+                    )
+            if number != source_rank:
+                ties.update(layout.ties)
+        ties.update(self._layouts[source_rank].ties)
+        document = {
+            "version": 1,
+            "source": {
+                "epoch": self._order.source_epoch,
+                "step": self._order.source_step,
+                "world_size": len(self._sources),
+                "rank": source_rank,
+            },
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "dtype": tensor.dtype,
+                    "shape": tensor.global_shape,
+                    "scope": tensor.scope,
+                    "kind": tensor.kind,
+                }
+                for tensor in tensors.values()
+            ],
+            "ties": ties,
+            "meta": self._meta(source_rank),
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    def write_manifest(self, rank: int) -> tuple[int, str]:
+        """Return (batch id, path) of a file with the manifest, which stays until the batch is released."""
+        text = self.manifest(rank)
+        buffer = self._arena.create_buffer(len(text))
+        try:
+            buffer.view[:] = text
+            return self._keep([buffer]), str(buffer.path)
+        except BaseException:
+            self._arena.release(buffer)
+            raise
+
+    # ------------------------------------------------------------------------------------------ the bytes
+
+    def assemble(
+        self,
+        rank: int,
+        wants: Sequence[worker.RestoreWant.Want],
+        cancel: threading.Event | None = None,
+    ) -> Batch:
+        """
+        Put the wanted boxes where the worker of ``rank`` can map them.
+
+        LayoutError for what no source has, Unrecoverable for what they do not cover, UsageError for more than
+        MAX_BATCH_BYTES; CorruptionError and PeerError for sources that fail. Nothing is held after an error.
+        """
+        if not 0 <= rank < self._world_size:
+            raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
+        targets = [self._target(index, want, rank) for index, want in enumerate(wants)]
+        by_target = self._plan(targets, self.source_rank(rank), cancel)
+        held: list[_Held] = []
+        try:
+            return self._assemble(targets, by_target, held, cancel)
+        except BaseException:
+            self._give_back(held)
+            raise
+
+    def release(self, batch_id: int) -> None:
+        """Let go of a batch's leases and buffers; an unknown one is no error, the order may come twice."""
+        with self._lock:
+            held = self._batches.pop(batch_id, [])
+        self._give_back(held)
+
+    def close(self) -> None:
+        """Let go of everything. The worker's mappings stay valid, but nobody may rely on their bytes any more."""
+        with self._lock:
+            self._closed = True
+            batches = list(self._batches.values())
+            self._batches.clear()
+        for held in batches:
+            self._give_back(held)
+        self._stack.close()
+
+    def __enter__(self) -> Restore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ insides
+
+    def _target(self, index: int, want: worker.RestoreWant.Want, rank: int) -> TargetShard:
+        """The wanted box, with the dtype and shape that the source has."""
+        if want.scope not in ("global", "rank"):
+            raise UsageError(f"{want.name!r:.100}: the scope must be 'global' or 'rank', not {want.scope!r:.40}")
+        shards = self._shards.get((want.name, want.scope), [])
+        if want.scope == "rank":
+            shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
+        if not shards:
+            raise LayoutError(f"the source has no tensor {want.name!r:.200} of scope {want.scope!r}")
+        tensor = replace(shards[0].tensor, box=Box(tuple(want.offsets), tuple(want.lengths)))
+        return TargetShard(target=index, tensor=tensor, begin=0)
+
+    def _plan(
+        self, targets: Sequence[TargetShard], source_rank: int, cancel: threading.Event | None
+    ) -> dict[int, list[Copy]]:
+        names = {(target.tensor.name, target.tensor.scope) for target in targets}
+        for name, scope in sorted(names):
+            if scope == "rank":
+                self._check_private(name, source_rank, cancel)
+        # Both scopes of one name may be wanted; the planner tells them apart by the scope of the target.
+        by_target: defaultdict[int, list[Copy]] = defaultdict(list)
+        for scope in ("global", "rank"):
+            some = [target for target in targets if target.tensor.scope == scope]
+            if not some:
+                continue
+            made = plan(
+                (shard for name, of in names if of == scope for shard in self._shards[name, of]),
+                some,
+                prefer=lambda source: 0 if self._sources[source].is_local else 1,
+                rank_source={target.target: source_rank for target in some},
+            )
+            for copy in made.copies:
+                by_target[copy.target].append(copy)
+        return by_target
+
+    def _assemble(
+        self,
+        targets: Sequence[TargetShard],
+        by_target: dict[int, list[Copy]],
+        held: list[_Held],
+        cancel: threading.Event | None,
+    ) -> Batch:
+        paths: list[str] = []
+        files = [0] * len(targets)
+        offsets = [0] * len(targets)
+        place: dict[int, int] = {}  # target: offset in the buffer
+        in_place: dict[int, int] = {}  # source: index in paths
+        end = wanted = local = 0
+        for target in targets:
+            copies = by_target.get(target.target, [])
+            source = self._sources[copies[0].source] if len(copies) == 1 and not copies[0].dims else None
+            if isinstance(source, LocalSource):
+                copy = copies[0]
+                source.view(*copy.src_range).release()
+                if copy.source not in in_place:
+                    in_place[copy.source] = len(paths)
+                    held.append(self._arena.lease(source.obj))
+                    paths.append(str(source.obj.path))
+                files[target.target], offsets[target.target] = in_place[copy.source], copy.src_begin
+                local += copy.nbytes
+                continue
+            place[target.target] = end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
+            end += target.tensor.nbytes
+            wanted += target.tensor.nbytes
+        if wanted > MAX_BATCH_BYTES:
+            raise UsageError(f"{wanted} bytes were asked for at once; the limit is {MAX_BATCH_BYTES}: ask for less")
+        remote = fetched = 0
+        if place:
+            buffer = self._arena.create_buffer(max(end, _ALIGN_BYTES))
+            held.append(buffer)
+            for number, offset in place.items():
+                files[number], offsets[number] = len(paths), offset
+            paths.append(str(buffer.path))
+            copies = [
+                replace(copy, target=0, dst_begin=copy.dst_begin + offset)
+                for number, offset in place.items()
+                for copy in by_target.get(number, [])
+            ]
+            copied, remote, fetched = self._fill(buffer.view, copies, cancel)
+            local += copied
+        return Batch(
+            batch_id=self._keep(held),
+            paths=tuple(paths),
+            files=tuple(files),
+            offsets=tuple(offsets),
+            local_bytes=local,
+            remote_bytes=remote,
+            fetched_bytes=fetched,
+        )
+
+    def _fill(self, view: memoryview, copies: Iterable[Copy], cancel: threading.Event | None) -> tuple[int, int, int]:
+        """Carry out all copies; peers in parallel, local ones meanwhile. Returns bytes (local, remote, fetched)."""
+        by_source: defaultdict[int, list[Copy]] = defaultdict(list)
+        for copy in copies:
+            by_source[copy.source].append(copy)
+        remote = {rank: some for rank, some in by_source.items() if not self._sources[rank].is_local}
+        by_node: defaultdict[str, list[int]] = defaultdict(list)
+        for rank in sorted(remote):
+            by_node[self._sources[rank].node_id].append(rank)
+
+        def fetch(ranks: Sequence[int]) -> int:
+            return sum(gather(self._sources[rank], remote[rank], view, cancel) for rank in ranks)
+
+        local_bytes = 0
+        with ThreadPoolExecutor(max(1, min(len(by_node), _MAX_THREADS)), "snapshotd-restore") as pool:
+            fetches = [pool.submit(fetch, ranks) for ranks in by_node.values()]
+            try:
+                for rank, some in by_source.items():
+                    source = self._sources[rank]
+                    if isinstance(source, LocalSource):
+                        for copy in some:
+                            check_cancel(cancel, "restoring")
+                            source.view(*copy.src_range).release()
+                            apply_copy(copy, source.obj.view, view)
+                            local_bytes += copy.nbytes
+                        failpoint("daemon.mid_assemble")
+                fetched = sum(future.result() for future in fetches)
+            except BaseException:
+                for future in fetches:
+                    future.cancel()
+                raise
+        if remote:
+            failpoint("daemon.mid_assemble")
+        return local_bytes, sum(copy.nbytes for some in remote.values() for copy in some), fetched
+
+    def _check_private(self, name: str, source_rank: int, cancel: threading.Event | None) -> None:
+        """Refuse a rank-private parameter or optimizer state when which rank's it should be is not clear."""
+        shards = self._shards[name, "rank"]
+        kinds = {shard.tensor.kind for shard in shards if shard.source == source_rank}
+        if self._world_size == len(self._sources) or not kinds & _GUESSED_KINDS:
+            return
+        with self._lock:
+            wrong = self._equal.get(name)
+        if wrong is None:
+            wrong = self._differs(name, shards, cancel)
+            with self._lock:
+                self._equal[name] = wrong
+        if wrong:
+            raise Unrecoverable(
+                f"{name!r} is private to each rank, and {wrong}: it cannot be restored with {self._world_size} ranks "
+                f"from {len(self._sources)}. Restore with {len(self._sources)} ranks, or make it a DTensor"
+            )
+
+    def _differs(self, name: str, shards: Sequence[SourceShard], cancel: threading.Event | None) -> str:
+        """Return in words how the ranks differ, "" if all of them have the same boxes with the same bytes."""
+        digests: dict[int, list[tuple[object, ...]]] = {rank: [] for rank in range(len(self._sources))}
+        for shard in shards:
+            check_cancel(cancel, "restoring")
+            tensor = shard.tensor
+            digest = _digest(self._sources[shard.source], shard.begin, tensor.nbytes)
+            digests[shard.source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
+        for rank, found in digests.items():
+            if not found:
+                return f"rank {rank} of the source does not have it"
+            if found != digests[0]:
+                return f"rank {rank} of the source has another value than rank 0"
+        return ""
+
+    def _meta(self, source_rank: int) -> str:
+        """The step's own JSON of a source rank, as text; FormatError when it is not JSON."""
+        source, (begin, end) = self._sources[source_rank], self._layouts[source_rank].meta
+        text = _read(source, begin, end).strip(b" \0\t\r\n")
+        if not text:
+            return ""
+        decode_json(text, f"__meta__ of {source.name}")
+        return text.decode()
+
+    def _keep(self, held: list[_Held]) -> int:
+        with self._lock:
+            if self._closed:
+                raise LocalProtocolError("the restore is closed")
+            batch_id = self._next_batch
+            self._next_batch += 1
+            self._batches[batch_id] = held
+            return batch_id
+
+    def _give_back(self, held: list[_Held]) -> None:
+        for item in held:
+            if isinstance(item, Lease):
+                item.close()
+            else:
+                self._arena.release(item)
+
+
+def _read_layouts(sources: Sequence[Source]) -> list[Layout]:
+    """Read all headers, several at a time: with a hundred peers it is the round trips that take time."""
+    with ThreadPoolExecutor(max(1, min(len(sources), _MAX_THREADS)), "snapshotd-headers") as pool:
+        return list(pool.map(_read_layout, sources))
+
+
+def _read_layout(source: Source) -> Layout:
+    head = _read(source, 0, min(_HEADER_GUESS_BYTES, source.file_bytes))
+    length = header_length(head)
+    if length > source.file_bytes:
+        raise FormatError(f"{source.name}: the header claims {length} bytes, but there are {source.file_bytes}")
+    if length > len(head):
+        head += _read(source, len(head), length)
+    return Layout.parse(head, file_bytes=source.file_bytes)
+
+
+def _read(source: Source, begin: int, end: int) -> bytes:
+    with memoryview(bytearray(end - begin)) as into:
+        source.read([Piece(begin, into)])
+        return bytes(into)
+
+
+def _digest(source: Source, begin: int, nbytes: int) -> bytes:
+    digest = xxhash.xxh3_128()
+    for at in range(begin, begin + nbytes, 16 * CHUNK_BYTES):
+        digest.update(_read(source, at, min(at + 16 * CHUNK_BYTES, begin + nbytes)))
+    return digest.digest()

@@ -1,0 +1,98 @@
+"""
+Seal a slot: hash what the worker has written, and write the record that makes it count.
+
+Rule 1: the header is hashed too, and must be the one that was registered: a worker that scribbled over it has written
+something else than it said.
+Rule 2: the data digest leaves out the step's own JSON. Two successive steps with the same one have the same tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import xxhash
+
+from snapshotd.arena import Arena, SlotFile
+from snapshotd.daemon.cancel import check_cancel
+from snapshotd.errors import CorruptionError, FormatError
+from snapshotd.failpoints import failpoint
+from snapshotd.layout import CHUNK_BYTES, DIGEST_BYTES, Layout, chunk_digests, header_length, root_digest
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["SealedSlot", "digests_of", "seal_slot"]
+
+_BATCH_BYTES: Final = 32 * CHUNK_BYTES
+"""8 MiB, some milliseconds: how long a cancel may go unnoticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedSlot:
+    """A slot that counts from now on. ``ref`` has its root digest; ``digests`` are those of its chunks."""
+
+    ref: control.SlotRef
+    data_digest: str
+    digests: bytes
+    seconds: float
+
+
+def seal_slot(arena: Arena, slot: SlotFile, ref: control.SlotRef, cancel: threading.Event | None = None) -> SealedSlot:
+    """
+    Hash the open ``slot`` and write its record; ``ref`` lacks the root digest.
+
+    CorruptionError when the header is not the registered one, or the size is not; the slot stays open then.
+    """
+    began = time.monotonic()
+    failpoint("daemon.before_hash")
+    if slot.file_bytes != ref.file_bytes:
+        raise CorruptionError(f"the slot has {slot.file_bytes} bytes, but {ref.file_bytes} were to be sealed")
+    meta_begin = _check_header(slot.view, ref)
+    digests = digests_of(slot.view, slot.file_bytes, cancel)
+    sealed = control.SlotRef()
+    sealed.CopyFrom(ref)
+    sealed.root_digest = root_digest(digests)
+    data_digest = _data_digest(slot.view, digests, meta_begin)
+    failpoint("daemon.after_hash")
+    arena.seal(slot, sealed, digests)
+    return SealedSlot(ref=sealed, data_digest=data_digest, digests=digests, seconds=time.monotonic() - began)
+
+
+def digests_of(view: memoryview, length: int, cancel: threading.Event | None = None) -> bytes:
+    """Return the chunk digests of ``view[0:length]``; Cancelled soon after ``cancel`` is set."""
+    parts: list[bytes] = []
+    for begin in range(0, length, _BATCH_BYTES):
+        check_cancel(cancel, "hashing")
+        with view[begin : min(begin + _BATCH_BYTES, length)] as part:
+            parts.append(chunk_digests(part, part.nbytes))
+    return b"".join(parts)
+
+
+def _check_header(view: memoryview, ref: control.SlotRef) -> int:
+    """Return where the step's own JSON begins."""
+    try:
+        length = header_length(view[:8])
+    except FormatError as error:
+        raise CorruptionError(f"the worker of rank {ref.rank} wrote over the slot's header: {error}") from error
+    if length > view.nbytes or (got := xxhash.xxh3_128_hexdigest(view[:length])) != ref.layout_hash:
+        got = got if length <= view.nbytes else f"of {length} bytes"
+        raise CorruptionError(
+            f"the worker of rank {ref.rank} wrote over the slot's header: it is {got}, expected {ref.layout_hash}"
+        )
+    return _meta_begin(bytes(view[:length]), view.nbytes)
+
+
+@lru_cache(maxsize=64)
+def _meta_begin(header: bytes, file_bytes: int) -> int:
+    """Layouts are stable from step to step, and parsing one of 10,000 tensors takes longer than hashing it."""
+    return Layout.parse(header, file_bytes=file_bytes).meta[0]
+
+
+def _data_digest(view: memoryview, digests: bytes, meta_begin: int) -> str:
+    """The digest over all chunks before the JSON, and over the bytes before it in the chunk where it begins."""
+    whole = meta_begin // CHUNK_BYTES
+    with view[whole * CHUNK_BYTES : meta_begin] as rest:
+        tail = xxhash.xxh3_64_digest(rest)
+    return root_digest(digests[: whole * DIGEST_BYTES] + tail)

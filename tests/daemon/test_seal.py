@@ -1,0 +1,92 @@
+"""Sealing: what counts is what the worker said it would write."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from snapshotd import failpoints
+from snapshotd.arena import slot_key
+from snapshotd.daemon.cancel import Cancelled
+from snapshotd.daemon.seal import seal_slot
+from snapshotd.errors import CorruptionError
+from snapshotd.layout import Box, Layout, TensorBox, chunk_digests, root_digest
+from snapshotd.v1 import control_pb2 as control
+
+
+def make(elements: int) -> tuple[Layout, control.SlotRef]:
+    box = TensorBox(
+        name="w", dtype="float32", global_shape=(elements,), box=Box.whole((elements,)), scope="global", kind="param"
+    )
+    layout = Layout.build([box], meta_capacity=100)
+    ref = control.SlotRef(job="job", epoch=1, step=3, rank=0, world_size=1, file_bytes=layout.file_bytes)
+    ref.layout_hash = layout.hash
+    return layout, ref
+
+
+def fill(slot, layout: Layout, seed: int, meta: bytes) -> None:
+    shard = layout.shards[0]
+    values = np.random.default_rng(seed).random(shard.nbytes // 4, np.float32)
+    slot.view[shard.begin : shard.end] = values.tobytes()
+    slot.view[layout.meta[0] : layout.meta[1]] = meta.ljust(100)
+
+
+@pytest.mark.parametrize("elements", [1, 1000, 65_536, 300_000])
+def test_the_data_digest_sees_tensors_and_not_the_json(cluster, elements: int) -> None:
+    """Two steps with the same tensors are an alarm, also in a tiny model, though the step's JSON differs."""
+    (node,) = cluster.add("n0")
+    layout, ref = make(elements)
+    found = []
+    for seed, meta in ((1, b'{"step": 3}'), (1, b'{"step": 4}'), (2, b'{"step": 4}')):
+        slot = node.arena.create_slot(layout.header, layout.file_bytes)
+        fill(slot, layout, seed, meta)
+        data = bytes(slot.view)
+        sealed = seal_slot(node.arena, slot, ref)
+        assert sealed.digests == chunk_digests(data, len(data))
+        assert sealed.ref.root_digest == root_digest(sealed.digests)
+        assert ref.root_digest == ""
+        assert node.arena.find(slot_key(ref)) is slot
+        found.append((sealed.data_digest, sealed.ref.root_digest))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert len({root for _, root in found}) == 3
+
+
+@pytest.mark.parametrize("at", [0, 9, 4000])
+def test_a_worker_that_wrote_over_the_header_is_refused(cluster, at: int) -> None:
+    """A stray write in the trainer must not become a snapshot that nobody can read."""
+    (node,) = cluster.add("n0")
+    layout, ref = make(1000)
+    slot = node.arena.create_slot(layout.header, layout.file_bytes)
+    slot.view[at] ^= 1
+    with pytest.raises(CorruptionError, match="wrote over the slot's header"):
+        seal_slot(node.arena, slot, ref)
+    assert node.arena.sealed() == []
+    slot.view[at] ^= 1
+    assert seal_slot(node.arena, slot, ref).ref.root_digest
+
+
+def test_sizes_must_agree_and_a_cancel_leaves_the_slot_open(cluster) -> None:
+    (node,) = cluster.add("n0")
+    layout, ref = make(1000)
+    slot = node.arena.create_slot(layout.header, layout.file_bytes)
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Cancelled):
+        seal_slot(node.arena, slot, ref, cancel)
+    ref.file_bytes += 1
+    with pytest.raises(CorruptionError, match="were to be sealed"):
+        seal_slot(node.arena, slot, ref)
+    assert node.arena.sealed() == []
+
+
+@pytest.mark.parametrize("site", ["daemon.before_hash", "daemon.after_hash"])
+def test_a_failure_before_the_record_leaves_nothing_sealed(cluster, site: str) -> None:
+    (node,) = cluster.add("n0")
+    layout, ref = make(1000)
+    slot = node.arena.create_slot(layout.header, layout.file_bytes)
+    failpoints.configure(f"{site}=raise@1")
+    with pytest.raises(failpoints.FailpointError):
+        seal_slot(node.arena, slot, ref)
+    assert node.arena.sealed() == []
