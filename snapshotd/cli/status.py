@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -56,8 +56,9 @@ def fetch(settings: ToolSettings) -> dict[str, Any]:
 
 def render(status: Mapping[str, Any]) -> RenderableType:
     """Nodes, jobs, recoveries and the newest events."""
-    parts: list[RenderableType] = [_nodes(status.get("nodes", {})), _jobs(status.get("jobs", {}))]
-    recoveries = _recoveries(status.get("jobs", {}))
+    jobs: Sequence[Mapping[str, Any]] = status.get("jobs", [])
+    parts: list[RenderableType] = [_nodes(status.get("nodes", [])), _jobs(jobs)]
+    recoveries = _recoveries(jobs)
     if recoveries is not None:
         parts.append(recoveries)
     events = status.get("events", [])[-EVENTS_SHOWN:]
@@ -65,60 +66,66 @@ def render(status: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _nodes(nodes: Mapping[str, Any]) -> Table:
+def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="nodes", title_justify="left")
-    for column in ("node", "state", "address", "memory", "captured", "skipped", "torn", "corrupt", "rebuilt"):
+    for column in ("node", "state", "address", "memory", "sealed", "skipped", "corrupt", "rebuilt"):
         table.add_column(column)
-    for name, node in sorted(nodes.items()):
+    for node in nodes:
         counters = node.get("counters", {})
         skipped = sum(value for key, value in counters.items() if key.startswith("skipped"))
         used = f"{format_bytes(node.get('arena_bytes', 0))} of {format_bytes(node.get('budget_bytes', 0))}"
         table.add_row(
-            name,
-            str(node.get("state", "")),
-            str(node.get("bulk_address", "")),
+            str(node["node_id"]),
+            str(node["state"]),
+            str(node.get("bulk", "")),
             used,
-            *(str(counters.get(key, 0)) for key in ("sealed",)),
+            str(counters.get("sealed", 0)),
             str(skipped),
-            *(str(counters.get(key, 0)) for key in ("skipped_torn", "corrupt", "rebuilt")),
+            str(counters.get("corrupt", 0)),
+            str(counters.get("rebuilt", 0)),
         )
     return table
 
 
-def _jobs(jobs: Mapping[str, Any]) -> Table:
+def _jobs(jobs: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="jobs", title_justify="left")
-    for column in ("job", "epoch", "world", "committed", "level", "survives", "durable", "state"):
+    for column in ("job", "epoch", "ranks", "committed", "level", "survives", "durable", "last word"):
         table.add_column(column)
-    for name, job in sorted(jobs.items()):
+    for job in jobs:
         committed = job.get("committed") or {}
+        durables = job.get("durables") or [{}]
+        margin = job.get("margin")
+        survives = "-" if margin is None else "lost" if margin < 0 else f"{margin} node losses"
+        reasons = job.get("reasons") or [""]
         table.add_row(
-            name,
+            str(job["job"]),
             str(job.get("epoch", "")),
             str(job.get("world_size", "")),
             str(committed.get("step", "-")),
             str(committed.get("level", "-")),
-            f"{job['margin']} more nodes" if job.get("margin") is not None else "-",
-            str((job.get("durable") or {}).get("step", "-")),
-            str(job.get("reason", "")),
+            survives,
+            str(max((durable.get("step", -1) for durable in durables), default="-")).replace("-1", "-"),
+            str(reasons[-1]),
         )
     return table
 
 
-def _recoveries(jobs: Mapping[str, Any]) -> Table | None:
+def _recoveries(jobs: Sequence[Mapping[str, Any]]) -> Table | None:
     table = Table(title="recoveries (seconds by phase)", title_justify="left")
     columns = ("detect", "agree", "start", "decode", "fetch", "load", "first_step")
     for column in ("job", "epoch", "why", "step", "lost", *columns):
         table.add_column(column)
     rows = 0
-    for name, job in sorted(jobs.items()):
+    for job in jobs:
         for recovery in job.get("recoveries", []):
             phases = recovery.get("phases", {})
+            source = recovery.get("source")
             rows += 1
             table.add_row(
-                name,
+                str(job["job"]),
                 str(recovery.get("epoch", "")),
                 str(recovery.get("reason", "")),
-                str(recovery.get("step", "")),
+                str(source[1]) if source else "-",
                 str(recovery.get("lost_steps", "")),
                 *(f"{phases[column]:.2f}" if phases.get(column) is not None else "" for column in columns),
             )
