@@ -1,0 +1,71 @@
+"""
+NumPy views of torch tensors, without a copy: integers of the same item size, so that every dtype can be copied.
+
+A view shares the tensor's memory and does not keep the tensor alive; who keeps a view keeps the tensor too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from snapshotd.layout import DTYPES
+
+__all__ = ["Array", "carrier", "carrier_dtype", "dtype_name", "local_of", "version_of", "view_of"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CARRIERS: Final[dict[int, tuple[torch.dtype, np.dtype[Any]]]] = {
+    1: (torch.uint8, np.dtype(np.uint8)),
+    2: (torch.int16, np.dtype(np.int16)),
+    4: (torch.int32, np.dtype(np.int32)),
+    8: (torch.int64, np.dtype(np.int64)),
+    16: (torch.complex128, np.dtype(np.complex128)),
+}
+
+
+def carrier(itemsize: int) -> np.dtype[Any]:
+    """Return the NumPy type that carries elements of ``itemsize`` bytes unchanged."""
+    return _CARRIERS[itemsize][1]
+
+
+def carrier_dtype(itemsize: int) -> torch.dtype:
+    """Return torch's name of the same type."""
+    return _CARRIERS[itemsize][0]
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return torch's name without ``torch.``; ValueError for a dtype that a slot cannot hold."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"tensors of dtype {tensor.dtype} cannot be captured")
+    return name
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory that this rank holds of ``tensor``: itself, or a DTensor's local part."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def view_of(tensor: torch.Tensor) -> Array:
+    """
+    Return a view of a CPU tensor's memory, of the same shape and strides.
+
+    Conjugated or negated views (lazy bits) are refused with ValueError: their memory is not their value.
+    """
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError("a tensor with a pending conjugation or negation; call resolve_conj() or resolve_neg()")
+    plain = tensor.detach()
+    dtype = _CARRIERS[plain.element_size()][0]
+    if plain.dtype is not dtype:
+        # numpy has no 0-d reinterpretation problem here: torch's view keeps 0-d for equal item sizes.
+        plain = plain.view(dtype)
+    return plain.numpy()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the counter of in-place changes; -1 where there is none (inference tensors)."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,145 @@
+"""
+Copies off accelerators: a side stream brings tensors to host memory while the compute stream goes on.
+
+The order that keeps it right: the side stream first waits for a mark that the training thread set on its compute stream
+at capture (all updates before it are seen); before the next update the compute stream waits for the mark that ends the
+copies (no update can overtake them). The host waits for neither; only the copy thread waits, before it seals.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+import torch
+
+from snapshotd_client.arrays import Array
+
+__all__ = ["CopyStream", "DeviceStream", "HostStream", "stream_for"]
+
+_BOUNCE_BYTES: Final = 64 * 1024 * 1024
+
+
+class CopyStream(Protocol):
+    """The seam: what the capture pipeline needs of an accelerator, so that it can be tested without one."""
+
+    def mark_compute(self) -> Any:
+        """Called on the training thread: a mark behind all work that it has issued so far."""
+
+    def begin(self, mark: Any) -> None:
+        """The copies that follow see everything before ``mark``."""
+
+    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
+        """Issue a copy of ``source`` into host memory of the same shape and item size."""
+
+    def mark_copied(self) -> Any:
+        """A mark behind all copies that were issued."""
+
+    def hold_compute(self, mark: Any) -> None:
+        """Called on the training thread: what it issues from now on runs after ``mark``. Does not block the host."""
+
+    def wait(self, mark: Any) -> None:
+        """Block this thread until ``mark`` is reached: all bytes are in host memory."""
+
+    def pin(self, memory: Array) -> bool:
+        """Make host memory known to the device, so that copies into it are asynchronous; False if that can't be."""
+
+    def unpin(self, memory: Array) -> None:
+        """Undo ``pin``."""
+
+
+class DeviceStream:
+    """CUDA and everything that has the same stream interface under ``torch.<device>`` (ROCm, XPU)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.Stream(device=device)
+        self._bounce: torch.Tensor | None = None
+
+    def mark_compute(self) -> Any:
+        event = self._module.Event()
+        event.record(self._module.current_stream(self._device))
+        return event
+
+    def begin(self, mark: Any) -> None:
+        self._stream.wait_event(mark)
+
+    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
+        with self._module.stream(self._stream):
+            if pinned:
+                torch.from_numpy(target).copy_(source, non_blocking=True)
+                return
+            self._copy_by_bounce(target, source)
+
+    def mark_copied(self) -> Any:
+        event = self._module.Event()
+        event.record(self._stream)
+        return event
+
+    def hold_compute(self, mark: Any) -> None:
+        self._module.current_stream(self._device).wait_event(mark)
+
+    def wait(self, mark: Any) -> None:
+        mark.synchronize()
+
+    def pin(self, memory: Array) -> bool:
+        cudart = getattr(self._module, "cudart", None)
+        if cudart is None:
+            return False
+        with self._module.device(self._device):
+            return int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0
+
+    def unpin(self, memory: Array) -> None:
+        cudart = getattr(self._module, "cudart", None)
+        if cudart is not None:
+            cudart().cudaHostUnregister(memory.ctypes.data)
+
+    def _copy_by_bounce(self, target: Array, source: torch.Tensor) -> None:
+        if source.numel() == 0:
+            return
+        flat_target = torch.from_numpy(target).reshape(-1)  # slot memory is contiguous: this is a view
+        flat = source.contiguous().reshape(-1)
+        if self._bounce is None:
+            self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+        room = self._bounce.view(flat.dtype)
+        for begin in range(0, flat.numel(), room.numel()):
+            part = flat[begin : begin + room.numel()]
+            room[: part.numel()].copy_(part, non_blocking=True)
+            self._stream.synchronize()
+            flat_target[begin : begin + part.numel()].copy_(room[: part.numel()])
+
+
+class HostStream:
+    """For devices without streams: each copy is done when ``copy`` returns."""
+
+    def mark_compute(self) -> Any:
+        return None
+
+    def begin(self, mark: Any) -> None:
+        pass
+
+    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
+        torch.from_numpy(target).copy_(source)
+
+    def mark_copied(self) -> Any:
+        return None
+
+    def hold_compute(self, mark: Any) -> None:
+        pass
+
+    def wait(self, mark: Any) -> None:
+        pass
+
+    def pin(self, memory: Array) -> bool:
+        return False
+
+    def unpin(self, memory: Array) -> None:
+        pass
+
+
+def stream_for(device: torch.device) -> CopyStream:
+    """Return the copier for ``device``."""
+    module = torch.get_device_module(device)
+    if hasattr(module, "Stream") and hasattr(module, "Event") and hasattr(module, "current_stream"):
+        return DeviceStream(device)
+    return HostStream()

@@ -1,0 +1,140 @@
+"""
+All of the user's training state in one place: modules, optimizers and the rest, as leaves and one JSON text per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from snapshotd_client.codec import dumps
+from snapshotd_client.errors import CannotExpress
+from snapshotd_client.extras import Extras
+from snapshotd_client.leaves import Leaf
+from snapshotd_client.models import ModelTree, Param
+from snapshotd_client.optim import Change, OptimizerView, named_optimizers
+from snapshotd_client.placement import Placement, place_dtensor, place_plain
+from snapshotd_client.plan import Plan, Planned, build_plan, meta_capacity_for, plan_leaf
+from snapshotd_client.rng import accelerators_of, rng_json
+
+__all__ = ["Inventory", "Reading", "check_expressible"]
+
+META_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One step's leaves, in the plan's order, and the parts of its JSON that do not depend on the step's number."""
+
+    leaves: list[Leaf]
+    optimizers: str
+    rest: str
+
+    def meta(self, step: int, rank: int, world_size: int, epoch: int | None) -> bytes:
+        """Return the text of ``__meta__``."""
+        head = (
+            f'{{"version":{META_VERSION},"step":{step},"rank":{rank},"world_size":{world_size},'
+            f'"epoch":{dumps(epoch)},"optimizers":{self.optimizers},"rest":{self.rest}}}'
+        )
+        return head.encode()
+
+
+class Inventory:
+    """The user's state. Wrong arguments raise TypeError or ValueError here, with the fix."""
+
+    def __init__(
+        self, *, model: object, optimizer: object, scheduler: object, scaler: object, extra: object, world_size: int
+    ) -> None:
+        self._world_size = world_size
+        self.tree = ModelTree.of(model, world_size)
+        self.optimizers: list[OptimizerView] = named_optimizers(optimizer)
+        self.extras = Extras(scheduler, scaler, extra)
+        self._fixed: list[Leaf] = []
+        self._devices: list[torch.device] = []
+        self._scan()
+
+    def read(self) -> tuple[Reading, bool]:
+        """Return this step's state, and whether the layout may be another one than before."""
+        changed = not self.tree.unchanged()
+        changed = changed or any(view.refresh() is Change.LAYOUT for view in self.optimizers)
+        if changed:
+            self._scan()
+        return self._read(), changed
+
+    def rescan(self) -> Reading:
+        """Look at everything anew."""
+        self._scan()
+        return self._read()
+
+    def plan(self, reading: Reading, meta_bytes: int, rank: int, split: bool) -> Plan:
+        """Lay out ``reading``. CannotExpress, ValueError or LayoutError for what cannot be."""
+        planned = [plan_leaf(leaf, self.placement(leaf)) for leaf in reading.leaves]
+        capacity = meta_capacity_for(meta_bytes)
+        return build_plan(planned, rank=rank, split=split, ties=self.ties(planned), meta_capacity=capacity)
+
+    def ties(self, planned: list[Planned]) -> dict[str, str]:
+        """Return alias to name, for aliases whose tensor is in this rank's layout."""
+        held = {item.name for item in planned if item.placement.pieces}
+        return {alias: name for alias, name in self.tree.ties.items() if name in held}
+
+    def placement(self, leaf: Leaf) -> Placement:
+        """Return where ``leaf`` lies."""
+        tensor = leaf.tensor
+        if leaf.param is not None:
+            return self.tree.placement(leaf.param, tensor)
+        if isinstance(tensor, DTensor):
+            placed = place_dtensor(tensor)
+            whole = all(placement.is_replicate() for placement in tensor.placements)
+            return place_plain(tuple(tensor._local_tensor.shape), "rank") if whole else placed
+        if leaf.sync or self._world_size > 1:
+            return place_plain(tensor.shape, "rank")
+        return place_plain(tensor.shape, "global")
+
+    def devices(self) -> list[torch.device]:
+        """Return the accelerators that the state lies on."""
+        return self._devices
+
+    def forget_moving(self) -> bool:
+        """Let go of optimizer state that is replaced each step; says whether there was any."""
+        forgotten = [view.forget_moving() for view in self.optimizers]
+        return True in forgotten
+
+    def strays(self) -> list[Param]:
+        return [param for view in self.optimizers for param in view.strays]
+
+    def _scan(self) -> None:
+        self.tree.scan()
+        for view in self.optimizers:
+            view.scan(self.tree)
+        params = {id(p.tensor): p for p in (*self.tree.params.values(), *self.strays())}
+        self._fixed = [Leaf(param.name, "param", param.tensor, param) for param in params.values()]
+        self._devices = accelerators_of(leaf.tensor for leaf in self._fixed)
+
+    def _read(self) -> Reading:
+        leaves = list(self._fixed)
+        texts: list[str] = []
+        for view in self.optimizers:
+            leaves += view.leaves()
+            texts.append(view.text())
+        for spot in self.tree.buffers.values():
+            buffer = spot.get()
+            if buffer is not None:
+                leaves.append(Leaf(spot.name, "buffer", buffer, None, sync=True))
+        data, extra_leaves = self.extras.encode(self.tree.extra_states)
+        leaves += extra_leaves
+        rest: dict[str, Any] = {**data, "rng": rng_json(self._devices)}
+        return Reading(leaves, f"[{','.join(texts)}]", dumps(rest))
+
+
+def check_expressible(inventory: Inventory) -> None:
+    """Raise TypeError or ValueError, naming the path, when the state as it is now could not be captured."""
+    reading = inventory.rescan()
+    try:
+        inventory.plan(reading, 0, 0, split=False)
+    except CannotExpress:
+        raise
+    except Exception as error:
+        raise ValueError(f"this state cannot be captured: {error}") from error
