@@ -1,0 +1,66 @@
+"""
+What the client's tests share: a fake daemon, Snapshotters on it that are closed again, and small training jobs.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+_ROOT = Path(__file__).resolve().parents[2]
+for _path in (str(Path(__file__).parent), str(_ROOT), str(_ROOT / "client")):
+    if _path not in sys.path:
+        sys.path.insert(0, _path)
+
+from fake_daemon import FakeDaemon  # noqa: E402
+
+from snapshotd import failpoints  # noqa: E402
+from snapshotd_client import Snapshotter  # noqa: E402
+from snapshotd_client.settings import Settings  # noqa: E402
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    with FakeDaemon() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    failpoints.configure(None)
+
+
+@pytest.fixture
+def snapshotter(daemon: FakeDaemon) -> Iterator[Callable[..., Snapshotter]]:
+    """Make a Snapshotter on the fake daemon, connected, and close it at the end."""
+    made: list[Snapshotter] = []
+
+    def make(model: object, optimizer: object = None, *args: object, **kwargs: object) -> Snapshotter:
+        settings = {"socket": daemon.path, "job": "test", "restore_timeout_s": 20.0, **kwargs.pop("settings", {})}
+        snap = Snapshotter(model, optimizer, *args, settings=Settings(**settings), **kwargs)
+        made.append(snap)
+        assert snap._link.wait_session(10)
+        return snap
+
+    make.sealed = lambda step, world=1: daemon.wait_for(lambda: len(daemon.sealed.get(step, {})) == world)
+    yield make
+    for snap in made:
+        snap.close()
+
+
+@pytest.fixture
+def seed() -> Callable[[int], None]:
+    def run(value: int) -> None:
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value)
+
+    return run
