@@ -1,0 +1,114 @@
+"""Gathering: the same bytes as a plain loop over all runs, with few and large requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from snapshotd.daemon.gather import BATCH_BYTES, gather
+from snapshotd.daemon.sources import Piece
+from snapshotd.layout import CHUNK_BYTES
+from snapshotd.reshard import Copy
+
+
+class CountingSource:
+    """A source in memory that notes what is asked of it."""
+
+    node_id = name = "test"
+    is_local = False
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+        self.file_bytes = data.nbytes
+        self.requests: list[list[tuple[int, int]]] = []
+
+    def read(self, pieces: Sequence[Piece]) -> None:
+        self.requests.append([(piece.begin, piece.end) for piece in pieces])
+        assert sum(piece.into.nbytes for piece in pieces) <= BATCH_BYTES + 2 * CHUNK_BYTES
+        for piece in pieces:
+            assert piece.begin % CHUNK_BYTES == 0
+            assert piece.end % CHUNK_BYTES == 0 or piece.end == self.file_bytes
+            piece.into[:] = self.data[piece.begin : piece.end].tobytes()
+
+    @property
+    def fetched(self) -> list[int]:
+        return [
+            chunk
+            for request in self.requests
+            for begin, end in request
+            for chunk in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+        ]
+
+
+@pytest.fixture(scope="module")
+def data() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, 40_000_017, np.uint8)
+
+
+def check(data: np.ndarray, copies: Sequence[Copy], size: int) -> CountingSource:
+    source = CountingSource(data)
+    out = np.zeros(size, np.uint8)
+    expected = np.zeros(size, np.uint8)
+    for copy in copies:
+        for src, dst, nbytes in copy.runs():
+            expected[dst : dst + nbytes] = data[src : src + nbytes]
+    nbytes = gather(source, copies, memoryview(out))
+    assert np.array_equal(out, expected)
+    assert nbytes == sum(end - begin for request in source.requests for begin, end in request)
+    return source
+
+
+def copy(src: int, dst: int, run: int, *dims: tuple[int, int, int]) -> Copy:
+    return Copy(source=0, target=0, src_begin=src, dst_begin=dst, run_bytes=run, dims=dims)
+
+
+def test_a_long_run_goes_straight_to_its_place(data: np.ndarray) -> None:
+    source = check(data, [copy(1000, 5, 39_000_000)], 39_000_010)
+    assert len(source.requests) <= 4
+    assert len(set(source.fetched)) == len(source.fetched)
+
+
+def test_small_neighbours_share_their_chunks(data: np.ndarray) -> None:
+    """A thousand biases of some kilobytes in one megabyte are one request, not a thousand chunks."""
+    copies = [copy(i * 1500 + 7, i * 400, 400) for i in range(1000)]
+    source = check(data, copies, 400_000)
+    assert len(source.requests) == 1
+    assert sorted(source.fetched) == list(range(6))
+
+
+def test_far_apart_runs_do_not_fetch_what_is_between(data: np.ndarray) -> None:
+    source = check(data, [copy(0, 0, 100, (4, 9_000_000, 100))], 400)
+    assert len(source.fetched) == 4
+    assert len(source.requests) == 1
+
+
+def test_a_column_split_is_cut_into_requests(data: np.ndarray) -> None:
+    source = check(data, [copy(1000, 0, 1000, (9000, 4000, 1000))], 9_000_000)
+    assert len(source.requests) <= 5
+    assert len(source.fetched) <= 36_000_000 / CHUNK_BYTES + 2 * len(source.requests)
+
+
+def test_random_copies_match_a_plain_loop(data: np.ndarray) -> None:
+    dice = random.Random(5)
+    for _ in range(40):
+        copies, place = [], 0
+        for _ in range(dice.randrange(1, 6)):
+            run = dice.choice([1, 8, 100, 5000, 300_000, 2_000_000])
+            dims = []
+            extent, size = run, run
+            for _ in range(dice.randrange(0, 4)):
+                count = dice.randrange(2, 6)
+                stride = extent + dice.choice([0, 8, 3000, 600_000])
+                if stride * count > 15_000_000:
+                    break
+                dims.append((count, stride, size))
+                extent, size = stride * (count - 1) + extent, size * count
+            if place + size > 60_000_000:
+                break
+            begin = dice.randrange(0, data.nbytes - extent)
+            copies.append(copy(begin, place, run, *reversed(dims)))
+            place += size
+        check(data, copies, place)
