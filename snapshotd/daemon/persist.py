@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from snapshotd.arena import Arena, SlotFile
 from snapshotd.daemon.cancel import Cancelled, check_cancel
-from snapshotd.daemon.restore import open_plan
+from snapshotd.daemon.plans import PlanSources, slots_of_plan
 from snapshotd.daemon.sources import Source, Sources
 from snapshotd.durable import Marker, MarkerRank, RankRecord, RankWriter, prune, write_marker
 from snapshotd.durable.format import rank_file_name, rank_record_name, read_json_file
@@ -114,14 +114,8 @@ def export_snapshot(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is not empty; choose another directory")
     make_directories(target, below=target)
-    with ExitStack() as stack:
-        opened, snapshot = open_plan(plan, sources)
-        for source in opened:
-            stack.callback(source.close)
-        refs = list(plan.slots)
-        if snapshot is not None:
-            stack.callback(snapshot.close)
-            refs = [snapshot.rank_file(rank).slot for rank in range(snapshot.world_size)]
+    with closing(PlanSources(plan, sources)) as opening, opening.use() as opened:
+        refs = slots_of_plan(plan, opened)
         marker = _marker_of(plan.job, plan.source_epoch, plan.source_step, plan.source_world_size, refs)
         for ref, source in zip(refs, opened, strict=True):
             _write_rank(target, ref, source, cancel)

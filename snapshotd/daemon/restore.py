@@ -5,7 +5,8 @@ One ``Restore`` serves all ranks of this node under one plan: the layouts of all
 
 Rule 1: what lies in one piece in a slot of this node is answered in place, under lease until it is released. All else
 goes into one buffer per request: from local slots by memory copy, from peers and durable files by verified ranges.
-Rule 2: a corrupt source is reported and refused. The slot can be decoded; wrong bytes cannot be taken back.
+Rule 2: a corrupt source is reported and refused. The slot can be decoded; wrong bytes cannot be taken back. Whoever
+asks again gets the slot that is there by then; batches that were answered before stay as they are.
 Rule 3: rank-private tensors come from the source rank of the same number (modulo the source's world size). With
 another world size that is a guess for "param" and "optim": it is made only if all source ranks agree on the bytes.
 """
@@ -17,7 +18,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, TypeAlias
@@ -27,17 +27,17 @@ import xxhash
 from snapshotd.arena import Arena, BufferFile, Lease, SealableFile
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.gather import gather
-from snapshotd.daemon.sources import DurableSource, LocalSource, Piece, Source, Sources
-from snapshotd.durable import DurableSnapshot, open_snapshot
-from snapshotd.errors import FormatError, LayoutError, LocalProtocolError, Unrecoverable, UsageError
+from snapshotd.daemon.plans import PlanSources, read_bytes, read_layouts
+from snapshotd.daemon.sources import DurableSource, LocalSource, Source, Sources
+from snapshotd.errors import LayoutError, LocalProtocolError, Unrecoverable, UsageError
 from snapshotd.failpoints import failpoint
-from snapshotd.layout import CHUNK_BYTES, Box, Layout, TensorBox, header_length
+from snapshotd.layout import CHUNK_BYTES, Box, TensorBox
 from snapshotd.layout.header import decode_json
 from snapshotd.reshard import Copy, SourceShard, TargetShard, apply_copy, plan
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
-__all__ = ["MAX_BATCH_BYTES", "Batch", "Restore", "open_plan"]
+__all__ = ["MAX_BATCH_BYTES", "Batch", "Restore"]
 
 MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
 """Of one request, not counting what is answered in place: bounds the buffers of a restore."""
@@ -46,9 +46,6 @@ _ALIGN_BYTES: Final = 64
 """Of each want in a buffer: the worker makes tensors of any element type on it."""
 
 _MAX_THREADS: Final = 8
-
-_HEADER_GUESS_BYTES: Final = CHUNK_BYTES
-"""Read at once from each source: the header of a thousand tensors, and a digest chunk is fetched whole anyway."""
 
 _GUESSED_KINDS: Final = frozenset({"param", "optim"})
 
@@ -84,49 +81,6 @@ class Batch:
         )
 
 
-def open_plan(order: control.RestorePlan, sources: Sources) -> tuple[list[Source], DurableSnapshot | None]:
-    """
-    Return a source for each source rank of a plan, and the durable snapshot that the caller has to close, if it is one.
-
-    CorruptionError or PeerError when a source is not what the plan says; UsageError for a plan without sources.
-    """
-    opened: list[Source] = []
-    if order.kind == control.RESTORE_KIND_DURABLE:
-        snapshot = open_snapshot(order.durable_path)
-        try:
-            marker = snapshot.marker
-            found = (marker.job, marker.epoch, marker.step, marker.world_size)
-            expected = (order.job, order.source_epoch, order.source_step, order.source_world_size)
-            if found != expected:
-                raise FormatError(
-                    f"{order.durable_path} is (job, epoch, step, world size) {found}, expected {expected}"
-                )
-            for rank in range(snapshot.world_size):
-                opened.append(DurableSource(snapshot.rank_file(rank), sources.on_corruption))
-        except BaseException:
-            snapshot.close()
-            raise
-        return opened, snapshot
-    if order.kind != control.RESTORE_KIND_MEMORY:
-        raise UsageError(f"a plan of kind {control.RestoreKind.Name(order.kind)} has no bytes to restore")
-    if not order.source_world_size == len(order.slots) == len(order.nodes) > 0:
-        raise UsageError(
-            f"a plan for {order.source_world_size} source ranks names {len(order.slots)} slots "
-            f"on {len(order.nodes)} nodes"
-        )
-    sources.learn(order.peers)
-    try:
-        for rank, (ref, node) in enumerate(zip(order.slots, order.nodes, strict=True)):
-            if (ref.rank, ref.epoch, ref.step) != (rank, order.source_epoch, order.source_step):
-                raise UsageError(f"slot {rank} of the plan is of rank {ref.rank}, epoch {ref.epoch}, step {ref.step}")
-            opened.append(sources.slot(ref, node))
-    except BaseException:
-        for source in opened:
-            source.close()
-        raise
-    return opened, None
-
-
 class Restore:
     """
     Serves the bytes of one plan to the ranks of this node. Safe to use from many threads; ``close`` releases all.
@@ -147,14 +101,13 @@ class Restore:
         self._batches: dict[int, list[_Held]] = {}
         self._closed = False
         self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
-        with ExitStack() as stack:
-            self._sources, snapshot = open_plan(order, sources)
-            for source in self._sources:
-                stack.callback(source.close)
-            if snapshot is not None:
-                stack.callback(snapshot.close)
-            self._layouts = _read_layouts(self._sources)
-            self._stack = stack.pop_all()
+        self._plan = PlanSources(order, sources)
+        try:
+            with self._plan.use() as opened:
+                self._layouts = read_layouts(opened)
+        except BaseException:
+            self._plan.close()
+            raise
         self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
         for rank, layout in enumerate(self._layouts):
             for shard in layout.shards:
@@ -166,7 +119,7 @@ class Restore:
 
     def source_rank(self, rank: int) -> int:
         """Return the source rank whose private state ``rank`` goes on with."""
-        return rank % len(self._sources)
+        return rank % len(self._layouts)
 
     def manifest(self, rank: int) -> bytes:
         """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/restore-manifest."""
@@ -192,7 +145,7 @@ class Restore:
             "source": {
                 "epoch": self._order.source_epoch,
                 "step": self._order.source_step,
-                "world_size": len(self._sources),
+                "world_size": len(self._layouts),
                 "rank": source_rank,
             },
             "tensors": [
@@ -238,10 +191,11 @@ class Restore:
         if not 0 <= rank < self._world_size:
             raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
         targets = [self._target(index, want, rank) for index, want in enumerate(wants)]
-        by_target = self._plan(targets, self.source_rank(rank), cancel)
         held: list[_Held] = []
         try:
-            return self._assemble(targets, by_target, held, cancel)
+            with self._plan.use() as sources:
+                by_target = self._copies(targets, self.source_rank(rank), sources, cancel)
+                return self._assemble(targets, by_target, sources, held, cancel)
         except BaseException:
             self._give_back(held)
             raise
@@ -260,7 +214,7 @@ class Restore:
             self._batches.clear()
         for held in batches:
             self._give_back(held)
-        self._stack.close()
+        self._plan.close()
 
     def __enter__(self) -> Restore:
         return self
@@ -284,13 +238,17 @@ class Restore:
         tensor = replace(shards[0].tensor, box=Box(tuple(want.offsets), tuple(want.lengths)))
         return TargetShard(target=index, tensor=tensor, begin=0)
 
-    def _plan(
-        self, targets: Sequence[TargetShard], source_rank: int, cancel: threading.Event | None
+    def _copies(
+        self,
+        targets: Sequence[TargetShard],
+        source_rank: int,
+        sources: Sequence[Source],
+        cancel: threading.Event | None,
     ) -> dict[int, list[Copy]]:
         names = {(target.tensor.name, target.tensor.scope) for target in targets}
         for name, scope in sorted(names):
             if scope == "rank":
-                self._check_private(name, source_rank, cancel)
+                self._check_private(name, source_rank, sources, cancel)
         # Both scopes of one name may be wanted; the planner tells them apart by the scope of the target.
         by_target: defaultdict[int, list[Copy]] = defaultdict(list)
         for scope in ("global", "rank"):
@@ -300,7 +258,7 @@ class Restore:
             made = plan(
                 (shard for name, of in names if of == scope for shard in self._shards[name, of]),
                 some,
-                prefer=lambda source: 0 if self._sources[source].is_local else 1,
+                prefer=lambda source: 0 if sources[source].is_local else 1,
                 rank_source={target.target: source_rank for target in some},
             )
             for copy in made.copies:
@@ -311,6 +269,7 @@ class Restore:
         self,
         targets: Sequence[TargetShard],
         by_target: dict[int, list[Copy]],
+        sources: Sequence[Source],
         held: list[_Held],
         cancel: threading.Event | None,
     ) -> Batch:
@@ -322,7 +281,7 @@ class Restore:
         end = wanted = local = 0
         for target in targets:
             copies = by_target.get(target.target, [])
-            source = self._sources[copies[0].source] if len(copies) == 1 and not copies[0].dims else None
+            source = sources[copies[0].source] if len(copies) == 1 and not copies[0].dims else None
             if isinstance(source, LocalSource):
                 copy = copies[0]
                 source.view(*copy.src_range).release()
@@ -350,7 +309,7 @@ class Restore:
                 for number, offset in place.items()
                 for copy in by_target.get(number, [])
             ]
-            copied, remote, fetched = self._fill(buffer.view, copies, cancel)
+            copied, remote, fetched = _fill(buffer.view, copies, sources, cancel)
             local += copied
         return Batch(
             batch_id=self._keep(held),
@@ -362,82 +321,35 @@ class Restore:
             fetched_bytes=fetched,
         )
 
-    def _fill(self, view: memoryview, copies: Iterable[Copy], cancel: threading.Event | None) -> tuple[int, int, int]:
-        """Carry out all copies; peers in parallel, local ones meanwhile. Returns bytes (local, remote, fetched)."""
-        by_source: defaultdict[int, list[Copy]] = defaultdict(list)
-        for copy in copies:
-            by_source[copy.source].append(copy)
-        remote = {rank: some for rank, some in by_source.items() if not self._sources[rank].is_local}
-        by_node: defaultdict[str, list[int]] = defaultdict(list)
-        for rank in sorted(remote):
-            by_node[self._sources[rank].node_id].append(rank)
-
-        def fetch(ranks: Sequence[int]) -> int:
-            return sum(gather(self._sources[rank], remote[rank], view, cancel) for rank in ranks)
-
-        local_bytes = 0
-        with ThreadPoolExecutor(max(1, min(len(by_node), _MAX_THREADS)), "snapshotd-restore") as pool:
-            fetches = [pool.submit(fetch, ranks) for ranks in by_node.values()]
-            try:
-                for rank, some in by_source.items():
-                    source = self._sources[rank]
-                    if isinstance(source, LocalSource):
-                        for copy in some:
-                            check_cancel(cancel, "restoring")
-                            source.view(*copy.src_range).release()
-                            apply_copy(copy, source.obj.view, view)
-                            local_bytes += copy.nbytes
-                        failpoint("daemon.mid_assemble")
-                fetched = sum(future.result() for future in fetches)
-            except BaseException:
-                for future in fetches:
-                    future.cancel()
-                raise
-        if remote:
-            failpoint("daemon.mid_assemble")
-        return local_bytes, sum(copy.nbytes for some in remote.values() for copy in some), fetched
-
-    def _check_private(self, name: str, source_rank: int, cancel: threading.Event | None) -> None:
+    def _check_private(
+        self, name: str, source_rank: int, sources: Sequence[Source], cancel: threading.Event | None
+    ) -> None:
         """Refuse a rank-private parameter or optimizer state when which rank's it should be is not clear."""
         shards = self._shards[name, "rank"]
         kinds = {shard.tensor.kind for shard in shards if shard.source == source_rank}
-        if self._world_size == len(self._sources) or not kinds & _GUESSED_KINDS:
+        if self._world_size == len(self._layouts) or not kinds & _GUESSED_KINDS:
             return
         with self._lock:
             wrong = self._equal.get(name)
         if wrong is None:
-            wrong = self._differs(name, shards, cancel)
+            wrong = _differs(shards, sources, cancel)
             with self._lock:
                 self._equal[name] = wrong
         if wrong:
             raise Unrecoverable(
                 f"{name!r} is private to each rank, and {wrong}: it cannot be restored with {self._world_size} ranks "
-                f"from {len(self._sources)}. Restore with {len(self._sources)} ranks, or make it a DTensor"
+                f"from {len(self._layouts)}. Restore with {len(self._layouts)} ranks, or make it a DTensor"
             )
-
-    def _differs(self, name: str, shards: Sequence[SourceShard], cancel: threading.Event | None) -> str:
-        """Return in words how the ranks differ, "" if all of them have the same boxes with the same bytes."""
-        digests: dict[int, list[tuple[object, ...]]] = {rank: [] for rank in range(len(self._sources))}
-        for shard in shards:
-            check_cancel(cancel, "restoring")
-            tensor = shard.tensor
-            digest = _digest(self._sources[shard.source], shard.begin, tensor.nbytes)
-            digests[shard.source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
-        for rank, found in digests.items():
-            if not found:
-                return f"rank {rank} of the source does not have it"
-            if found != digests[0]:
-                return f"rank {rank} of the source has another value than rank 0"
-        return ""
 
     def _meta(self, source_rank: int) -> str:
         """The step's own JSON of a source rank, as text; FormatError when it is not JSON."""
-        source, (begin, end) = self._sources[source_rank], self._layouts[source_rank].meta
-        text = _read(source, begin, end).strip(b" \0\t\r\n")
-        if not text:
-            return ""
-        decode_json(text, f"__meta__ of {source.name}")
-        return text.decode()
+        with self._plan.use() as sources:
+            source = sources[source_rank]
+            text = read_bytes(source, *self._layouts[source_rank].meta).strip(b" \0\t\r\n")
+            if not text:
+                return ""
+            decode_json(text, f"__meta__ of {source.name}")
+            return text.decode()
 
     def _keep(self, held: list[_Held]) -> int:
         with self._lock:
@@ -456,30 +368,63 @@ class Restore:
                 self._arena.release(item)
 
 
-def _read_layouts(sources: Sequence[Source]) -> list[Layout]:
-    """Read all headers, several at a time: with a hundred peers it is the round trips that take time."""
-    with ThreadPoolExecutor(max(1, min(len(sources), _MAX_THREADS)), "snapshotd-headers") as pool:
-        return list(pool.map(_read_layout, sources))
+def _fill(
+    view: memoryview, copies: Iterable[Copy], sources: Sequence[Source], cancel: threading.Event | None
+) -> tuple[int, int, int]:
+    """Carry out all copies; peers in parallel, local ones meanwhile. Returns bytes (local, remote, fetched)."""
+    by_source: defaultdict[int, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        by_source[copy.source].append(copy)
+    remote = {rank: some for rank, some in by_source.items() if not sources[rank].is_local}
+    by_place: defaultdict[str, list[int]] = defaultdict(list)
+    for rank in sorted(remote):
+        source = sources[rank]
+        by_place[source.name if isinstance(source, DurableSource) else source.node_id].append(rank)
+
+    def fetch(ranks: Sequence[int]) -> int:
+        return sum(gather(sources[rank], remote[rank], view, cancel) for rank in ranks)
+
+    local_bytes = 0
+    with ThreadPoolExecutor(max(1, min(len(by_place), _MAX_THREADS)), "snapshotd-restore") as pool:
+        fetches = [pool.submit(fetch, ranks) for ranks in by_place.values()]
+        try:
+            for rank, some in by_source.items():
+                source = sources[rank]
+                if isinstance(source, LocalSource):
+                    for copy in some:
+                        check_cancel(cancel, "restoring")
+                        source.view(*copy.src_range).release()
+                        apply_copy(copy, source.obj.view, view)
+                        local_bytes += copy.nbytes
+                    failpoint("daemon.mid_assemble")
+            fetched = sum(future.result() for future in fetches)
+        except BaseException:
+            for future in fetches:
+                future.cancel()
+            raise
+    if remote:
+        failpoint("daemon.mid_assemble")
+    return local_bytes, sum(copy.nbytes for some in remote.values() for copy in some), fetched
 
 
-def _read_layout(source: Source) -> Layout:
-    head = _read(source, 0, min(_HEADER_GUESS_BYTES, source.file_bytes))
-    length = header_length(head)
-    if length > source.file_bytes:
-        raise FormatError(f"{source.name}: the header claims {length} bytes, but there are {source.file_bytes}")
-    if length > len(head):
-        head += _read(source, len(head), length)
-    return Layout.parse(head, file_bytes=source.file_bytes)
-
-
-def _read(source: Source, begin: int, end: int) -> bytes:
-    with memoryview(bytearray(end - begin)) as into:
-        source.read([Piece(begin, into)])
-        return bytes(into)
+def _differs(shards: Sequence[SourceShard], sources: Sequence[Source], cancel: threading.Event | None) -> str:
+    """Return in words how the ranks differ, "" if all of them have the same boxes with the same bytes."""
+    digests: dict[int, list[tuple[object, ...]]] = {rank: [] for rank in range(len(sources))}
+    for shard in shards:
+        check_cancel(cancel, "restoring")
+        tensor = shard.tensor
+        digest = _digest(sources[shard.source], shard.begin, tensor.nbytes)
+        digests[shard.source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
+    for rank, found in digests.items():
+        if not found:
+            return f"rank {rank} of the source does not have it"
+        if found != digests[0]:
+            return f"rank {rank} of the source has another value than rank 0"
+    return ""
 
 
 def _digest(source: Source, begin: int, nbytes: int) -> bytes:
     digest = xxhash.xxh3_128()
     for at in range(begin, begin + nbytes, 16 * CHUNK_BYTES):
-        digest.update(_read(source, at, min(at + 16 * CHUNK_BYTES, begin + nbytes)))
+        digest.update(read_bytes(source, at, min(at + 16 * CHUNK_BYTES, begin + nbytes)))
     return digest.digest()

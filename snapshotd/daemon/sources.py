@@ -277,6 +277,7 @@ class DurableSource:
 
     def __init__(self, file: RankFile, on_corruption: OnCorruption) -> None:
         self.name = str(file.path)
+        self.slot = file.slot
         self.file_bytes = file.file_bytes
         self._file = file
         self._on_corruption = on_corruption

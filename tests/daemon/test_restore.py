@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from snapshotd import failpoints
-from snapshotd.arena import slot_key
+from snapshotd.arena import State, slot_key
 from snapshotd.daemon import restore as restore_module
 from snapshotd.daemon.persist import export_snapshot
 from snapshotd.daemon.restore import Restore
-from snapshotd.errors import CorruptionError, LayoutError, LocalProtocolError, Unrecoverable, UsageError
+from snapshotd.errors import CorruptionError, LayoutError, LocalProtocolError, PeerError, Unrecoverable, UsageError
 from snapshotd.layout import Box, TensorBox
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
@@ -326,7 +326,17 @@ def test_rot_is_reported_and_refused(cluster, where: str) -> None:
         assert found.local == (where != "peer")
         if found.local:
             assert (found.slot_id, found.slot) == (obj.slot_id, plan.slots[0])
-        obj.view[obj.file_bytes - 300_000] ^= 1
+        # It is freed, decoded, and there again: the same restore goes on with it.
+        wanted = bytearray(obj.view)
+        wanted[obj.file_bytes - 300_000] ^= 1
+        ref, digests = obj.ref, obj.digests
+        owner.arena.delete(obj)
+        with pytest.raises((CorruptionError, PeerError)):
+            restore.assemble(0, [wish])
+        assert obj.state is State.GONE  # the failed restore holds nothing of it
+        fresh = owner.arena.create_slot(bytes(wanted[:100]), len(wanted))
+        fresh.view[:] = wanted
+        owner.arena.seal(fresh, ref, digests)
         check(restore.assemble(0, [wish]), [wish])
     assert not list((node.arena.root / "buffers").iterdir())
 
