@@ -1,0 +1,258 @@
+"""
+What must hold after each event, whatever happened; and the marks that rare situations were reached.
+
+Rule: the checks look at what really exists in the arenas, never at what a core believes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snapshotd.coordinator.events import Output, Put, ToAgent, ToNode
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import worker_pb2 as worker
+from tests.simulation.arena import truth
+
+if TYPE_CHECKING:
+    from tests.simulation.node import SimNode
+    from tests.simulation.world import World
+
+
+class InvariantBroken(AssertionError):
+    """Something that must never happen has happened."""
+
+
+@dataclass
+class Relied:
+    """A snapshot that is relied on. budget: parts that may still be lost without it being lost."""
+
+    key: tuple[int, int]
+    level: int
+    m: int
+    budget: int
+    weak: bool = False
+
+
+class Checks:
+    """The invariants of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.dirty = False
+        self.commits = 0
+        self.newest_epoch = 0
+        self.relied: dict[tuple[int, int], Relied] = {}
+        self.committed: tuple[int, int] | None = None
+        self.ever_committed = False
+        self._world = world
+        self._sealed: dict[tuple[int, int], dict[int, str]] = {}
+        self._built: dict[tuple[int, int], set[str]] = {}
+        self._formed: dict[int, control.EpochFormed] = {}
+        self._decided: dict[str, tuple[int, int, int]] = {}
+        self._agents: dict[tuple[int, int], str] = {}
+
+    def fail(self, text: str) -> None:
+        raise InvariantBroken(f"seed {self._world.plan.seed} at {self._world.clock.now:.3f}: {text}")
+
+    # ------------------------------------------------------------ what nodes do
+
+    def on_slot_sealed(self, node: SimNode, ref: control.SlotRef, content: str) -> None:
+        known = self._sealed.setdefault((ref.epoch, ref.step), {})
+        if known.setdefault(ref.rank, content) != content:
+            self.fail(f"rank {ref.rank} sealed step {ref.step} of epoch {ref.epoch} twice with other bytes")
+
+    def on_parity_built(self, node_id: str, key: tuple[int, int]) -> None:
+        self._built.setdefault(key, set()).add(node_id)
+
+    def after_node(self, node: SimNode) -> None:
+        counts: dict[int, int] = {}
+        if node.core is None:
+            return
+        state = node.core.state
+        for slot in state.slots.values():
+            if not slot.rebuilt:
+                counts[slot.rank] = counts.get(slot.rank, 0) + 1
+        limit = self._world.plan.generations + 2
+        if counts and max(counts.values()) > limit:
+            self.fail(f"{node.node_id} has {counts} slots per rank, at most {limit} may be")
+        if self.dirty:
+            self.check_relied()
+
+    def losses(self, count: int = 1) -> None:
+        """Parts of snapshots were lost for good (a node, or rotten bytes)."""
+        for one in self.relied.values():
+            one.budget -= count
+
+    def check_relied(self) -> None:
+        """The newest committed snapshot can be rebuilt from what is really there, unless more than m parts were lost."""
+        self.dirty = False
+        nodes = [node for node in self._world.nodes.values() if not node.lost]
+        for one in self.relied.values():
+            there = truth(nodes, one.key)
+            if there.rebuildable():
+                if there.whole():
+                    one.budget = max((s.m for s in there.sets.values()), default=0)
+                    one.weak = False
+                continue
+            if one.budget >= 0 and not one.weak:
+                self.fail(f"the committed snapshot {one.key} is gone, though no more than m={one.m} parts were lost")
+
+    # ------------------------------------------------------------ what the coordinator does
+
+    def before_persist(self, output: Output) -> None:
+        """Look at what the coordinator is about to remember: epochs, commits, choices."""
+        values = {}
+        for effect in output.persist:
+            if isinstance(effect, Put):
+                values[effect.key] = json.loads(effect.value)
+        if "epoch" in values:
+            number = values["epoch"]["number"]
+            if number < self.newest_epoch:
+                self.fail(f"the epoch goes back from {self.newest_epoch} to {number}")
+            self.newest_epoch = number
+            current = values["epoch"]["epoch"]
+            if current is not None and current["formed"]:
+                ranks = current["ranks"]
+                if len(ranks) != current["world_size"]:
+                    self.fail(f"epoch {number} is complete without all its ranks")
+        choice = values["line"]["decision"] if "line" in values else None
+        if choice is not None:
+            self._on_choice(choice, values.get("commit"))
+        elif "commit" in values and values["commit"]["committed"] is not None:
+            self._on_commit(values["commit"]["committed"])
+
+    def _on_commit(self, committed: list[int]) -> None:
+        epoch, step, level, world_size = committed
+        key = (epoch, step)
+        if self.committed is not None and key == self.committed:
+            for one in self.relied.values():
+                if one.key == key:
+                    one.level = level
+            self.relied = {k: one for k, one in self.relied.items() if k == key}
+            return
+        if epoch != self.newest_epoch:
+            self.fail(f"step {step} of epoch {epoch} is committed, but the job is at epoch {self.newest_epoch}")
+        if self.committed is not None and key < self.committed:
+            self.fail(f"the commit goes back from {self.committed} to {key}")
+        sealed = self._sealed.get(key, {})
+        if set(sealed) != set(range(world_size)):
+            self.fail(f"step {step} is committed, but only ranks {sorted(sealed)} of {world_size} have sealed it")
+        formed = self._formed.get(epoch)
+        if formed is None:
+            self.fail(f"step {step} is committed in epoch {epoch}, which was never complete")
+        assert formed is not None
+        if level >= control.Committed.LEVEL_PROTECTED:
+            late = set(formed.nodes) - self._built.get(key, set())
+            if late:
+                self.fail(f"step {step} is committed as protected, but {sorted(late)} have not built parity")
+        elif formed.m:
+            self.fail(f"step {step} is committed without parity, though the epoch has m={formed.m}")
+        m = formed.m if level >= control.Committed.LEVEL_PROTECTED else 0
+        self.commits += 1
+        self.committed, self.ever_committed = key, True
+        self.relied = {key: Relied(key=key, level=level, m=m, budget=m)}
+        # A node whose daemon is down may have lost its arena already; then that loss counts from the beginning.
+        nodes = [node for node in self._world.nodes.values() if not node.lost]
+        if not truth(nodes, key).whole() and m:
+            self.relied[key].budget -= 1
+        self.check_relied()
+
+    def _on_choice(self, choice: dict[str, object], commit: dict[str, list[int]] | None) -> None:
+        kind = choice["kind"]
+        probe = self._world.probe
+        # Only nodes with a session count for the coordinator; the others are away for longer than their lease.
+        coordinator = self._world.coordinator
+        connected = [
+            node
+            for node in self._world.nodes.values()
+            if not node.lost and node.link is not None and node.link.sid in coordinator.links
+        ]
+        source = None if choice["source"] is None else tuple(choice["source"])  # type: ignore[arg-type]
+        for one in self.relied.values():
+            if (source is None or source < one.key) and truth(connected, one.key).rebuildable() and kind != 0:
+                if not self._was_tried(one.key):
+                    self.fail(f"epoch {choice['epoch']} goes on from {source}, though {one.key} can be rebuilt")
+        if kind == control.RESTORE_KIND_FRESH:
+            probe("fresh")
+            if self.ever_committed:
+                self.fail("a fresh start, though there were commits before")
+        elif kind == control.RESTORE_KIND_MEMORY:
+            probe("memory")
+            assert source is not None
+            if self.committed is not None and source > self.committed:
+                probe("uncommitted_preferred")
+            if "decoded" in str(choice["reason"]):
+                probe("decoded")
+            if commit is not None and commit["fallback"] is not None:
+                probe("fallback_kept")
+        elif kind == control.RESTORE_KIND_DURABLE:
+            probe("durable")
+        elif kind == control.RESTORE_KIND_REFUSED:
+            probe("refused")
+        if commit is None or commit["committed"] is None:
+            if kind != control.RESTORE_KIND_REFUSED:
+                self.relied, self.committed = {}, None
+            return
+        self.relied = {}
+        for entry in (commit["committed"], commit["fallback"]):
+            if entry is not None and kind == control.RESTORE_KIND_MEMORY:
+                key = (entry[0], entry[1])
+                there = truth([node for node in self._world.nodes.values() if not node.lost], key)
+                m = max((s.m for s in there.sets.values()), default=0) if there.whole() else 0
+                self.relied[key] = Relied(key=key, level=entry[2], m=m, budget=m)
+        self.committed = (commit["committed"][0], commit["committed"][1])
+
+    def _was_tried(self, key: tuple[int, int]) -> bool:
+        """Whether the coordinator knows of failed rebuilds of it (sources that went away while it was decoded)."""
+        core = self._world.coordinator.core
+        parts = core.jobs.get(self._world.job) if core is not None else None
+        return parts is not None and key in parts.recovery._excluded
+
+    def on_send(self, send: ToNode | ToAgent) -> None:
+        body = send.message.WhichOneof("body")
+        if isinstance(send, ToAgent):
+            return
+        message = send.message
+        if body == "epoch_formed":
+            formed = message.epoch_formed
+            if formed.epoch < self.newest_epoch:
+                self.fail(f"epoch {formed.epoch} is said to be complete after epoch {self.newest_epoch}")
+            known = self._formed.setdefault(formed.epoch, formed)
+            if list(known.nodes) != list(formed.nodes):
+                self.fail(f"epoch {formed.epoch} was complete with other nodes before")
+        elif body == "abandon":
+            self._world.probe("abandon")
+        elif body == "rebuild":
+            self._world.probe("rebuild_ordered")
+
+    def on_forget(self) -> None:
+        self._world.probe("forgotten")
+        self.relied, self.committed, self.ever_committed = {}, None, False
+
+    # ------------------------------------------------------------ what launchers and workers see
+
+    def on_agent_formed(self, agent: str, formed: control.AgentFormed) -> None:
+        if self._agents.setdefault((formed.epoch, formed.group_rank), agent) != agent:
+            self.fail(f"two launchers have group rank {formed.group_rank} of epoch {formed.epoch}")
+        if formed.epoch > self.newest_epoch:
+            self.fail(f"a launcher heard of epoch {formed.epoch} before it was remembered")
+
+    def on_decision(self, uid: str, rank: int, decision: worker.RestoreDecision) -> None:
+        if decision.kind in (worker.RestoreDecision.KIND_UNDECIDED, worker.RestoreDecision.KIND_REFUSED):
+            return
+        this = (decision.kind, decision.source_epoch, decision.source_step)
+        if self._decided.setdefault(uid, this) != this:
+            self.fail(f"rank {rank} of {uid} is to go on from {this}, others from {self._decided[uid]}")
+
+    def on_restored(self, plan: control.RestorePlan, contents: dict[int, str]) -> None:
+        """The bytes that a rank gets are of exactly the planned step, rank by rank, of one launch."""
+        key = (plan.source_epoch, plan.source_step)
+        if set(contents) != set(range(plan.source_world_size)):
+            self.fail(f"the plan for {key} has ranks {sorted(contents)} of {plan.source_world_size}")
+        expected = self._sealed.get(key, {})
+        for rank, content in contents.items():
+            if expected.get(rank) != content:
+                self.fail(f"wrong bytes: rank {rank} of {key} is {content!r}, sealed was {expected.get(rank)!r}")
+        if len({content.split(".")[0] for content in contents.values()}) != 1:
+            self.fail(f"bytes of different launches in {key}: {contents}")
