@@ -53,6 +53,7 @@ class _Entry:
     leaves: list[Leaf] = field(default_factory=list)
     signature: tuple[Any, ...] = ()
     text: str = ""
+    key_text: str = ""
 
     def is_same(self, container: Any) -> bool:
         """Whether a scan of ``container`` would give what the last one gave."""
@@ -119,6 +120,7 @@ class OptimizerView:
             param = self._owner(key, by_id, tree)
             path = f"{self.key}.state.{key!s:.80}" if param is None else self.state_path(param.name)
             entry = _Entry(path, value, param, key)
+            entry.key_text = self._key_text(entry)
             entry.scan(value, self._names.take)
             self._entries.append(entry)
 
@@ -167,7 +169,7 @@ class OptimizerView:
             f'{{"params":{members},"hyper":{entry.text}}}'
             for members, entry in zip(self._member_texts, self._groups, strict=True)
         )
-        state = ",".join(f"[{self._key_text(entry)},{entry.text}]" for entry in self._entries)
+        state = ",".join(f"[{entry.key_text},{entry.text}]" for entry in self._entries)
         return f'{{"key":{dumps(self.key)},"groups":[{groups}],"state":[{state}]}}'
 
     def _rescan(self, entry: _Entry, container: Any, skip: str | None) -> bool:

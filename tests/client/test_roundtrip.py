@@ -186,7 +186,9 @@ class Job:
         loss.backward()
         self.opt.step()
         if self.sched is not None:
-            self.sched.step(loss.item()) if isinstance(self.sched, lr_scheduler.ReduceLROnPlateau) else self.sched.step()
+            self.sched.step(loss.item()) if isinstance(
+                self.sched, lr_scheduler.ReduceLROnPlateau
+            ) else self.sched.step()
         self.opt.zero_grad()
         self.extra["average"].lerp_(torch.full((300,), loss.item()), 0.5)
         self.extra["table"] += loss.item()
@@ -423,7 +425,9 @@ def test_slot_is_a_safetensors_file_with_ties_and_all_kinds(daemon, snapshotter,
         assert torch.equal(file.get_tensor("model.embed.weight"), job.model.embed.weight)
         assert torch.equal(file.get_tensor("model.bias16"), job.model.bias16)
         assert torch.equal(file.get_tensor("model.turned"), job.model.turned)
-        assert torch.equal(file.get_tensor("optim.body.0.weight.exp_avg"), job.opt.state[job.model.body[0].weight]["exp_avg"])
+        assert torch.equal(
+            file.get_tensor("optim.body.0.weight.exp_avg"), job.opt.state[job.model.body[0].weight]["exp_avg"]
+        )
         names = set(file.keys())
     assert {"model.mask", "model.seen", "model.frozen", "model.empty", "optim.scale.step", "extra.average"} <= names
     assert {"model.head.weight": "model.embed.weight"} == dict(sealed.layout.ties)
