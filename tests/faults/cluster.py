@@ -1,0 +1,617 @@
+"""
+One scenario's cluster: a coordinator, daemons, torchrun launchers and workers, all real processes on loopback.
+
+A "node" here is what a machine would run: a daemon with its arena, a launcher, the launcher's workers. Everything of a
+scenario lies in one directory in tmpfs, and `close` proves that nothing of it stays behind.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from snapshotd.rpc import open_channel
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import control_pb2_grpc as control_grpc
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SCRIPTS = ROOT / "tests" / "scripts"
+JOB = "job"
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], seconds: float, what: Callable[[], str] | str) -> T:
+    """The first true value of `condition`; AssertionError that says what did not happen in time. The only wait there is."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what if isinstance(what, str) else what()}")
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Process:
+    """One process that the harness started, by a zygote or by exec."""
+
+    def __init__(self, pid: int, poll: Callable[[], int | None], log: Path) -> None:
+        self.pid = pid
+        self.log = log
+        self._poll = poll
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """None while it runs, else its exit code, or minus the signal."""
+        if self.returncode is None:
+            self.returncode = self._poll()
+        return self.returncode
+
+    def signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def wait(self, seconds: float, what: str) -> int:
+        until(lambda: self.poll() is not None, seconds, f"{what} (pid {self.pid}) ends")
+        assert self.returncode is not None
+        return self.returncode
+
+
+class Zygotes:
+    """The zygotes of a test session, and the shim that torchrun starts as its worker."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="sdz-", dir="/dev/shm"))
+        env = {**_clean_environment(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        self._processes = {}
+        for kind in ("script", "torchrun", "snapshotd"):
+            with open(self.directory / f"{kind}.log", "w") as log:
+                self._processes[kind] = subprocess.Popen(
+                    [sys.executable, "-m", "tests.faults.zygote", kind, str(self.socket(kind))],
+                    env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )
+        self.shim = self._make_shim()
+        for kind, process in self._processes.items():
+            until(
+                lambda kind=kind, process=process: self.socket(kind).exists() or process.poll() is not None,
+                60, f"zygote {kind} is ready",
+            )
+            assert process.poll() is None, (self.directory / f"{kind}.log").read_text()
+
+    def socket(self, kind: str) -> Path:
+        return self.directory / f"{kind}.sock"
+
+    def fork(self, kind: str, argv: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path = ROOT) -> Process:
+        """A child of a zygote; its process starts at once."""
+        words = [str(cwd), str(len(argv)), *argv, *(f"{name}={value}" for name, value in env.items())]
+        payload = b"".join(os.fsencode(word) + b"\0" for word in words)
+        link = socket.socket(socket.AF_UNIX)
+        link.connect(str(self.socket(kind)))
+        request = struct.pack("<I", len(payload)) + payload
+        with open(log, "a") as out, open(os.devnull) as null:
+            fds = array.array("i", [null.fileno(), out.fileno(), out.fileno()])
+            sent = link.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+            link.sendall(request[sent:])
+        link.settimeout(30)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            data = link.recv(1)
+            assert data, f"the zygote {kind} refused: {(self.directory / f'{kind}.log').read_text()}"
+            answer += data
+        link.setblocking(False)
+        heard = b""
+
+        def poll() -> int | None:
+            nonlocal heard
+            try:
+                data = link.recv(64)
+            except BlockingIOError:
+                return None
+            heard += data
+            if not heard.endswith(b"\n"):
+                assert data, f"the zygote {kind} is gone"
+                return None
+            link.close()
+            number = int(heard[1:])
+            return number if heard[:1] == b"E" else -number
+
+        return Process(int(answer[1:]), poll, log)
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait(10)
+        shutil.rmtree(self.directory)
+
+    def _make_shim(self) -> Path:
+        target = self.directory / "worker"
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler and subprocess.run([compiler, "-O1", "-o", target, HERE / "shim.c"], check=False).returncode == 0:
+            return target
+        target.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{HERE / "shim.py"}" "$@"\n')
+        target.chmod(0o700)
+        return target
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's environment without anything that steers torchrun or snapshotd."""
+    unwanted = ("SNAPSHOTD_", "TORCHELASTIC_", "FAULTS_", "PYTEST_")
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
+    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted) and name not in ranks}
+
+
+# ---------------------------------------------------------------- what workers note
+
+
+@dataclass
+class Notes:
+    """What one worker process noted (tests/scripts/lab.py)."""
+
+    rank: int
+    world: int
+    node: str
+    pid: int
+    first: int | None = None
+    restored: dict[str, Any] = field(default_factory=dict)
+    losses: dict[int, str] = field(default_factory=dict)
+    traces: dict[int, dict[str, str]] = field(default_factory=dict)
+    holding: int | None = None
+    end: dict[str, Any] | None = None
+
+    @property
+    def last(self) -> int:
+        return max(self.losses, default=-1)
+
+
+def read_notes(directory: Path) -> list[Notes]:
+    """The notes of all worker processes, oldest first."""
+    found = []
+    for path in sorted(directory.glob("notes.*")):
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        if not lines:
+            continue
+        notes = Notes(**{name: lines[0][name] for name in ("rank", "world", "node", "pid")})
+        for line in lines[1:]:
+            if line["kind"] == "restored":
+                notes.first, notes.restored = line["first"], line
+            elif line["kind"] == "step":
+                notes.losses[line["step"]] = line["loss"]
+                notes.holding = None
+                if line["full"] is not None:
+                    notes.traces[line["step"]] = line["full"]
+            elif line["kind"] == "hold":
+                notes.holding = line["step"]
+            else:
+                notes.end = line
+        found.append(notes)
+    return found
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+@dataclass
+class Options:
+    """How a scenario's cluster is set up; the rest is the same for all."""
+
+    nodes: int = 3
+    spares: int = 0
+    least: int | None = None
+    most: int | None = None
+    workers: int = 1
+    parity: int = 1
+    script: str = "fsdp2.py"
+    arguments: tuple[str, ...] = ()
+    steps: int = 14
+    holds: tuple[int, ...] = ()
+    trace: bool = False
+    persist_every: int = 0
+    generations: int = 0
+    scrub: bool = False
+    daemon_flags: tuple[str, ...] = ()
+    coordinator_flags: tuple[str, ...] = ()
+    arm: Mapping[str, str] = field(default_factory=dict)
+    real: bool = False
+    backend: str = "snapshotd"
+
+    @property
+    def script_argv(self) -> list[str]:
+        return [str(SCRIPTS / self.script), "--steps", str(self.steps), *self.arguments]
+
+
+class Cluster:
+    """The processes of one scenario."""
+
+    def __init__(self, zygotes: Zygotes, options: Options) -> None:
+        self.zygotes = zygotes
+        self.options = options
+        self.directory = Path(tempfile.mkdtemp(prefix="sdf-", dir="/dev/shm"))
+        self.pids_file = self.directory / "pids"
+        self.pids_file.touch()
+        self.address = ""
+        self.coordinator: Process | None = None
+        self.daemons: dict[str, Process] = {}
+        self.agents: dict[str, Process] = {}
+        self.committed = -1  # the newest committed step that anybody has seen
+        self.armed_once: set[str] = set()
+        self._started: list[Process] = []
+        self._expected_deaths: set[int] = set()
+        self._channel: grpc.Channel | None = None
+
+    # ------------------------------------------------------------ starting
+
+    def start(self) -> None:
+        names = [f"n{i}" for i in range(self.options.nodes + self.options.spares)]
+        if self.options.backend == "snapshotd":
+            self.start_coordinator()
+            for name in names:
+                self.start_daemon(name)
+            for name in names:
+                self.wait_daemon(name)
+        else:
+            self.address = f"127.0.0.1:{_free_port()}"
+        for name in names[: self.options.nodes]:
+            self.start_agent(name)
+        if self.options.spares:
+            # The first members are told from the spares by who comes first.
+            self.until(lambda: len(self.job().get("members", [])) > 0, 30, "the first epoch is agreed on")
+            for name in names[self.options.nodes :]:
+                self.start_agent(name)
+
+    def start_coordinator(self) -> None:
+        file = self.directory / "address"
+        file.unlink(missing_ok=True)
+        argv = [
+            "coordinator", "--listen", self.address or "127.0.0.1:0", "--state", str(self.directory / "state"),
+            "--parity", str(self.options.parity), "--node-lease", "1", "--agent-lease", "1", "--last-call", "0.3",
+            "--startup-grace", "3", "--restore-wait", "15", "--address-file", str(file), *self.options.coordinator_flags,
+        ]
+        self.coordinator = self._launch("snapshotd", argv, self._env("", self._arm("coordinator")), "coordinator")
+        until(lambda: file.exists() or self.coordinator.poll() is not None, 20, "the coordinator serves")
+        assert self.coordinator.poll() is None, "the coordinator ended at its start"
+        self.address = file.read_text().strip()
+
+    def start_daemon(self, name: str) -> None:
+        home = self.directory / name
+        home.mkdir(exist_ok=True)
+        argv = [
+            "daemon", "--coordinator", self.address, "--node-id", name, "--listen", "127.0.0.1:0", "--socket", str(home / "s"),
+            "--arena", str(home / "arena"), "--budget", "64MiB", "--scrub-rate", "64MiB" if self.options.scrub else "0",
+            *(["--generations", str(self.options.generations)] if self.options.generations else []),
+            *(["--persist", str(self.directory / "durable"), "--persist-every", str(self.options.persist_every)]
+              if self.options.persist_every else []),
+            *self.options.daemon_flags,
+        ]
+        self.daemons[name] = self._launch("snapshotd", argv, self._env(name, self._arm(f"daemon {name}")), f"daemon-{name}")
+
+    def wait_daemon(self, name: str) -> None:
+        process, path = self.daemons[name], self.directory / name / "s"
+        until(lambda: _answers(path) or process.poll() is not None, 20, f"the daemon {name} serves")
+        assert process.poll() is None, f"the daemon {name} ended at its start"
+
+    def start_agent(self, name: str) -> None:
+        options = self.options
+        least = options.least if options.least is not None else options.nodes
+        most = options.most if options.most is not None else options.nodes
+        argv = [
+            "--nnodes", f"{least}:{most}", "--nproc-per-node", str(options.workers), "--max-restarts", "100",
+            "--monitor-interval", "0.05", "--rdzv-backend", options.backend, "--rdzv-endpoint", self.address, "--rdzv-id", JOB,
+        ]
+        env = self._env(name, "")
+        env["FAULTS_ARM"] = self._arm(f"worker {name}")
+        if options.backend == "c10d":
+            argv += ["--rdzv-conf", f"is_host={int(name == 'n0')},join_timeout=30,last_call_timeout=1"]
+        argv += options.script_argv if options.real else ["--no-python", str(self.zygotes.shim), *options.script_argv]
+        self.agents[name] = self._launch("torchrun", argv, env, f"agent-{name}")
+
+    def _launch(self, kind: str, argv: list[str], env: dict[str, str], name: str) -> Process:
+        log = self.directory / f"{name}.log"
+        if self.options.real:
+            module = {"snapshotd": "snapshotd", "torchrun": "torch.distributed.run"}[kind]
+            with open(log, "a") as out:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                    start_new_session=True,
+                )
+            process = Process(child.pid, child.poll, log)
+        else:
+            process = self.zygotes.fork(kind, argv, env, log)
+        self._started.append(process)
+        return process
+
+    def _env(self, node: str, failpoints: str) -> dict[str, str]:
+        env = {
+            **_clean_environment(),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCHELASTIC_LOG_LEVEL": "WARNING",
+            "FAULTS_DIR": str(self.directory),
+            "FAULTS_NODE": node,
+            "FAULTS_PIDS": str(self.pids_file),
+            "FAULTS_ZYGOTE": str(self.zygotes.socket("script")),
+            "FAULTS_HOLD": ",".join(map(str, self.options.holds)),
+            "FAULTS_TRACE": "1" if self.options.trace else "",
+            "SNAPSHOTD_FAILPOINTS": failpoints,
+            "SNAPSHOTD_CONNECT_TIMEOUT_S": "10",
+        }
+        if node:
+            env["SNAPSHOTD_SOCKET"] = str(self.directory / node / "s")
+        if self.options.backend == "c10d":
+            env["FAULTS_STUB"] = str(SCRIPTS / "stub.py")
+        return env
+
+    def _arm(self, who: str) -> str:
+        """The failpoints of a process; those of daemons and coordinator are armed at their first start only."""
+        if who in self.armed_once:
+            return ""
+        self.armed_once.add(who)
+        return self.options.arm.get(who, "").replace("{dir}", str(self.directory))
+
+    # ------------------------------------------------------------ looking
+
+    def until(self, condition: Callable[[], T], seconds: float, what: Callable[[], str] | str) -> T:
+        """`until`, but fail at once when a process died that nobody killed."""
+
+        def checked() -> T:
+            self.check_alive()
+            return condition()
+
+        return until(checked, seconds, what)
+
+    def check_alive(self) -> None:
+        everyone = {"coordinator": self.coordinator, **{f"daemon {n}": p for n, p in self.daemons.items()}}
+        for name, process in everyone.items():
+            if process is not None and process.pid not in self._expected_deaths:
+                assert process.poll() is None, f"the {name} ended by itself ({process.returncode})"
+
+    def status(self) -> dict[str, Any]:
+        """What the coordinator says; {} while there is none."""
+        if self._channel is None:
+            self._channel = open_channel(self.address, tls=None, insecure=False)
+        try:
+            stub = control_grpc.CoordinatorServiceStub(self._channel)
+            status = json.loads(stub.GetStatus(control.GetStatusRequest(), timeout=2).json)
+        except grpc.RpcError:
+            return {}
+        for job in status["jobs"]:
+            if job["committed"] is not None:
+                self.committed = max(self.committed, job["committed"]["step"])
+        return status
+
+    def job(self) -> dict[str, Any]:
+        return next((job for job in self.status().get("jobs", []) if job["job"] == JOB), {})
+
+    def notes(self) -> list[Notes]:
+        return read_notes(self.directory)
+
+    def workers(self, node: str | None = None) -> list[int]:
+        """Pids of the living worker processes (of a node): the real ones, not their shims."""
+        return [pid for pid, kind, name in self._forked() if kind == "script" and node in (None, name) and _alive(pid)]
+
+    def _forked(self) -> Iterator[tuple[int, str, str]]:
+        """Every child of a zygote and, without zygotes, every worker that noted something."""
+        for line in self.pids_file.read_text().splitlines():
+            pid, kind, node = (line.split(" ") + [""])[:3]
+            yield int(pid), kind, node
+        if self.options.real:
+            for notes in self.notes():
+                yield notes.pid, "script", notes.node
+
+    # ------------------------------------------------------------ disasters
+
+    def kill(self, process: Process) -> None:
+        self._expected_deaths.add(process.pid)
+        process.signal(signal.SIGKILL)
+
+    def expect_death(self, process: Process, what: str, seconds: float = 20) -> None:
+        """A failpoint kills this process by itself."""
+        self._expected_deaths.add(process.pid)
+        code = process.wait(seconds, what)
+        assert code == -signal.SIGKILL, f"{what} ended with {code}, not by its failpoint"
+
+    def kill_worker(self, node: str, number: int = signal.SIGKILL, index: int = 0) -> None:
+        pids = self.workers(node)
+        assert len(pids) > index, f"no worker lives on {node}"
+        os.kill(pids[index], number)
+
+    def kill_node(self, *nodes: str) -> None:
+        """Power off: daemon, launcher and workers at once, and what was in their memory is gone."""
+        doomed = []
+        for node in nodes:
+            for process in (self.daemons.get(node), self.agents.get(node)):
+                if process is not None:
+                    self._expected_deaths.add(process.pid)
+                    doomed.append(process.pid)
+            doomed += [pid for pid in self._shims(node)] + self.workers(node)
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for node in nodes:
+            self.daemons[node].wait(5, f"killed daemon {node}")
+            if node in self.agents:
+                self.agents[node].wait(5, f"killed launcher {node}")
+            # The launcher may have started another worker in its last moment.
+            until(lambda node=node: self._sweep(node), 5, f"nothing lives on {node}")
+            shutil.rmtree(self.directory / node)
+            self.daemons.pop(node)
+            self.agents.pop(node, None)
+
+    def _sweep(self, node: str) -> bool:
+        living = [*self._shims(node), *self.workers(node)]
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not living
+
+    def _shims(self, node: str) -> list[int]:
+        mark = f"FAULTS_NODE={node}\0".encode()
+        return [pid for pid, environ in self._mine() if mark in environ and pid not in {p.pid for p in self._started}]
+
+    def _mine(self) -> Iterator[tuple[int, bytes]]:
+        """Processes that were started (by exec) with this scenario's directory in their environment."""
+        mark = f"FAULTS_DIR={self.directory}\0".encode()
+        for entry in os.listdir("/proc"):
+            if entry.isdecimal() and int(entry) != os.getpid():
+                with contextlib.suppress(OSError):
+                    environ = Path(f"/proc/{entry}/environ").read_bytes()
+                    if mark in environ and _alive(int(entry)):
+                        yield int(entry), environ
+
+    # ------------------------------------------------------------ ending
+
+    def close(self, *, orderly: bool) -> list[str]:
+        """
+        End everything; returns what went wrong with that: processes or files that stayed.
+
+        orderly: launchers have ended, daemons and coordinator are to end by SIGTERM with exit code 0.
+        """
+        trouble = []
+        if self._channel is not None:
+            self._channel.close()
+        if orderly:
+            services = [*self.daemons.items(), *([("coordinator", self.coordinator)] if self.coordinator else [])]
+            living = [(name, process) for name, process in services if process.poll() is None]
+            for _, process in living:
+                process.signal(signal.SIGTERM)
+            for name, process in living:
+                try:
+                    code = process.wait(10, name)
+                    if code != 0:
+                        trouble.append(f"{name} ended with {code} on SIGTERM")
+                except AssertionError as error:
+                    trouble.append(str(error))
+            left = self._left()
+            deadline = time.monotonic() + 8  # forked DataLoader workers notice their parent's death after 5 s
+            while left and time.monotonic() < deadline:
+                time.sleep(0.02)
+                left = self._left()
+            trouble += [f"left behind: {_command(pid)} (pid {pid})" for pid in left]
+            sockets = [str(path) for path in self.directory.rglob("*") if path.is_socket()]
+            dead = {str(self.directory / name / "s") for name, p in self.daemons.items() if p.returncode == 0}
+            trouble += [f"a socket stays behind: {path}" for path in sockets if path in dead]
+        for pid in {process.pid for process in self._started if process.poll() is None} | set(self._left()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not self._left(), 10, "everything is killed")
+        for process in self._started:
+            process.wait(5, "a process of the scenario")
+        return trouble
+
+    def remove(self) -> None:
+        if not os.environ.get("FAULTS_KEEP"):
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _left(self) -> list[int]:
+        """Living processes of this scenario: started, forked by a zygote, or children of these."""
+        sessions = {process.pid for process in self._started} | {pid for pid, _, _ in self._forked()}
+        left = {pid for pid, _ in self._mine()}
+        for entry in os.listdir("/proc"):
+            if entry.isdecimal():
+                state, session = _stat(int(entry))
+                if session in sessions and state not in ("Z", "X", ""):
+                    left.add(int(entry))
+        return sorted(left)
+
+    def logs(self, lines: int = 40) -> str:
+        """The tails of all logs, for a failure's report."""
+        parts = []
+        for path in sorted(self.directory.glob("*.log")):
+            tail = path.read_text(errors="replace").splitlines()[-lines:]
+            parts.append(f"---------- {path.name}\n" + "\n".join(line[:400] for line in tail))
+        return "\n".join(parts)
+
+
+def _alive(pid: int) -> bool:
+    return _stat(pid)[0] not in ("Z", "X", "")
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", -1
+    return fields[0], int(fields[3])
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200]
+    return "?"
+
+
+def _answers(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
+        link.connect(str(path))
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------- undisturbed runs
+
+
+def reference(zygotes: Zygotes, script_argv: list[str], world: int) -> list[Notes]:
+    """
+    The notes of a run that nobody disturbed, by rank, with the whole state traced at each step.
+
+    Plain processes with a rank each: no launcher, and in place of snapshotd_client a stub that does nothing.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="sdr-", dir="/dev/shm"))
+    try:
+        port = str(_free_port())
+        processes = []
+        for rank in range(world):
+            env = {
+                **_clean_environment(),
+                "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLOO_SOCKET_IFNAME": "lo",
+                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
+                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            processes.append(zygotes.fork("script", script_argv, env, directory / f"{rank}.log"))
+        for rank, process in enumerate(processes):
+            code = process.wait(60, f"rank {rank} of the reference run")
+            assert code == 0, f"the reference run failed ({code}):\n{(directory / f'{rank}.log').read_text()[-4000:]}"
+        return sorted(read_notes(directory), key=lambda notes: notes.rank)
+    finally:
+        shutil.rmtree(directory)
+
+
+def flip_bit(path: Path, seed: int) -> None:
+    """Flip one bit somewhere in the second half of a file, in place, as a memory fault would."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        at = random.Random(seed).randrange(size // 2, size)
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
