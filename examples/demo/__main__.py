@@ -21,7 +21,7 @@ from examples.demo.cluster import JOB, Cluster, reference_run, training_script
 from examples.demo.faults import FAULTS, Outcome, Plan, Stage, plan
 from examples.demo.processes import Child, DemoFailed, adopt_orphans, end_all, wait_for
 from examples.demo.records import Run, Tail
-from examples.demo.report import faults_table, print_verdict
+from examples.demo.report import print_faults, print_verdict
 from examples.demo.verdict import judge, world_change
 from examples.demo.view import View, open_view
 from examples.demo.watch import Watcher
@@ -47,7 +47,7 @@ class Demo:
             self._disturbed(view)
             self._undisturbed(view)
         if self.outcomes:
-            self._console.print(faults_table(self.outcomes))
+            print_faults(self._console, self.outcomes)
         disturbed, undisturbed = Run.read(self._root / "disturbed"), Run.read(self._root / "undisturbed")
         checks = judge(disturbed, undisturbed, steps=self._steps)
         print_verdict(self._console, checks, changed=self._wanted.changes_world)
@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     console = Console()
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="snapshotd-demo-", dir=memory if memory.is_dir() else None))
     demo = Demo(root, options.faults, steps=options.steps, console=console)
@@ -130,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("interrupted; ending all processes")
         return 130
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # cleaning up takes a moment and must not be interrupted
         end_all()
         if options.keep or not equal:
             _keep(root)

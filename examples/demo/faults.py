@@ -142,7 +142,7 @@ class Stage:
         recovery = self.picture.recoveries[max(self.picture.recoveries)]
         outcome.phases = recovery.phases
         again = f"{outcome.steps_lost} step{'s' if outcome.steps_lost != 1 else ''} done again"
-        outcome.note = f"went on from step {last.first} after {outcome.total_s:.1f} s, {again}"
+        outcome.note = f"training went on with step {last.first} after {outcome.total_s:.1f} s, {again}"
 
     def goes_on(self, outcome: Outcome, began: float, starts: int, committed: int) -> None:
         """Wait for a newer protected commit, and see that no worker was restarted."""

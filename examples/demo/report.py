@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,7 @@ from rich.text import Text
 from examples.demo.faults import Outcome
 from examples.demo.verdict import Check
 
-__all__ = ["PHASES", "faults_table", "print_verdict", "row"]
+__all__ = ["PHASES", "faults_table", "print_faults", "print_verdict", "row"]
 
 PHASES = {
     "detect": "detect",
@@ -20,36 +21,42 @@ PHASES = {
     "decode": "decode",
     "fetch": "fetch",
     "load": "load",
-    "first_step": "first step",
+    "first_step": "first\nstep",
 }
 """The coordinator's phases of a recovery, in their order, and what people call them."""
 
 
+def print_faults(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Each fault in words, then steps lost and seconds by phase."""
+    for outcome in outcomes:
+        console.print(Text(f"{outcome.what}, at step {outcome.struck_step}:", style="bold"), soft_wrap=True)
+        console.print(Text(f"  {outcome.note}"), soft_wrap=True)
+    console.print()
+    console.print(faults_table(outcomes))
+
+
 def faults_table(outcomes: Sequence[Outcome]) -> Table:
-    """Each fault, steps lost, seconds by phase, total."""
-    table = Table(title="What was killed, and what it cost (seconds by phase)", title_justify="left")
+    """Made to fit into 80 columns."""
+    table = Table(title="seconds by phase", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("fault", no_wrap=True)
-    table.add_column("at step", justify="right")
-    table.add_column("went on at", justify="right")
-    table.add_column("steps lost", justify="right")
-    for phase in PHASES.values():
-        table.add_column(phase, justify="right")
-    table.add_column("total", justify="right")
+    for heading in ("at\nstep", "steps\nlost", *PHASES.values(), "total"):
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for outcome in outcomes:
         table.add_row(*row(outcome))
     return table
 
 
 def row(outcome: Outcome) -> list[str]:
-    """The cells of one fault. A fault that interrupted nothing has no phases."""
+    """
+    The cells of one fault. A fault that interrupted nothing has no phases; its total is the time until the newest steps
+    were protected again.
+    """
     if outcome.struck_step is None:
-        return [outcome.name, "never", "", "", *("" for _ in PHASES), ""]
+        return [outcome.name, "never", "", *("" for _ in PHASES), ""]
     if not outcome.survived:
-        return [outcome.name, str(outcome.struck_step), "never", "", *("" for _ in PHASES), ""]
+        return [outcome.name, str(outcome.struck_step), "all", *("" for _ in PHASES), ""]
     seconds = [f"{outcome.phases[name]:.2f}" if name in outcome.phases else "-" for name in PHASES]
-    went_on = str(outcome.went_on_at) if outcome.phases else "never stopped"
-    steps = [str(outcome.struck_step), went_on, str(outcome.steps_lost)]
-    return [outcome.name, *steps, *seconds, f"{outcome.total_s:.1f}"]
+    return [outcome.name, str(outcome.struck_step), str(outcome.steps_lost), *seconds, f"{outcome.total_s:.1f}"]
 
 
 def print_verdict(console: Console, checks: Sequence[Check], *, changed: bool) -> None:

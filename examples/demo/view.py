@@ -122,6 +122,13 @@ class LiveView:
         self._live.update(self._shown, refresh=True)
 
     def _render(self, cluster: Cluster | None, picture: Picture) -> RenderableType:
+        if cluster is None:
+            return Panel(
+                Group(self._head(picture), Text(), self._faults()),
+                title="snapshotd demo",
+                subtitle=f"{time.time() - self._began:.0f} s",
+                padding=(0, 1),
+            )
         columns = Table.grid(expand=True, padding=(0, 1))
         columns.add_column(ratio=3)
         columns.add_column(ratio=2)
@@ -140,31 +147,28 @@ class LiveView:
         grid.add_row(words, ProgressBar(total=self._steps, completed=done), f"step {done} of {self._steps}  {loss}")
         return grid
 
-    def _nodes(self, cluster: Cluster | None, picture: Picture) -> RenderableType:
+    def _nodes(self, cluster: Cluster, picture: Picture) -> RenderableType:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for name in ("node", "daemon", "worker", "memory", "captured", "skipped"):
             right = name in ("memory", "captured", "skipped")
             table.add_column(name, justify="right" if right else "left", no_wrap=True)
-        ranks = {node: rank for rank, node in enumerate(picture.members)}
-        for name, node in (cluster.nodes if cluster else {}).items():
+        ranks = {node: rank for rank, node in enumerate(picture.members)} if picture.job.get("formed") else {}
+        for name, node in cluster.nodes.items():
             seen = picture.nodes.get(name, {})
             counters: Mapping[str, Any] = seen.get("counters", {})
             skipped = sum(int(value) for key, value in counters.items() if key.startswith("skipped"))
             if node.lost:
                 table.add_row(name, _state("killed"), _state("killed"), "", "", "")
                 continue
-            worker = Text(f"rank {ranks[name]}", style="green") if name in ranks else _state("spare")
             table.add_row(
                 name,
                 _state(str(seen.get("state", "starting"))),
-                worker if picture.job else Text("starting", style="dim"),
+                Text(f"rank {ranks[name]}", style="green") if name in ranks else _state(_idle(name, picture)),
                 f"{int(seen.get('arena_bytes', 0)) / 2**20:.0f} MiB",
-                str(counters.get("sealed", 0)),
+                str(counters.get("sealed_slots", 0)),
                 str(skipped),
             )
-        if cluster is not None:
-            away = "up" if picture.status is not None else "away"
-            table.add_row("coordinator", _state(away), "", "", "", "")
+        table.add_row("coordinator", _state("up" if picture.status is not None else "away"), "", "", "", "")
         return table
 
     def _levels(self, picture: Picture) -> RenderableType:
@@ -201,6 +205,13 @@ class LiveView:
         for _ in range(_EVENTS_SHOWN - len(shown)):
             grid.add_row("", "", "")
         return grid
+
+
+def _idle(name: str, picture: Picture) -> str:
+    """What a node without a rank is doing."""
+    launchers = picture.job.get("launchers") or {}
+    waits = name in launchers.get("waiting", ())
+    return "spare" if waits and launchers.get("state") == "running" else "starting"
 
 
 def _state(word: str) -> Text:
