@@ -179,6 +179,7 @@ class CoordinatorCore:
         parts = self._parts(getattr(message, body).job)
         if body == "worker_attached":
             self._on_attached(parts, node, message.worker_attached)
+            self._repeat_formed(parts, node)
         elif body == "worker_detached":
             self._on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
@@ -235,12 +236,12 @@ class CoordinatorCore:
                     level=control.Committed.Level.ValueType(committed.level),
                 )
         self.ctx.out.to_node(session, welcome=welcome)
+        for worker in hello.workers:
+            self._on_attached(self._parts(worker.job), node, worker)
         for parts in self.jobs.values():
             current = parts.job.current
             if current is not None and current.formed and node.node_id in current.node_ids:
                 self.ctx.out.to_node(session, epoch_formed=current.message(parts.job.name))
-        for worker in hello.workers:
-            self._on_attached(self._parts(worker.job), node, worker)
         for parts in self.jobs.values():
             current = parts.job.current
             if parts.job.name in named or (current is not None and node.node_id in current.node_ids):
@@ -313,7 +314,6 @@ class CoordinatorCore:
             return
         known = epoch.ranks.get(worker.rank)
         if known == who:
-            self._repeat_formed(parts, who.node_id)
             return
         if epoch.formed and known is not None and known.node_id != who.node_id:
             text = f"rank {worker.rank} of epoch {epoch.number} attached on {who.node_id}, it runs on {known.node_id}"
@@ -327,7 +327,6 @@ class CoordinatorCore:
     def _attach_round(self, parts: JobParts, worker: control.WorkerAttached, who: Attached) -> None:
         job, current = parts.job, parts.job.current
         if current is not None and current.formation == worker.formation and current.ranks.get(worker.rank) == who:
-            self._repeat_formed(parts, who.node_id)
             return
         one = job.rounds.get(worker.formation)
         if one is None or one.world_size != worker.world_size:
@@ -350,11 +349,11 @@ class CoordinatorCore:
         )
         self._formed(parts, job.current)
 
-    def _repeat_formed(self, parts: JobParts, node_id: str) -> None:
+    def _repeat_formed(self, parts: JobParts, node: Node) -> None:
         """A worker that attached again may sit behind a daemon that knows nothing of its epoch any more."""
         epoch = parts.job.current
-        if epoch is not None and epoch.formed:
-            self.ctx.out.to_node(self.ctx.nodes.session_of(node_id), epoch_formed=epoch.message(parts.job.name))
+        if epoch is not None and epoch.formed and node.node_id in epoch.node_ids:
+            self.ctx.out.to_node(node.session, epoch_formed=epoch.message(parts.job.name))
 
     def _mint_for_launchers(self, job: Job, reason: str) -> int:
         """A new epoch whose launchers are agreed on; its workers attach later."""

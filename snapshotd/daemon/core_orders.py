@@ -45,6 +45,8 @@ class Orders:
         if body == "welcome":
             for committed in message.welcome.committed:
                 self._on_committed(committed)
+            for job in self._state.jobs.values():
+                job.unsure.clear()
             return
         if body == "rebuild":
             self._on_rebuild(message.rebuild)
@@ -160,6 +162,8 @@ class Orders:
 
     def _send_sealed(self, job: JobState, step: int) -> None:
         slots = sorted(self._slots.sealed(job.name, (job.epoch, step)), key=lambda slot: slot.rank)
+        if self._state.connected:
+            job.reported.add((job.epoch, step))
         shards = [slot.shard for slot in slots if slot.shard is not None and not slot.rebuilt]
         report = control.NodeSealed(job=job.name, epoch=job.epoch, step=step, shards=shards)
         self._state.tell(control.NodeMessage(sealed=report))
@@ -289,17 +293,6 @@ class Orders:
             return self._is_uncommitted(job, key) and key[1] <= abandon.up_to_step and key[1] < abandon.min_step
 
         self._slots.free(job, gone)
-        for one in self._state.workers_of(job.name):
-            slot = self._state.slots.get(one.granted) if one.granted is not None else None
-            if slot is not None and slot.state is State.GRANTED:
-                grant = worker.Grant(
-                    slot_id=slot.slot,
-                    path=slot.path,
-                    file_bytes=slot.file_bytes,
-                    layout_hash=slot.layout_hash,
-                    min_step=job.min_step,
-                )
-                self._state.send(one.conn, worker.Frame(grant=grant))
 
     def _on_drop(self, job: JobState, drop: control.DropSnapshots) -> None:
         keep = {(one.epoch, one.step) for one in drop.keep}

@@ -135,8 +135,10 @@ class Slots:
         key = slot.key
         if self._is_committed(job, key) or key[0] != job.epoch:
             return False
-        if job.formed is not None and job.formed.m == 0:
-            return len(set(job.formed.nodes)) > 1
+        if key in job.unsure:
+            return True
+        if job.formed is None or job.formed.m == 0:
+            return key in job.reported
         return key in job.built
 
     def _is_orphan(self, job: JobState, slot: Slot) -> bool:
@@ -274,6 +276,7 @@ class Slots:
             del job.parities[parity_key(ref)]
             self._state.do(DeleteParity(parity=ref))
         job.built = {key for key in job.built if not gone(key)}
+        job.reported = {key for key in job.reported if not gone(key)}
         if removed:
             change = control.InventoryChange(parities_removed=removed, reason="freed")
             self._state.tell(control.NodeMessage(inventory_change=change))
@@ -314,6 +317,7 @@ class Slots:
             self.add_sealed(slot_id, ref, path)
             job = self._state.job(ref.job)
             job.epoch = max(job.epoch, ref.epoch)
+            job.unsure.add((ref.epoch, ref.step))
 
     def add_sealed(self, slot_id: SlotId, ref: control.SlotRef, path: str, *, rebuilt: bool = False) -> Slot:
         slot = Slot(

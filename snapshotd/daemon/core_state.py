@@ -122,7 +122,12 @@ class Worker:
 
 @dataclass(slots=True)
 class JobState:
-    """One job on this node. progress: the highest step that each rank sealed or skipped in the epoch."""
+    """
+    One job on this node.
+
+    progress: the highest step that each rank sealed or skipped in the epoch. unsure: snapshots found at the start of
+    the daemon; until the coordinator is heard, each of them may be the committed one.
+    """
 
     name: str
     epoch: int = 0
@@ -140,6 +145,8 @@ class JobState:
     build_next: control.Protect | None = None
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
     built: set[SnapshotKey] = field(default_factory=set)
+    reported: set[SnapshotKey] = field(default_factory=set)
+    unsure: set[SnapshotKey] = field(default_factory=set)
     rebuilding: dict[tuple[int, int, int, int, int, bool, bool], SlotId] = field(default_factory=dict)
     persisting: set[SnapshotKey] = field(default_factory=set)
     persisted: dict[SnapshotKey, control.PersistDone] = field(default_factory=dict)
@@ -154,7 +161,7 @@ class JobState:
             return False
         self.epoch, self.formed, self.plan, self.plan_asked = epoch, None, None, False
         self.min_step, self.split, self.split_reason = 0, True, ""
-        self.progress, self.assigned, self.built = {}, {}, set()
+        self.progress, self.assigned, self.built, self.reported = {}, {}, set(), set()
         return True
 
     def ranks_here(self, node_id: str) -> list[int] | None:

@@ -1,6 +1,9 @@
 """
 The simulated network: sessions that keep their order, may break and lose their tail, and, in wild mode, deliver
 messages twice or in another order.
+
+One order is never broken, not even in wild mode: what the coordinator says to a node in one session. A node relies on
+it (a commit is said before the abandonment of what came after), and a stream keeps it. Late doubles do come.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class Link:
         ended_up: Callable[[str], None],
         ended_down: Callable[[Link], None],
         latency: float,
+        ordered: bool = False,
     ) -> None:
         self.sid = sid
         self.open = True
@@ -36,6 +40,7 @@ class Link:
         }
         self._ended_up, self._ended_down = ended_up, ended_down
         self._latency = latency
+        self._ordered = ordered
         self._last = {"up": 0.0, "down": 0.0}
 
     def send(self, direction: str, message: Any) -> None:
@@ -44,7 +49,7 @@ class Link:
         data = message.SerializeToString()
         wild = self._world.plan.wild
         delay = self._latency * self._dice.uniform(0.5, 2.0)
-        if wild and self._dice.random() < 0.15:
+        if wild and self._dice.random() < 0.15 and not (self._ordered and direction == "down"):
             delay += self._dice.uniform(0.0, 0.5)
             self._world.clock.after(delay, self._deliver, direction, data)
             self._world.probe("reordered")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from snapshotd.daemon import events
@@ -17,11 +16,6 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 TICK_S = 1.0
-
-
-@lru_cache(maxsize=65536)
-def content_key(content: str) -> str:
-    return content
 
 
 class SimNode:
@@ -123,6 +117,7 @@ class SimNode:
             ended_up=coordinator.node_ended,
             ended_down=self._link_down,
             latency=0.005 * self.slow,
+            ordered=True,
         )
         coordinator.links[sid] = self.link
         self.handle(events.CoordinatorUp())
