@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import grpc
 
 from snapshotd.errors import AccessDenied, UsageError
-from snapshotd.security import TlsFiles, require_secure
+from snapshotd.security import TlsFiles, is_loopback, loopback_uid_of, require_secure
 
 __all__ = [
     "CHANNEL_OPTIONS",
@@ -17,6 +21,7 @@ __all__ = [
     "open_aio_channel",
     "open_channel",
     "parse_address",
+    "same_user_guard",
     "server_credentials",
     "tls_files",
 ]
@@ -39,6 +44,9 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+_GUARD_KEEPS = 4096
+_GUARD_KEEPS_S = 1.0
+
 
 def check_peer(peer: str, guard: Callable[[str], bool] | None) -> None:
     """
@@ -48,8 +56,37 @@ def check_peer(peer: str, guard: Callable[[str], bool] | None) -> None:
     """
     if guard is not None and not guard(peer):
         raise AccessDenied(
-            f"{peer} belongs to another user; snapshotd on loopback serves its own user only (use TLS, or --insecure)"
+            f"{peer} is not a process of this user; without TLS only the user's own processes on this machine are "
+            "served (use TLS, or --insecure)"
         )
+
+
+def same_user_guard(port: int) -> Callable[[str], bool]:
+    """
+    A guard for a plain listener on `port`: loopback peers of this process's user, or root, and nobody else.
+
+    The kernel's socket table says whose a connection is; what was found is kept for a moment: a channel asks often.
+    """
+    allowed = {0, os.geteuid()}
+    known: OrderedDict[str, tuple[float, bool]] = OrderedDict()
+
+    def guard(peer: str) -> bool:
+        now = time.monotonic()
+        found = known.get(peer)
+        if found is not None and now < found[0]:
+            return found[1]
+        _, _, address = unquote(peer).partition(":")
+        try:
+            host, peer_port = parse_address(address)
+        except UsageError:
+            return False
+        verdict = is_loopback(host) and loopback_uid_of(host, peer_port, to_port=port) in allowed
+        known[peer] = (now + _GUARD_KEEPS_S, verdict)
+        while len(known) > _GUARD_KEEPS:
+            known.popitem(last=False)
+        return verdict
+
+    return guard
 
 
 def parse_address(text: str) -> tuple[str, int]:

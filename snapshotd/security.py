@@ -21,7 +21,7 @@ import ssl
 import stat
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ __all__ = [
     "bind_unix",
     "is_loopback",
     "loopback_peer_uid",
+    "loopback_uid_of",
     "peer_uid_of_unix",
     "private_directory",
     "require_secure",
@@ -212,6 +213,21 @@ def loopback_peer_uid(sock: socket.socket, *, proc: Path = Path("/proc/self/net"
         theirs, ours = _endpoint(sock.getpeername()), _endpoint(sock.getsockname())
     except (OSError, ValueError):
         return None
+    return _uid_of(theirs, lambda address: address == ours, proc)
+
+
+def loopback_uid_of(host: str, port: int, *, to_port: int, proc: Path = Path("/proc/self/net")) -> int | None:
+    """The same for a connection from ``host``:``port`` to our ``to_port``, where the socket itself is out of reach."""
+    try:
+        theirs = _endpoint((host, port))
+    except ValueError:
+        return None
+    return _uid_of(theirs, lambda address: address is not None and address[1] == to_port, proc)
+
+
+def _uid_of(
+    theirs: tuple[_Address, int], is_ours: Callable[[tuple[_Address, int] | None], bool], proc: Path
+) -> int | None:
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), (proc / name).open(encoding="ascii", errors="replace") as table:
             next(table, None)
@@ -219,7 +235,7 @@ def loopback_peer_uid(sock: socket.socket, *, proc: Path = Path("/proc/self/net"
                 fields = line.split()
                 if len(fields) < 10 or fields[3] not in _HELD_STATES or fields[9] == "0":
                     continue
-                if _table_endpoint(fields[1]) == theirs and _table_endpoint(fields[2]) == ours:
+                if _table_endpoint(fields[1]) == theirs and is_ours(_table_endpoint(fields[2])):
                     return int(fields[7])
     return None
 

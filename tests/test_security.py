@@ -68,11 +68,15 @@ def test_another_user_is_not_served() -> None:
         reached, go = os.pipe()
         child = os.fork()
         if child == 0:
-            os.setresuid(OTHER_UID, OTHER_UID, OTHER_UID)
-            sock = socket.create_connection(listener.getsockname())
-            os.read(reached, 1)
-            sock.close()
-            os._exit(0)
+            try:
+                # Nothing is imported from here on: the other user may not be able to read our files.
+                os.setresuid(OTHER_UID, OTHER_UID, OTHER_UID)
+                with socket.socket() as sock:
+                    sock.connect(listener.getsockname())
+                    os.read(reached, 1)
+            finally:
+                os._exit(0)
+        listener.settimeout(10)
         accepted, _ = listener.accept()
         with accepted:
             assert loopback_peer_uid(accepted) == OTHER_UID

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from typing import Any
 
 from snapshotd.errors import UsageError
 
@@ -32,7 +33,8 @@ async def until_signal(fatal: asyncio.Future[None]) -> None:
         loop.add_signal_handler(number, stopped.set)
     waiting = asyncio.ensure_future(stopped.wait())
     try:
-        await asyncio.wait({waiting, fatal}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {waiting, fatal}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if fatal.done():
             fatal.result()
     finally:

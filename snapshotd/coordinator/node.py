@@ -23,7 +23,11 @@ class CoordinatorNode:
         self._settings = settings
         self._host, self._port = parse_address(settings.listen)
         require_secure(self._host, settings.tls, settings.insecure)
-        self._service = CoordinatorService(core_settings(settings), Store(settings.state))
+        self._service = CoordinatorService(
+            core_settings(settings),
+            Store(settings.state),
+            plain=settings.tls is None and not settings.insecure,
+        )
 
     @property
     def fatal(self) -> asyncio.Future[None]:

@@ -29,10 +29,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import grpc
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -140,7 +141,7 @@ class SnapshotdRendezvous(RendezvousHandler):
         return RendezvousInfo(store, formed.group_rank, formed.group_world_size, bootstrap)
 
 
-class CoordinatorStore(Store):  # type: ignore[misc]
+class CoordinatorStore(Store):
     """The key-value space of one epoch at the coordinator, as torchrun's launchers use it."""
 
     def __init__(self, link: _Link, formed: control.AgentFormed) -> None:
@@ -181,7 +182,7 @@ class CoordinatorStore(Store):  # type: ignore[misc]
         return self._link.kv_add(self._formed.epoch, key, amount)
 
     def _deadline(self, timeout: timedelta | None = None) -> float:
-        return time.monotonic() + (timeout or self.timeout).total_seconds()
+        return time.monotonic() + (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
 
     def _stand_in(self, key: str) -> bytes:
         """
@@ -356,7 +357,7 @@ class _Link:
                 return None
             wait_ms = max(1, int(min(0.5, deadline - time.monotonic()) * 1000))
             request = control.KvGetRequest(job=self._join.job, epoch=epoch, keys=keys, timeout_ms=wait_ms)
-            answer = self._until_answered(lambda r=request: self._stub.KvGet(r, timeout=CALL_TIMEOUT_S), deadline + 1)
+            answer = self._until_answered(partial(self._stub.KvGet, request, timeout=CALL_TIMEOUT_S), deadline + 1)
             if answer.found:
                 return list(answer.values)
         raise RendezvousTimeoutError(f"nobody wrote {', '.join(keys[:4])} in time")

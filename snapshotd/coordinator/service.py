@@ -41,7 +41,7 @@ from snapshotd.coordinator.events import (
 from snapshotd.coordinator.store import KV_PREFIX, Store
 from snapshotd.errors import AccessDenied
 from snapshotd.failpoints import failpoint
-from snapshotd.rpc import CHANNEL_OPTIONS, check_peer
+from snapshotd.rpc import CHANNEL_OPTIONS, check_peer, same_user_guard
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
 
@@ -58,13 +58,13 @@ KV_LIMIT_BYTES = 1 << 20
 KV_EPOCHS_KEPT = 64
 
 
-class CoordinatorService(control_grpc.CoordinatorServiceServicer):  # type: ignore[misc]
+class CoordinatorService(control_grpc.CoordinatorServiceServicer):
     """
     Serves daemons, launchers and tools until `stop`.
 
     Args:
         clock: seconds; the core is driven by it.
-        guard: whom loopback peers must be (None: not checked, as with --insecure or TLS).
+        plain: neither TLS nor --insecure: only this user's processes on this machine are served.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):  # type: igno
         settings: CoreSettings,
         store: Store,
         *,
-        guard: Callable[[str], bool] | None = None,
+        plain: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._guard = guard
+        self._plain = plain
+        self._guard: Callable[[str], bool] | None = None
         self._clock = clock
         self._core = CoordinatorCore(settings, store.remembered())
         self._streams: dict[SessionId, asyncio.Queue[Any]] = {}
@@ -97,6 +98,7 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):  # type: igno
         server = grpc.aio.server(options=CHANNEL_OPTIONS)
         control_grpc.add_CoordinatorServiceServicer_to_server(self, server)
         port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+        self._guard = same_user_guard(port) if self._plain else None
         await server.start()
         self._server = server
         self._ticker = asyncio.create_task(self._tick())

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Literal, cast
 
 from snapshotd import __version__
 from snapshotd.arena import Arena, ParityFile, SlotFile, default_budget, format_bytes
@@ -49,7 +50,7 @@ class DaemonNode:
         if settings.arena is None:
             private_directory(settings.arena_path.parent)
         self._coordinator = None if settings.coordinator else CoordinatorNode(_own_coordinator(settings))
-        self._codec, reason = load_codec(settings.codec)
+        self._codec, reason = load_codec(cast(Literal["auto", "isal", "zfec"], settings.codec))
         log.info("codec: %s", reason)
         budget = settings.budget or default_budget(settings.arena_path)
         self._arena = Arena(settings.arena_path, budget_bytes=budget)
