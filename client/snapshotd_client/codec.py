@@ -120,6 +120,8 @@ def _encode(value: Any, path: str, sink: Sink | None, depth: int) -> Json:
     special = _SPECIAL.get(kind)
     if special is not None:
         return special(value, path, sink, depth)
+    if isinstance(value, np.dtype) and value.names is None and not value.hasobject:
+        return {"$": "npdtype", "v": value.str}
     if isinstance(value, np.generic) and not value.dtype.hasobject:
         return {"$": "np", "t": value.dtype.str, "v": _b64(value.tobytes())}
     raise CannotExpress(path, f"a value of type {kind.__module__}.{kind.__qualname__}")
@@ -232,7 +234,6 @@ _SPECIAL: Final[dict[type, Callable[[Any, str, Sink | None, int], Json]]] = {
     torch.Size: _encode_plain("Size", list),
     torch.dtype: _encode_plain("dtype", lambda v: str(v).removeprefix("torch.")),
     torch.device: _encode_plain("device", str),
-    np.dtype: _encode_plain("npdtype", lambda v: v.str),
 }
 
 

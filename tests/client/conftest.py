@@ -19,10 +19,10 @@ for _path in (str(Path(__file__).parent), str(_ROOT), str(_ROOT / "client")):
         sys.path.insert(0, _path)
 
 from fake_daemon import FakeDaemon  # noqa: E402
-
-from snapshotd import failpoints  # noqa: E402
 from snapshotd_client import Snapshotter  # noqa: E402
 from snapshotd_client.settings import Settings  # noqa: E402
+
+from snapshotd import failpoints  # noqa: E402
 
 
 @pytest.fixture

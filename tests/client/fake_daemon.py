@@ -312,8 +312,13 @@ class FakeDaemon:
                 if common is None:
                     continue
                 data = sealed.data[shard.begin : shard.end].reshape((*box.lengths, itemsize))
-                there = tuple(slice(o - p, o - p + n) for o, p, n in zip(common.offsets, box.offsets, common.lengths))
-                here = tuple(slice(o - p, o - p + n) for o, p, n in zip(common.offsets, wanted.offsets, common.lengths))
+                there = tuple(
+                    slice(o - p, o - p + n) for o, p, n in zip(common.offsets, box.offsets, common.lengths, strict=True)
+                )
+                here = tuple(
+                    slice(o - p, o - p + n)
+                    for o, p, n in zip(common.offsets, wanted.offsets, common.lengths, strict=True)
+                )
                 out[here] = data[there]
                 have[here] = True
         assert out is not None, f"nobody has {want.name}"

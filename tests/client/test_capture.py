@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from fake_daemon import FakeDaemon
+from snapshotd_client import Snapshotter
+from snapshotd_client.settings import Settings
 from torch import nn
 
 from snapshotd import failpoints
 from snapshotd.v1 import worker_pb2 as pb
-from snapshotd_client import Snapshotter
-from snapshotd_client.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +94,7 @@ def test_change_under_the_copy_is_found_and_the_slot_reused(daemon, snapshotter,
     gate.open()
     assert snap.wait(20)
     daemon.wait_for(lambda: daemon.skips)
-    assert ["TORN"] == reasons(daemon)
+    assert reasons(daemon) == ["TORN"]
     assert "1.weight" in daemon.skips[0].detail
     assert 1 == snap.stats["torn"] == snap.stats["skipped"]
     snap.capture(1)
@@ -112,9 +112,9 @@ def test_no_slot_means_skip_and_not_wait(daemon, snapshotter):
         snap.capture(step)
     train(model, opt)
     daemon.wait_for(lambda: len(daemon.skips) == 3)
-    assert ["NO_SLOT"] * 3 == reasons(daemon)
-    assert [0, 1, 2] == [skip.step for skip in daemon.skips]
-    assert 3 == snap.stats["skipped_no_slot"]
+    assert reasons(daemon) == ["NO_SLOT"] * 3
+    assert [skip.step for skip in daemon.skips] == [0, 1, 2]
+    assert snap.stats["skipped_no_slot"] == 3
     snap.capture(3)
     daemon.grant_all()
     assert snap.wait(20)
@@ -131,8 +131,8 @@ def test_steps_below_the_common_start_are_left_out(daemon, snapshotter):
         snap.capture(step)
         assert snap.wait(20)
     daemon.wait_for(lambda: 3 in daemon.sealed)
-    assert [2, 3] == sorted(daemon.sealed)
-    assert ["ALIGNING", "ALIGNING"] == reasons(daemon)
+    assert sorted(daemon.sealed) == [2, 3]
+    assert reasons(daemon) == ["ALIGNING", "ALIGNING"]
 
 
 def test_refused_layout_is_said_once_with_the_numbers(daemon, snapshotter, caplog):
@@ -145,8 +145,8 @@ def test_refused_layout_is_said_once_with_the_numbers(daemon, snapshotter, caplo
             snap.capture(step)
             assert snap.wait(20)
     daemon.wait_for(lambda: len(daemon.skips) == 3)
-    assert ["REFUSED"] * 3 == reasons(daemon)
-    assert 1 == sum("budget is 1 GiB" in record.getMessage() for record in caplog.records)
+    assert reasons(daemon) == ["REFUSED"] * 3
+    assert sum("budget is 1 GiB" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_only_every_nth_step_is_captured(daemon, snapshotter):
@@ -159,7 +159,7 @@ def test_only_every_nth_step_is_captured(daemon, snapshotter):
         snap.capture(step)
         assert snap.wait(20)
     daemon.wait_for(lambda: 6 in daemon.sealed)
-    assert [0, 3, 6] == sorted(daemon.sealed)
+    assert sorted(daemon.sealed) == [0, 3, 6]
 
 
 def test_daemon_goes_away_and_comes_back(daemon, snapshotter, caplog):
@@ -186,8 +186,8 @@ def test_daemon_goes_away_and_comes_back(daemon, snapshotter, caplog):
     assert daemon.hellos[0].nonce == daemon.hellos[-1].nonce
     assert daemon.layouts[0].hash == daemon.layouts[1].hash
     stats = snap.stats
-    assert (1, 1, 2) == (stats["reconnects"], stats["outages"], stats["skipped_away"])
-    assert 1 == sum("no daemon" in record.getMessage() for record in caplog.records)
+    assert (stats["reconnects"], stats["outages"], stats["skipped_away"]) == (1, 1, 2)
+    assert sum("no daemon" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_daemon_dies_while_a_copy_runs(daemon, snapshotter, tmp_path):
@@ -208,7 +208,7 @@ def test_daemon_dies_while_a_copy_runs(daemon, snapshotter, tmp_path):
     snap.capture(1)
     assert snap.wait(20)
     daemon.wait_for(lambda: 1 in daemon.sealed)
-    assert [1] == sorted(daemon.sealed)
+    assert sorted(daemon.sealed) == [1]
 
 
 def test_fatal_error_ends_the_connection_for_good(daemon):
@@ -217,11 +217,11 @@ def test_fatal_error_ends_the_connection_for_good(daemon):
     model, opt = job()
     with Snapshotter(model, opt, settings=Settings(socket=daemon.path, job="t")) as snap:
         assert not snap._link.wait_session(10)
-        assert "STALE_EPOCH" == snap._link.refused.code
+        assert snap._link.refused.code == "STALE_EPOCH"
         snap._link._thread.join(10)
-        assert 1 == len(daemon.hellos)
+        assert len(daemon.hellos) == 1
         snap.capture(0)
-        assert 1 == snap.stats["skipped_away"]
+        assert snap.stats["skipped_away"] == 1
 
 
 @pytest.mark.parametrize("step", [-1, "3", 2.0, True, None])
@@ -233,8 +233,8 @@ def test_bad_steps_are_counted_and_never_raise(snapshotter, step):
     snap.capture(5)
     snap.capture(5)
     snap.capture(4)
-    assert 3 == snap.stats["bad_step"]
-    assert 1 == snap.stats["captured"]
+    assert snap.stats["bad_step"] == 3
+    assert snap.stats["captured"] == 1
 
 
 def test_state_that_turns_inexpressible_is_counted(daemon, snapshotter, caplog):
@@ -247,13 +247,13 @@ def test_state_that_turns_inexpressible_is_counted(daemon, snapshotter, caplog):
         snap.capture(0)
         snap.capture(1)
     daemon.wait_for(lambda: len(daemon.skips) == 2)
-    assert ["ERROR", "ERROR"] == reasons(daemon)
-    assert 2 == snap.stats["errors"]
-    assert 1 == len([r for r in caplog.records if "extra.thing" in r.getMessage()])
+    assert reasons(daemon) == ["ERROR", "ERROR"]
+    assert snap.stats["errors"] == 2
+    assert len([r for r in caplog.records if "extra.thing" in r.getMessage()]) == 1
     extra["thing"] = 2
     snap.capture(2)
     assert snap.wait(20)
-    assert 1 == snap.stats["sealed"]
+    assert snap.stats["sealed"] == 1
 
 
 @pytest.mark.parametrize("site", ["client.capture", "client.mid_copy", "client.before_seal"])
@@ -268,8 +268,8 @@ def test_unforeseen_errors_cost_a_step_and_not_the_job(daemon, snapshotter, site
     snap.capture(1)
     assert snap.wait(20)
     daemon.wait_for(lambda: 1 in daemon.sealed)
-    assert ["ERROR"] == reasons(daemon)
-    assert [1] == sorted(daemon.sealed)
+    assert reasons(daemon) == ["ERROR"]
+    assert sorted(daemon.sealed) == [1]
 
 
 def test_layout_is_registered_once_and_again_when_state_appears(daemon, snapshotter):
@@ -315,8 +315,8 @@ def test_parameter_replaced_or_moved_is_seen(daemon, snapshotter):
     snap.capture(2)
     assert snap.wait(20)
     daemon.wait_for(lambda: 2 in daemon.sealed)
-    assert b"\x00\x00\xe0\x40" * 30 == daemon.sealed[1][0].tensor("model.0.weight").tobytes()
-    assert b"\x00\x00\x10\x41" * 3 == daemon.sealed[2][0].tensor("model.1.bias").tobytes()
+    assert daemon.sealed[1][0].tensor("model.0.weight").tobytes() == b"\x00\x00\xe0\x40" * 30
+    assert daemon.sealed[2][0].tensor("model.1.bias").tobytes() == b"\x00\x00\x10\x41" * 3
 
 
 def test_buffers_and_extra_are_those_of_the_call(daemon, snapshotter, tmp_path):
@@ -362,9 +362,9 @@ def test_replaced_state_is_not_kept_alive_twice(snapshotter):
         opt.step()
         snap.capture(step)
         assert snap.wait(20)
-    assert 6 == snap.stats["sealed"]
+    assert snap.stats["sealed"] == 6
     gc.collect()
-    assert [0, 4, 4, 4, 4, 4] == alive
+    assert alive == [0, 4, 4, 4, 4, 4]
 
 
 def test_debug_copy_compares(daemon, snapshotter):
@@ -374,7 +374,7 @@ def test_debug_copy_compares(daemon, snapshotter):
     for step in range(3):
         train(model, opt)
         snap.capture(step)
-    assert 3 == snap.stats["sealed"]
+    assert snap.stats["sealed"] == 3
 
 
 def test_foreign_or_open_slots_are_not_written(daemon, snapshotter):
@@ -386,7 +386,7 @@ def test_foreign_or_open_slots_are_not_written(daemon, snapshotter):
     assert snap.wait(20)
     daemon.folder.chmod(0o700)
     daemon.wait_for(lambda: daemon.skips)
-    assert ["ERROR"] == reasons(daemon)
+    assert reasons(daemon) == ["ERROR"]
     assert "written by others" in daemon.skips[0].detail
 
 
@@ -414,8 +414,8 @@ def test_object_without_hooks_is_fenced_by_its_step(daemon, snapshotter, tmp_pat
     gate.open()
     update.join()
     assert snap.wait(20)
-    assert 1 == snap.stats["sealed"]
-    assert 0 == snap.stats["torn"]
+    assert snap.stats["sealed"] == 1
+    assert snap.stats["torn"] == 0
     snap.close()
     assert "step" not in vars(opt)
 
@@ -432,7 +432,7 @@ def test_replica_mode_frame_makes_a_new_layout(daemon, snapshotter, caplog):
             threading.Event().wait(0.001)
     snap.capture(1)
     assert snap.wait(20)
-    assert 2 == snap.stats["layouts"]
+    assert snap.stats["layouts"] == 2
     assert any("rank 1 differs" in record.getMessage() for record in caplog.records)
 
 
@@ -462,7 +462,7 @@ def test_forked_data_loader_workers(daemon, snapshotter):
             assert snap.wait(20)
             step += 1
     daemon.wait_for(lambda: len(daemon.sealed) == 8)
-    assert 1 == len(daemon.hellos)
+    assert len(daemon.hellos) == 1
 
 
 def _in_child(snap, model, opt, queue):
@@ -482,14 +482,14 @@ def test_forked_child_is_inert(daemon, snapshotter):
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(snap, model, opt, queue))
     child.start()
-    assert (True, True) == queue.get(timeout=20)
+    assert queue.get(timeout=20) == (True, True)
     child.join(20)
-    assert 0 == child.exitcode
+    assert child.exitcode == 0
     assert snap.wait(20)
     snap.capture(1)
     assert snap.wait(20)
     daemon.wait_for(lambda: 1 in daemon.sealed)
-    assert [] == daemon.goodbyes
+    assert daemon.goodbyes == []
 
 
 def test_no_thread_or_descriptor_is_left(daemon):
@@ -501,7 +501,7 @@ def test_no_thread_or_descriptor_is_left(daemon):
             assert snap._link.wait_session(10)
             snap.capture(0)
             assert snap.wait(20)
-            assert 1 == snap.stats["sealed"]
+            assert snap.stats["sealed"] == 1
         daemon.wait_for(lambda: not daemon.peers)
 
     def ours():
@@ -515,7 +515,7 @@ def test_no_thread_or_descriptor_is_left(daemon):
     for _ in range(3):
         cycle()
     assert before == ours()
-    assert ([], 0) == (before[0], before[2])
+    assert (before[0], before[2]) == ([], 0)
 
 
 SCRIPT = """
@@ -544,26 +544,26 @@ def run_script(daemon, end="", **env):
 def test_plain_script_ends_by_itself_and_says_goodbye(daemon):
     """Breaks: `python train.py` hangs at its end, or its last step is lost."""
     done = run_script(daemon)
-    assert (0, "") == (
+    assert (
         done.returncode,
         done.stderr.replace("snapshotd: job default starts at step 0: nothing was captured before\n", ""),
-    )
+    ) == (0, "")
     daemon.wait_for(lambda: daemon.goodbyes)
-    assert [True] == [bye.finished for bye in daemon.goodbyes]
-    assert [0, 1] == sorted(daemon.sealed)
+    assert [bye.finished for bye in daemon.goodbyes] == [True]
+    assert sorted(daemon.sealed) == [0, 1]
     hello = daemon.hellos[0]
-    assert ("default", 0, 1, 0) == (hello.job, hello.rank, hello.world_size, hello.epoch)
+    assert (hello.job, hello.rank, hello.world_size, hello.epoch) == ("default", 0, 1, 0)
 
 
 def test_exception_is_no_finish_and_lost_state_is_exit_code_6(daemon):
     """Breaks: a crashed job counts as done; a lost state restarts at zero in silence."""
     done = run_script(daemon, "raise RuntimeError('boom')")
-    assert 1 == done.returncode
+    assert done.returncode == 1
     daemon.wait_for(lambda: daemon.goodbyes)
-    assert [False] == [bye.finished for bye in daemon.goodbyes]
+    assert [bye.finished for bye in daemon.goodbyes] == [False]
     daemon.decision = pb.RestoreDecision(kind=pb.RestoreDecision.KIND_REFUSED, reason="two of two nodes were lost")
     done = run_script(daemon)
-    assert 6 == done.returncode
+    assert done.returncode == 6
     assert "two of two nodes were lost" in done.stderr
     daemon.wait_for(lambda: len(daemon.goodbyes) == 2)
     assert not daemon.goodbyes[1].finished
@@ -575,5 +575,5 @@ def test_training_goes_on_without_any_daemon(tmp_path):
     done = run_script(
         fake, "print(snap.stats['skipped_away'], snap.last_restore['kind'])", SNAPSHOTD_CONNECT_TIMEOUT_S="0.2"
     )
-    assert (0, "2 none") == (done.returncode, done.stdout.strip()), done.stderr
-    assert 1 == done.stderr.count("no daemon answers")
+    assert (done.returncode, done.stdout.strip()) == (0, "2 none"), done.stderr
+    assert done.stderr.count("no daemon answers") == 1

@@ -294,7 +294,7 @@ def test_fresh_optimizer_without_state_is_filled(snapshotter, seed):
     expected = state_of(job)
     seed(5)
     other = Job("adamw")
-    assert 3 == other.snapshotter(snapshotter).restore()
+    assert other.snapshotter(snapshotter).restore() == 3
     assert expected == state_of(other)
     assert all(s["step"].device.type == "cpu" and s["step"].dtype == torch.float32 for s in other.opt.state.values())
 
@@ -400,8 +400,8 @@ def test_group_added_in_training_is_added_again(snapshotter, seed):
     other = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     other_opt = torch.optim.AdamW(other[0].parameters(), lr=0.1)
     again = snapshotter(other, other_opt)
-    assert 2 == again.restore()
-    assert [0.1, 0.01] == [group["lr"] for group in other_opt.param_groups]
+    assert again.restore() == 2
+    assert [group["lr"] for group in other_opt.param_groups] == [0.1, 0.01]
     state = torch.get_rng_state()
     train(other, other_opt, 2)
     torch.set_rng_state(state)
@@ -430,10 +430,10 @@ def test_slot_is_a_safetensors_file_with_ties_and_all_kinds(daemon, snapshotter,
         )
         names = set(file.keys())
     assert {"model.mask", "model.seen", "model.frozen", "model.empty", "optim.scale.step", "extra.average"} <= names
-    assert {"model.head.weight": "model.embed.weight"} == dict(sealed.layout.ties)
+    assert dict(sealed.layout.ties) == {"model.head.weight": "model.embed.weight"}
     kinds = {shard.tensor.kind: shard.tensor.scope for shard in sealed.layout.shards}
-    assert {"param": "global", "optim": "global", "buffer": "rank", "extra": "rank"} == kinds
-    assert 0 == sealed.meta["step"]
+    assert kinds == {"param": "global", "optim": "global", "buffer": "rank", "extra": "rank"}
+    assert sealed.meta["step"] == 0
 
 
 def test_names_do_not_depend_on_wrappers(daemon, snapshotter):
@@ -469,7 +469,7 @@ def test_module_extra_state_travels(snapshotter):
     assert snap.wait(20)
     snapshotter.sealed(0)
     other = nn.Sequential(Meter(0.0), nn.Linear(2, 2))
-    assert 1 == snapshotter(other).restore()
+    assert snapshotter(other).restore() == 1
     assert 3.5 == other[0].value == other[0].history[499].item()
 
 
@@ -492,12 +492,12 @@ def test_restore_fills_memory_in_place_and_replaces_odd_buffers(snapshotter):
     other(torch.ones(1, 3)).sum().backward()
     other_opt.step()
     before = (other.weight.data_ptr(), other_opt.state[other.weight]["momentum_buffer"].data_ptr())
-    assert 1 == snapshotter(other, other_opt).restore()
+    assert snapshotter(other, other_opt).restore() == 1
     assert before == (other.weight.data_ptr(), other_opt.state[other.weight]["momentum_buffer"].data_ptr())
     assert torch.equal(model.weight, other.weight)
     assert torch.equal(model.cache, other.cache)
     assert torch.equal(torch.ones(1), other.own)
-    assert 0.1 == other_opt.param_groups[0]["lr"]
+    assert other_opt.param_groups[0]["lr"] == 0.1
 
 
 def test_large_boxes_are_asked_in_parts(daemon, snapshotter, monkeypatch):
@@ -511,7 +511,7 @@ def test_large_boxes_are_asked_in_parts(daemon, snapshotter, monkeypatch):
     snapshotter.sealed(0)
     monkeypatch.setattr(fetch, "BATCH_BYTES", 1000)
     other = nn.Linear(50, 70)
-    assert 1 == snapshotter(other).restore()
+    assert snapshotter(other).restore() == 1
     assert torch.equal(model.weight, other.weight)
     assert torch.equal(model.bias, other.bias)
     sizes = [sum(4 * int(np.prod(w.lengths)) for w in request.wants) for request in daemon.wants]

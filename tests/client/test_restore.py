@@ -1,0 +1,187 @@
+"""
+Decisions that are no snapshot, snapshots that do not fit, and daemons that answer late, wrong or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from snapshotd_client import RestoreError, Snapshotter, StateLost
+from snapshotd_client.settings import Settings
+from torch import nn
+
+from snapshotd.v1 import worker_pb2 as pb
+
+KIND = pb.RestoreDecision
+
+
+def captured(snapshotter, model, optimizer=None, **kwargs):
+    snap = snapshotter(model, optimizer, **kwargs)
+    snap.capture(0)
+    assert snap.wait(20)
+    snapshotter.sealed(0)
+    return snap
+
+
+def test_undecided_is_asked_again(daemon, snapshotter):
+    """Breaks: a worker that starts before its peers starts at zero."""
+    daemon.decision = KIND(kind=KIND.KIND_UNDECIDED, reason="waiting for rank 1")
+    snap = snapshotter(nn.Linear(2, 2))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(snap.restore()))
+    thread.start()
+    daemon.wait_for(lambda: daemon.hellos)
+    daemon.decision = KIND(kind=KIND.KIND_FRESH)
+    thread.join(20)
+    assert results == [0]
+    assert snap.last_restore["kind"] == "fresh"
+
+
+def test_undecided_for_too_long_is_an_error_with_its_reason(daemon, snapshotter):
+    """Breaks: training starts at zero because the coordinator was slow, and overwrites what there was."""
+    daemon.decision = KIND(kind=KIND.KIND_UNDECIDED, reason="waiting for rank 1")
+    snap = snapshotter(nn.Linear(2, 2), settings={"restore_timeout_s": 0.3})
+    with pytest.raises(RestoreError, match="waiting for rank 1"):
+        snap.restore()
+
+
+def test_a_launcher_with_an_epoch_but_no_daemon_is_an_error():
+    """Breaks: a node whose daemon did not start trains from zero beside nodes that resume."""
+    settings = Settings(socket="/nonexistent/d.sock", job="t", epoch=3, restore_timeout_s=0.3)
+    with Snapshotter(nn.Linear(2, 2), settings=settings) as snap, pytest.raises(RestoreError, match="nobody listens"):
+        snap.restore()
+
+
+def test_refused_is_exit_code_6(daemon, snapshotter, capsys):
+    daemon.decision = KIND(kind=KIND.KIND_REFUSED, reason="three nodes were lost, two can be rebuilt")
+    with pytest.raises(StateLost) as caught:
+        snapshotter(nn.Linear(2, 2)).restore()
+    assert caught.value.code == 6
+    assert "three nodes were lost" in capsys.readouterr().err
+
+
+def test_stale_worker_is_told_so(daemon):
+    daemon.fatal = "epoch 3 is over"
+    with (
+        Snapshotter(nn.Linear(2, 2), settings=Settings(socket=daemon.path, job="t")) as snap,
+        pytest.raises(RestoreError, match="epoch 3 is over"),
+    ):
+        snap.restore()
+
+
+def test_models_that_do_not_fit_are_refused_by_name_and_left_untouched(daemon, snapshotter):
+    """Breaks: half of another model's weights in this one."""
+    captured(snapshotter, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 3, dtype=torch.float64))
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(RestoreError, match="0.weight has shape") as caught:
+        snapshotter(other).restore()
+    assert "model.2.bias is not in the snapshot" in str(caught.value)
+    assert all(map(torch.equal, before, other.parameters()))
+    daemon.wait_for(lambda: daemon.dones)
+    assert not daemon.dones[-1].ok
+    wide = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.float64))
+    with pytest.raises(RestoreError, match="float64 here, float32"):
+        snapshotter(wide).restore()
+
+
+def test_optimizers_that_do_not_fit_are_refused(snapshotter):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    captured(snapshotter, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    groups = [{"params": [p]} for p in model.parameters()]
+    with pytest.raises(RestoreError, match="has 4 groups"):
+        snapshotter(model, torch.optim.SGD(groups, lr=0.1)).restore()
+    with pytest.raises(RestoreError, match="other parameters"):
+        snapshotter(model, torch.optim.SGD([model[0].weight], lr=0.1)).restore()
+    with pytest.raises(RestoreError, match="optim.1 .not in the snapshot"):
+        snapshotter(model, [torch.optim.SGD(model.parameters(), lr=0.1)] * 2).restore()
+
+
+@pytest.mark.parametrize("what", ["missing", "short", "link", "error", "few"])
+def test_wrong_answers_are_errors_and_not_weights(daemon, snapshotter, what, monkeypatch):
+    """Breaks: a confused daemon's bytes end up in the model."""
+    captured(snapshotter, nn.Linear(3, 3))
+    give = daemon._give
+
+    def wrong(peer, request):
+        ready = give(peer, request)
+        path = daemon.folder / ready.paths[0]
+        if what == "missing":
+            path.unlink()
+        elif what == "short":
+            path.write_bytes(path.read_bytes()[:-1])
+        elif what == "link":
+            path.rename(f"{path}.real")
+            path.symlink_to(f"{path}.real")
+        elif what == "error":
+            ready.error = "rank 2's slot is rotten"
+        else:
+            del ready.offsets[-1]
+        return ready
+
+    monkeypatch.setattr(daemon, "_give", wrong)
+    with pytest.raises(RestoreError):
+        snapshotter(nn.Linear(3, 3)).restore()
+
+
+def test_snapshot_of_another_step_than_announced_is_refused(daemon, snapshotter, tmp_path, monkeypatch):
+    """Breaks: a cached manifest gives stale state."""
+    captured(snapshotter, nn.Linear(3, 3))
+    monkeypatch.setattr(daemon, "_manifest", lambda step, rank, old=daemon._manifest: _other_step(old(step, rank)))
+    with pytest.raises(RestoreError, match="says step 41"):
+        snapshotter(nn.Linear(3, 3)).restore()
+
+
+def _other_step(manifest):
+    manifest["meta"] = json.dumps({**json.loads(manifest["meta"]), "step": 41})
+    return manifest
+
+
+def test_restore_survives_a_lost_connection(daemon, snapshotter, monkeypatch):
+    """Breaks: a daemon that restarts in the middle of a restore ends the job."""
+    model = nn.Linear(3, 3)
+    captured(snapshotter, model)
+    give, lost = daemon._give, []
+
+    def cut(peer, request):
+        if not lost:
+            lost.append(1)
+            peer.sock.shutdown(2)
+        return give(peer, request)
+
+    monkeypatch.setattr(daemon, "_give", cut)
+    other = nn.Linear(3, 3)
+    snap = snapshotter(other)
+    assert snap.restore() == 1
+    assert torch.equal(model.weight, other.weight)
+    daemon.wait_for(lambda: daemon.dones and daemon.dones[-1].ok)
+
+
+def test_immutable_extra_is_written_back_and_missing_ones_stay(snapshotter):
+    captured(snapshotter, nn.Linear(2, 2), extra={"epoch": 7, "best": (1, 2.5)})
+    extra = {"epoch": 0, "best": None, "new": [3]}
+    snap = snapshotter(nn.Linear(2, 2), extra=extra)
+    assert snap.restore() == 1
+    assert {"epoch": 7, "best": (1, 2.5), "new": [3]} == extra == snap.extra
+
+
+def test_layout_is_registered_right_after_a_restore(daemon, snapshotter):
+    """Breaks: the first step after each recovery is not protected, because slots are made only then."""
+    model = nn.Linear(2, 2)
+    opt = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    captured(snapshotter, model, opt)
+    count = len(daemon.layouts)
+    other = nn.Linear(2, 2)
+    snap = snapshotter(other, torch.optim.Adam(other.parameters()))
+    assert snap.restore() == 1
+    daemon.wait_for(lambda: len(daemon.layouts) == count + 1)
+    assert daemon.layouts[count - 1].hash == daemon.layouts[count].hash
+    snap.capture(1)
+    assert snap.wait(20)
+    snapshotter.sealed(1)
+    assert count + 1 == len(daemon.layouts)
