@@ -356,7 +356,7 @@ class Sources:
             except BaseException:
                 lease.close()
                 raise
-        if node_id == self.node_id:
+        if node_id and node_id == self.node_id:
             raise CorruptionError(f"{describe(key)} is not on {node_id} any more")
         with self._lock:
             address = self._addresses.get(node_id)

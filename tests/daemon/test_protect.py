@@ -84,8 +84,12 @@ def test_without_redundancy_nothing_is_built(cluster) -> None:
 def test_pooled_parity_is_overwritten_altogether(cluster) -> None:
     """A file from the pool has old bytes between its rows: the same parity must come out again."""
     nodes = cluster.add(*(f"n{i}" for i in range(4)))
-    slots = [cluster.seal_random(node, 999 + i, rank=i) for i, node in enumerate(nodes)]
+    sizes = (999, 70_003, 57, 1)
+    slots = [cluster.seal_random(node, sizes[i], rank=i) for i, node in enumerate(nodes)]
     stripe_set = cluster.stripe_set(slots, 2)
+    geometry = geometry_of(stripe_set)
+    rows = [geometry.parity_rows(position) for position in range(4)]
+    assert any(first.length % geometry.granule and second.length for first, second in rows)
     before = cluster.protect(stripe_set)
     for node in nodes:
         for obj in node.arena.sealed():

@@ -14,7 +14,8 @@ from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.protect import geometry_of
 from snapshotd.daemon.rebuild import rebuild
 from snapshotd.daemon.seal import digests_of
-from snapshotd.layout import CHUNK_BYTES, root_digest
+from snapshotd.daemon.windows import WINDOW_BYTES
+from snapshotd.layout import root_digest
 from snapshotd.v1 import control_pb2 as control
 
 SIZES = (30_000, 1, 90_000, 9_000, 50_000)
@@ -134,17 +135,18 @@ def test_rot_in_a_source_is_decoded_around(cluster, what: str) -> None:
 
 def test_rot_in_different_stripes_of_two_nodes_is_decoded_around(cluster) -> None:
     """One node is lost, and two have one rotten chunk each, in different stripes: no stripe lacks more than two."""
-    sizes = (2_500_000, 2_500_000, 2_500_000, 2_500_000)
-    nodes, spare, stripe_set, _ = protected(cluster, 4, 2, sizes)
+    nodes, spare, stripe_set, _ = protected(cluster, 5, 2, (1_000_000,) * 5)
     geometry = geometry_of(stripe_set)
     want = nodes[0].slot_bytes(stripe_set.members[0].slot)
-    for position, unit in ((1, 0), (2, 0)):
+    # Stripe 1 has the data of 0, 3, 4 and stripe 2 that of 0, 1, 4: without 1 and 4 altogether stripe 2 is lost.
+    for position, stripe in ((4, 1), (1, 2)):
         ref = stripe_set.members[position].slot
-        nodes[position].arena.find(slot_key(ref)).view[unit * geometry.unit_bytes + CHUNK_BYTES + 1] ^= 1
-    assert geometry.stripe_of(1, 0) != geometry.stripe_of(2, 0)
+        begin, end = geometry.unit_range(position, stripe)
+        nodes[position].arena.find(slot_key(ref)).view[(begin + end) // 2] ^= 1
     result = cluster.rebuild(spare, cluster.rebuild_order(stripe_set, 0, lost=(0,)))
     assert result.done.ok, result.done.reason
     assert bytes(result.slot.view) == want
+    assert len(spare.corruptions) == 2
 
 
 def test_a_local_source_that_is_rotten_is_reported_as_ours(cluster) -> None:
@@ -208,7 +210,9 @@ def test_large_units_with_a_source_that_dies_half_way(cluster, monkeypatch) -> N
     result = cluster.rebuild(spare, order)
     assert result.done.ok, result.done.reason
     assert bytes(result.slot.view) == want
-    assert len(hits) >= geometry_of(stripe_set).unit_bytes * 2 // (1 << 20)
+    geometry = geometry_of(stripe_set)
+    units = [geometry.unit_range(0, geometry.stripe_of(0, unit)) for unit in range(geometry.k)]
+    assert len(hits) == sum(-(-(end - begin) // WINDOW_BYTES) for begin, end in units)
 
 
 def test_cancel_and_failpoints_leave_nothing(cluster) -> None:

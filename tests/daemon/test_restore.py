@@ -195,6 +195,23 @@ def test_leases_end_with_the_restore(cluster) -> None:
     assert not list((node.arena.root / "buffers").iterdir())
 
 
+def test_a_batch_outlives_the_failure_of_another(cluster) -> None:
+    """One rank of this node reads its slot in place while another finds that a peer's is rotten."""
+    plan = sealed_state(cluster, 2)
+    node, other = cluster.nodes["n0"], cluster.nodes["n1"]
+    slot = node.arena.find(slot_key(plan.slots[0]))
+    with Restore(plan, 2, node.arena, node.sources) as restore:
+        mine = [want("w", (0, 0, 0), (3, 7, 5))]
+        batch = restore.assemble(0, mine)
+        other.arena.find(slot_key(plan.slots[1])).view[-1000] ^= 1
+        with pytest.raises(CorruptionError):
+            restore.assemble(1, wants_of(1, 2))
+        assert not node.arena.invalidate(slot)
+        check(batch, mine)
+        restore.release(batch.batch_id)
+        assert node.arena.invalidate(slot)
+
+
 def test_manifest_says_what_the_source_has(cluster) -> None:
     """The worker builds its wishes from this file."""
     nodes = cluster.add("n0", "n1")

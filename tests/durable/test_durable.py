@@ -215,6 +215,25 @@ def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
         prune(tmp_path, JOB, keep=0, written=(1, 3))
 
 
+def test_the_marker_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that dies while it removes a snapshot must not leave a marker that speaks of missing files."""
+    write_snapshot(tmp_path, 1)
+    write_snapshot(tmp_path, 2)
+
+    class Died(Exception):
+        pass
+
+    def unlink(path: Path, real=os.unlink) -> None:
+        if not str(path).endswith("snapshot.json"):
+            raise Died
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(Died):
+        prune(tmp_path, JOB, keep=1, written=(1, 2))
+    assert steps(tmp_path) == [(1, 2)]
+
+
 @pytest.mark.parametrize(
     ("job", "name"),
     [
