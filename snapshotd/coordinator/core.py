@@ -179,7 +179,7 @@ class CoordinatorCore:
         parts = self._parts(getattr(message, body).job)
         if body == "worker_attached":
             self._on_attached(parts, node, message.worker_attached)
-            self._repeat_formed(parts, node)
+            self._repeat_formed(parts, node, [message.worker_attached])
         elif body == "worker_detached":
             self._on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
@@ -239,9 +239,7 @@ class CoordinatorCore:
         for worker in hello.workers:
             self._on_attached(self._parts(worker.job), node, worker)
         for parts in self.jobs.values():
-            current = parts.job.current
-            if current is not None and current.formed and node.node_id in current.node_ids:
-                self.ctx.out.to_node(session, epoch_formed=current.message(parts.job.name))
+            self._repeat_formed(parts, node, [one for one in hello.workers if one.job == parts.job.name])
         for parts in self.jobs.values():
             current = parts.job.current
             if parts.job.name in named or (current is not None and node.node_id in current.node_ids):
@@ -294,7 +292,9 @@ class CoordinatorCore:
             return
         who = Attached(node_id=node.node_id, nonce=worker.nonce, local_rank=worker.local_rank)
         job.finished = False
-        if worker.epoch:
+        current = job.current
+        of_round = current is not None and current.formation != "" and current.formation == worker.formation
+        if worker.epoch and not (of_round and current is not None and current.ranks.get(worker.rank) != who):
             self._attach_known(parts, worker, who)
         else:
             self._attach_round(parts, worker, who)
@@ -349,10 +349,17 @@ class CoordinatorCore:
         )
         self._formed(parts, job.current)
 
-    def _repeat_formed(self, parts: JobParts, node: Node) -> None:
-        """A worker that attached again may sit behind a daemon that knows nothing of its epoch any more."""
+    def _repeat_formed(self, parts: JobParts, node: Node, workers: list[control.WorkerAttached]) -> None:
+        """
+        A worker that attached again may sit behind a daemon that knows nothing of its epoch any more.
+
+        Nothing is said where another process has taken a worker's place: that one does not belong to the epoch.
+        """
         epoch = parts.job.current
-        if epoch is not None and epoch.formed and node.node_id in epoch.node_ids:
+        if epoch is None or not epoch.formed or node.node_id not in epoch.node_ids:
+            return
+        known = {rank: epoch.ranks[rank].nonce for rank in epoch.ranks_of(node.node_id)}
+        if all(known.get(one.rank) == one.nonce for one in workers):
             self.ctx.out.to_node(node.session, epoch_formed=epoch.message(parts.job.name))
 
     def _mint_for_launchers(self, job: Job, reason: str) -> int:
@@ -489,16 +496,15 @@ class CoordinatorCore:
         self.ctx.out.delete(name, None)
         self.ctx.nodes.drop_job(name)
         self.ctx.out.forget(name)
-        launchers = parts.launchers
         del self.jobs[name]
         # The number of the epoch goes on: it never goes back, not even for a forgotten job.
         fresh = self._parts(name)
         fresh.job.number = number
+        fresh.job.rounds = parts.job.rounds
         fresh.job.decision = Decision(
             epoch=number, kind=control.RESTORE_KIND_UNSPECIFIED, reason="forgotten", released=True
         )
-        if launchers.state == "closed":
-            launchers.reopen()
+        fresh.launchers.take_over(parts.launchers)
         self._put_epoch(fresh)
         answer = control.ForgetJobResponse(message=f"job {name} is forgotten; its next launch starts afresh")
         self.ctx.out.answer(Answer(request_id=request_id, forgotten=answer))

@@ -145,6 +145,14 @@ class Launchers:
             self._tell_closed(agent)
         self._maybe_reopen()
 
+    def take_over(self, older: Launchers) -> None:
+        """The job was forgotten, its launchers were not: a closed one may be joined again, a running one restarts."""
+        self.agents, self.members, self.places = older.agents, older.members, older.places
+        self.epoch, self.size, self.state, self.reason = older.epoch, older.size, older.state, older.reason
+        self.broken_at = older.broken_at
+        self.reopen()
+        self.restart("the job was forgotten")
+
     def reopen(self) -> None:
         """A closed job may be joined again."""
         if self.state == "closed":

@@ -201,7 +201,7 @@ class NodeCore:
             self._enter(job, hello.epoch)
         one = Worker(conn=conn, hello=hello, epoch=hello.epoch)
         self.state.workers[conn] = one
-        self.orders.assign_epoch(job, one)
+        self.orders.assign_epoch(job, one, attaching=True)
         if older is not None and older.hello.nonce == hello.nonce:
             one.last_sealed, one.last_digest = older.last_sealed, older.last_digest
         settings = self.state.settings

@@ -97,13 +97,20 @@ class Orders:
         self._slots.serve(job)
         self.answer_queries(job)
 
-    def assign_epoch(self, job: JobState, one: Worker) -> None:
-        """Tell a worker whose launcher knew no epoch which one it is in; once per (epoch, rank) and process."""
+    def assign_epoch(self, job: JobState, one: Worker, *, attaching: bool = False) -> None:
+        """
+        Tell a worker whose launcher knew no epoch which one it is in; once per (epoch, rank) and process.
+
+        attaching: it has just come. Then only a process that was told before is told again; of another one the
+        coordinator says whether it belongs to the epoch or begins a new round of its launch.
+        """
         formed = job.formed
         if one.hello.epoch or formed is None or formed.formation != one.hello.formation:
             return
         here = one.rank < len(formed.nodes) and formed.nodes[one.rank] == self._state.settings.node_id
-        if here and job.assigned.setdefault(one.rank, one.hello.nonce) == one.hello.nonce:
+        known = job.assigned.get(one.rank)
+        if here and known in ((one.hello.nonce,) if attaching else (None, one.hello.nonce)):
+            job.assigned[one.rank] = one.hello.nonce
             one.epoch = formed.epoch
 
     # ------------------------------------------------------------ reports

@@ -154,7 +154,8 @@ class Checks:
         self.relied = {key: Relied(key=key, level=level, m=m, budget=m)}
         # A node whose daemon is down may have lost its arena already; then that loss counts from the beginning.
         nodes = [node for node in self._world.nodes.values() if not node.lost]
-        if not truth(nodes, key).whole() and m:
+        there = truth(nodes, key)
+        if not (there.whole() if m else there.rebuildable()):
             self.relied[key].budget -= 1
         self.check_relied()
 
