@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,11 +32,13 @@ def print_faults(console: Console, outcomes: Sequence[Outcome]) -> None:
         console.print(Text(f"  {outcome.note}"), soft_wrap=True)
     console.print()
     console.print(faults_table(outcomes))
+    if any("decode" in outcome.phases for outcome in outcomes):
+        console.print("decode is 0.00 where all was decoded while the workers were still starting", style="dim")
 
 
 def faults_table(outcomes: Sequence[Outcome]) -> Table:
     """Made to fit into 80 columns."""
-    table = Table(title="seconds by phase", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title="seconds by phase", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("fault", no_wrap=True)
     for heading in ("at\nstep", "steps\nlost", *PHASES.values(), "total"):
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")

@@ -22,6 +22,7 @@ __all__ = ["LiveView", "PlainView", "View", "open_view"]
 
 _EVENTS_SHOWN = 9
 _STEPS_BETWEEN_LINES = 10
+_WIDE = 104
 _STATE_STYLE = {
     "up": "green",
     "running": "green",
@@ -80,7 +81,8 @@ class PlainView:
             self._line(event.time, event.source, event.text)
         self._events = len(picture.events)
         if picture.step >= self._next_step:
-            protected = f", {picture.committed_level} up to step {picture.committed_step}" if picture.job else ""
+            committed = picture.committed_step
+            protected = f", {picture.committed_level} up to step {committed}" if committed >= 0 else ""
             loss = picture.losses[-1].value
             self._line(time.time(), "training", f"step {picture.step} of {self._steps}, loss {loss:.3f}{protected}")
             self._next_step = picture.step + _STEPS_BETWEEN_LINES
@@ -100,6 +102,7 @@ class LiveView:
         self._phase = ""
         self._last = 0.0
         self._shown: RenderableType = ""
+        self._body: RenderableType = ""
 
     def __enter__(self) -> LiveView:
         self._live.__enter__()
@@ -122,19 +125,19 @@ class LiveView:
         self._live.update(self._shown, refresh=True)
 
     def _render(self, cluster: Cluster | None, picture: Picture) -> RenderableType:
-        if cluster is None:
-            return Panel(
-                Group(self._head(picture), Text(), self._faults()),
-                title="snapshotd demo",
-                subtitle=f"{time.time() - self._began:.0f} s",
-                padding=(0, 1),
-            )
-        columns = Table.grid(expand=True, padding=(0, 1))
-        columns.add_column(ratio=3)
-        columns.add_column(ratio=2)
-        columns.add_row(self._nodes(cluster, picture), Group(self._levels(picture), Text(), self._faults()))
-        body = Group(self._head(picture), Text(), columns, Text(), self._events(picture.events))
+        if cluster is not None:  # afterwards, the last picture of it stays
+            self._body = Group(self._columns(cluster, picture), Text(), self._events(picture.events))
+        body = Group(self._head(picture), Text(), self._body)
         return Panel(body, title="snapshotd demo", subtitle=f"{time.time() - self._began:.0f} s", padding=(0, 1))
+
+    def _columns(self, cluster: Cluster, picture: Picture) -> RenderableType:
+        nodes, levels, faults = self._nodes(cluster, picture), self._levels(picture), self._faults()
+        grid = Table.grid(expand=True, padding=(0, 2))
+        if self._console.width >= _WIDE:
+            grid.add_row(nodes, Group(levels, Text(), faults))
+            return grid
+        grid.add_row(levels, faults)
+        return Group(nodes, Text(), grid)
 
     def _head(self, picture: Picture) -> RenderableType:
         done = picture.step + 1
@@ -179,7 +182,7 @@ class LiveView:
         survives = "" if margin is None or margin < 0 else f"survives {margin} node{'s' if margin != 1 else ''}"
         grid = Table.grid(padding=(0, 2))
         grid.add_row("trained", Text(step(picture.step), style="bold"), f"epoch {picture.epoch or '-'}")
-        grid.add_row("sealed", Text(step(picture.sealed_step), style="bold"), "in each node's memory")
+        grid.add_row("sealed", Text(step(picture.sealed_step), style="bold"), "in memory")
         level = picture.committed_level or "committed"
         grid.add_row(level, Text(step(picture.committed_step), style="bold green"), survives)
         return grid
