@@ -297,7 +297,7 @@ class Cluster:
 
     def start_daemon(self, name: str) -> None:
         home = self.directory / name
-        home.mkdir(exist_ok=True)
+        home.mkdir(mode=0o700, exist_ok=True)
         argv = [
             "daemon", "--coordinator", self.address, "--node-id", name, "--listen", "127.0.0.1:0", "--socket", str(home / "s"),
             "--arena", str(home / "arena"), "--budget", "64MiB", "--scrub-rate", "64MiB" if self.options.scrub else "0",
@@ -412,6 +412,11 @@ class Cluster:
     def workers(self, node: str | None = None) -> list[int]:
         """Pids of the living worker processes (of a node): the real ones, not their shims."""
         return [pid for pid, kind, name in self._forked() if kind == "script" and node in (None, name) and _alive(pid)]
+
+    def has_died(self, node: str, launch: int) -> bool:
+        """Whether the worker of the node's n-th launch (1 is the first) has ended."""
+        launched = [pid for pid, kind, name in self._forked() if kind == "script" and name == node]
+        return len(launched) >= launch and not _alive(launched[launch - 1])
 
     def _forked(self) -> Iterator[tuple[int, str, str]]:
         """Every child of a zygote and, without zygotes, every worker that noted something."""
@@ -594,7 +599,7 @@ def reference(zygotes: Zygotes, script_argv: list[str], world: int) -> list[Note
             env = {
                 **_clean_environment(),
                 "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLOO_SOCKET_IFNAME": "lo",
-                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
+                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_NODE": "", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
                 "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
             processes.append(zygotes.fork("script", script_argv, env, directory / f"{rank}.log"))

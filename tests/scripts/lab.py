@@ -1,9 +1,10 @@
 """
 What the training scripts of the fault tests share: arguments, models, optimizers, data, and notes for the judge.
 
-Nothing here knows snapshotd. The judge reads what a worker noted in FAULTS_DIR: one file per worker process, with the step
-it started from, the loss of each step bit by bit, and digests of the state. A worker waits at the steps of FAULTS_HOLD until
-the file `go-STEP` is there, so that a fault strikes at a known step; what a worker does between two steps is its own affair.
+Nothing here knows snapshotd. The judge reads what a worker noted in FAULTS_DIR: one file per worker process, with the
+step it started from, the loss of each step bit by bit, and digests of the state. What a worker does between two steps is
+its own affair: here it waits, from each step of FAULTS_HOLD on, until the judge lets it do one step more (file `go-STEP`)
+or go on freely (file `done-HOLD`), so that a fault strikes at a known step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 SEED = 20240607
 WIDTH = 32
 VOCABULARY = 61
+STEP_S = 0.02
+"""The least time of a step; a real one takes longer than the copy of its state."""
 
 
 def arguments() -> argparse.Namespace:
@@ -37,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--amp", action="store_true", help="bf16 autocast and a gradient scaler")
     parser.add_argument("--loader", action="store_true", help="a DataLoader with forked workers")
     parser.add_argument("--batchnorm", action="store_true", help="a model with buffers that each rank changes")
+    parser.add_argument("--large", type=int, default=0, metavar="N", help="a parameter more, of N x 1024 numbers")
     parser.add_argument("--one-cycle", action="store_true", help="OneCycleLR, which changes lr and betas each step")
     return parser.parse_args()
 
@@ -78,8 +82,9 @@ class Block(nn.Module):
 class Words(nn.Module):
     """A small language model with tied weights, a scalar parameter and a frozen one."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int) -> None:
         super().__init__()
+        self.large = nn.Parameter(torch.zeros(large, 1024)) if large else None
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.frozen = nn.Linear(WIDTH, WIDTH)
@@ -92,6 +97,8 @@ class Words(nn.Module):
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h)
+        if self.large is not None:
+            h = h + self.large.mean()
         return self.head(self.frozen(h) * self.gain)
 
 
@@ -111,7 +118,7 @@ class Normed(nn.Module):
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    return Normed() if args.batchnorm else Words()
+    return Normed() if args.batchnorm else Words(args.large)
 
 
 # ---------------------------------------------------------------- optimizers
@@ -281,6 +288,7 @@ class Notes:
         self._holds = [int(step) for step in os.environ.get("FAULTS_HOLD", "").split(",") if step]
         self._traces = os.environ.get("FAULTS_TRACE") == "1"
         self._node = os.environ.get("FAULTS_NODE", "")
+        self._next = 0.0
         name = f"notes.{time.monotonic_ns():020d}.{self._node}.{os.getpid()}"
         self._file = open(self._directory / name, "w", buffering=1)
         self._write(kind="start", rank=self._rank, world=world, node=self._node, pid=os.getpid())
@@ -295,11 +303,15 @@ class Notes:
         self._write(kind="step", step=step, loss=float(loss.detach()).hex(), full=full)
 
     def hold(self, step: int) -> None:
-        """Wait here for the judge, at the steps that it chose."""
-        if step in self._holds:
-            self._write(kind="hold", step=step)
-            while not (self._directory / f"go-{step}").exists():
-                time.sleep(0.005)
+        """The end of a step: no step is shorter than STEP_S, and from some on the judge decides."""
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        for hold in self._holds:
+            done, go = self._directory / f"done-{hold}", self._directory / f"go-{step}"
+            if step >= hold and not done.exists():
+                self._write(kind="hold", step=step)
+                while not (done.exists() or go.exists()):
+                    time.sleep(0.005)
+        self._next = time.monotonic() + STEP_S
 
     def finish(self) -> None:
         self._write(kind="end", local=self.local(), full=self.full() if self._traces else None)
