@@ -26,6 +26,7 @@ from snapshotd.settings import CoordinatorSettings, DaemonSettings, defaults
 from snapshotd.transfer import BulkClient, BulkServer
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
+from snapshotd.v1.bulk_pb2 import ObjectKey
 
 __all__ = ["DaemonNode"]
 
@@ -57,12 +58,14 @@ class DaemonNode:
         log.info("arena %s, budget %s", settings.arena_path, format_bytes(budget))
         self._recovered, self._slots = _recover(self._arena, settings)
         tls = settings.tls
+        self._orders: Orders | None = None
         self._client = BulkClient(tls=tls.client_context() if tls else None)
         self._server = BulkServer(
             (host, port),
             self._arena.lookup,
             tls=tls.server_context() if tls else None,
             guard=PeerGuard(insecure=settings.insecure),
+            suspected=self._suspected,
         )
         self.bulk_address = _advertised(settings, self._server)
         self._service: DaemonService | None = None
@@ -80,7 +83,7 @@ class DaemonNode:
             address = await self._coordinator.start()
             log.info("no --coordinator: running one for this node alone, on %s", address)
         sources = Sources(settings.node_id, self._arena, self._client)
-        orders = Orders(
+        orders = self._orders = Orders(
             node_id=settings.node_id,
             arena=self._arena,
             sources=sources,
@@ -102,6 +105,10 @@ class DaemonNode:
         )
         await self._service.start()
         os.nice(NICENESS)
+
+    def _suspected(self, key: ObjectKey) -> None:
+        if self._orders is not None:
+            self._orders.suspected(key)
 
     async def stop(self) -> None:
         """End everything; slots and parity stay for the next daemon of this arena."""

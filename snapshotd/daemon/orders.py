@@ -24,11 +24,12 @@ from snapshotd.daemon.rebuild import rebuild
 from snapshotd.daemon.restore import Restore
 from snapshotd.daemon.scrub import scrub_once
 from snapshotd.daemon.seal import SealedSlot, seal_slot
-from snapshotd.daemon.sources import Corruption, Sources
+from snapshotd.daemon.sources import Corruption, Sources, local_corruption
 from snapshotd.erasure import Codec
 from snapshotd.errors import CorruptionError, PeerError, SnapshotdError
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
+from snapshotd.v1.bulk_pb2 import ObjectKey
 
 __all__ = ["Orders"]
 
@@ -117,6 +118,15 @@ class Orders:
             return control.PersistSealed(reason=f"{self._node_id} has no durable directory (--persist)")
         return seal_persisted(order, self._persist_root, keep=self._persist_keep, note=log.warning)
 
+    def suspected(self, key: ObjectKey) -> None:
+        """A peer says that what it read of an object here was wrong: verify it now."""
+        with self._arena.lookup(key) as file:
+            if file is None or file.ref is None:
+                return
+            wrong = self._arena.verify(file)
+            if wrong:
+                self._corrupt(local_corruption(file, file.ref, wrong, self._node_id, "a peer"))
+
     def scrub(self, bytes_per_s: int) -> None:
         """One pass; ends early and quietly when the daemon stops."""
         try:
@@ -135,7 +145,6 @@ class Orders:
             try:
                 return self._serve(conn, rank, world_size, plan, frame)
             except (CorruptionError, PeerError) as error:
-                self._forget(plan)
                 if time.monotonic() >= deadline or self.cancel.wait(RESTORE_RETRY_S):
                     return self._refusal(plan, frame, error)
                 log.info("restoring rank %d of job %s waits: %s", rank, plan.job, error)
@@ -199,12 +208,6 @@ class Orders:
         if restore is not fresh:
             fresh.close()
         return restore
-
-    def _forget(self, plan: control.RestorePlan) -> None:
-        with self._lock:
-            restore = self._restores.pop(plan.SerializeToString(deterministic=True), None)
-        if restore is not None:
-            restore.close()
 
     def _refusal(self, plan: control.RestorePlan, frame: worker.Frame, error: SnapshotdError) -> worker.Frame:
         log.error("restoring job %s from step %d failed: %s", plan.job, plan.source_step, error)

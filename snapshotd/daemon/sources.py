@@ -10,6 +10,7 @@ Rule 3: a chunk in the arena is hashed once per source, then known to be good: s
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 from snapshotd.arena import Arena, Lease, SealableFile, SlotFile, describe, parity_key, slot_key
 from snapshotd.daemon.cancel import Cancelled
 from snapshotd.durable.reader import RankFile
-from snapshotd.errors import CorruptionError, PeerUnreachable, UsageError
+from snapshotd.errors import CorruptionError, PeerUnreachable, SnapshotdError, UsageError
 from snapshotd.layout import CHUNK_BYTES, root_digest, verify
 from snapshotd.transfer import BulkClient, TransferCancelled
 from snapshotd.v1 import control_pb2 as control
@@ -264,6 +265,9 @@ class PeerSource:
             yield
         except CorruptionError as error:
             self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
+            # The owner finds out whether it is rotten there, or was hurt on the way, and has it rebuilt.
+            with contextlib.suppress(SnapshotdError):
+                self._client.suspect(self._address, self._key)
             raise
         except TransferCancelled as error:
             raise Cancelled(str(error)) from error

@@ -188,6 +188,12 @@ class BulkClient:
                         raise wire.CorruptChunk(message, chunk=chunk, peer=address)
                     control.after(batch)
 
+    def suspect(self, address: str, key: ObjectKey) -> None:
+        """Tell the owner that what it sent of an object did not match; returns when it has verified the object."""
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key, suspect=True)
+        with self._asking(address, request, None):
+            pass
+
     # ------------------------------------------------------------------------------------------ insides
 
     @contextmanager

@@ -67,6 +67,7 @@ class BulkServer:
         listen: (host, port); port 0 takes a free one, see ``address``. UsageError when it cannot be had.
         lookup: finds an object and holds it for the length of its block; None for what is not here.
         tls: a context that asks for the peer's certificate; None for plain TCP.
+        suspected: hears, in a thread of a connection, that a reader found an object rotten; it is to be verified.
         guard: who is served. Default: on loopback our own user and root, nobody else without TLS.
         max_connections: beyond that the connection that has been idle longest is closed for a new one, or, if all are
             busy, the new one is refused.
@@ -81,6 +82,7 @@ class BulkServer:
         *,
         tls: ssl.SSLContext | None = None,
         guard: PeerGuard | None = None,
+        suspected: Callable[[ObjectKey], None] = lambda key: None,
         max_connections: int = 64,
         timeout_s: float = 30.0,
         idle_timeout_s: float = 120.0,
@@ -90,6 +92,7 @@ class BulkServer:
         self._lookup = lookup
         self._tls = tls
         self._guard = guard if guard is not None else PeerGuard()
+        self._suspected = suspected
         self._max_connections = max_connections
         self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -263,6 +266,10 @@ class BulkServer:
             raise RemoteProtocolError("a request names neither a slot nor a parity file")
         if len(request.ranges) > wire.RANGES_MAX:
             raise RemoteProtocolError(f"{len(request.ranges)} ranges are more than {wire.RANGES_MAX}")
+        if request.suspect:
+            self._suspected(request.object)
+            wire.send_frame(sock, BulkResponse(ok=True))
+            return
         failpoint("transfer.before_send")
         with contextlib.ExitStack() as stack:
             try:

@@ -45,16 +45,18 @@ class ParityKey(_message.Message):
     def __init__(self, group: _Optional[int] = ..., lane: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class BulkRequest(_message.Message):
-    __slots__ = ("protocol", "object", "digests", "ranges")
+    __slots__ = ("protocol", "object", "digests", "ranges", "suspect")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     object: ObjectKey
     digests: bool
     ranges: _containers.RepeatedCompositeFieldContainer[ByteRange]
-    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ...) -> None: ...
+    suspect: bool
+    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
     __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes")
