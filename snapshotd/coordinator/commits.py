@@ -257,6 +257,7 @@ class Commits:
         return missing
 
     def _commit(self, epoch: Epoch, step: int, level: control.Committed.Level) -> None:
+        older = self._job.committed
         self._job.committed = Sealed(epoch=epoch.number, step=step, level=level, world_size=epoch.world_size)
         self._job.fallback = None
         self._job.saw((epoch.number, step))
@@ -264,7 +265,9 @@ class Commits:
         self._streak = 0
         self.sealed = {later: shards for later, shards in self.sealed.items() if later > step}
         self._skipped = {later: ranks for later, ranks in self._skipped.items() if later > step}
-        self._ctx.out.put(self._job.name, "commit", self._job.commit_json(), sync=False)
+        # That there ever was a commit must not be forgotten: it makes the difference to a fresh start.
+        first = older is None or older.epoch != epoch.number
+        self._ctx.out.put(self._job.name, "commit", self._job.commit_json(), sync=first)
         committed = control.Committed(job=self._job.name, epoch=epoch.number, step=step, level=level)
         for node in self._ctx.nodes.connected():
             if node.node_id in epoch.node_ids or node.holds_job(self._job.name):

@@ -4,7 +4,8 @@ Launchers of one job: who joins, when an epoch is agreed on, who gets which grou
 Rule 1: the epoch is remembered (Put, sync) before any launcher hears of it.
 Rule 2: an epoch that broke is followed by a new one as soon as all its living members have joined, if they are enough;
 nobody waits for a replacement that may never come.
-Rule 3: a message that comes twice or late changes nothing: joins are told apart by (agent, round).
+Rule 3: a message that comes twice or late changes nothing: joins are told apart by (agent, round). A launcher that
+joins again with the round of an epoch that broke has never heard of that epoch: it waits for the next one.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ class Launchers:
         if self.state == "closed":
             self._tell_closed(agent)
             return
-        if join.round <= agent.formed_round:
-            self._repeat_formed(agent)
+        if join.round < agent.formed_round:
+            self._job.counts["late_messages"] += 1
+            return
+        if join.round == agent.formed_round and self.state == "running" and join.agent in self.members:
+            self._tell_formed(agent)
             return
         if join.round > agent.joined_round:
             agent.joined_round, agent.joined_at = join.round, self._ctx.now
@@ -282,12 +286,6 @@ class Launchers:
         """Break the running epoch from outside (its restore plan became impossible)."""
         if self.state == "running":
             self._break(reason)
-
-    def _repeat_formed(self, agent: Launcher) -> None:
-        if self.state == "running" and agent.agent in self.members:
-            self._tell_formed(agent)
-        elif not agent.waiting:
-            self._tell_restart(agent, self.reason or "the epoch is over")
 
     def _tell_formed(self, agent: Launcher) -> None:
         first = next((name for name, rank in self.members.items() if rank == 0), agent.agent)

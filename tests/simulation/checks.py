@@ -201,7 +201,7 @@ class Checks:
                 key = (entry[0], entry[1])
                 there = truth([node for node in self._world.nodes.values() if not node.lost], key)
                 m = max((s.m for s in there.sets.values()), default=0) if there.whole() else 0
-                self.relied[key] = Relied(key=key, level=entry[2], m=m, budget=m)
+                self.relied[key] = Relied(key=key, level=entry[2], m=m, budget=m if there.rebuildable() else -1)
         self.committed = (commit["committed"][0], commit["committed"][1])
 
     def _was_tried(self, key: tuple[int, int]) -> bool:
