@@ -1,0 +1,138 @@
+"""
+Plain values: whatever stood in a checkpoint beside the tensors, as JSON and back.
+
+Strings, finite numbers, booleans, None, lists and dicts with string keys are themselves; tuples become lists. The rest
+is an object with one key that begins with ``$``: ``$items`` (a dict with other keys, or keys with ``$``), ``$float``
+(nan, inf), ``$bytes`` (base64), ``$set``, ``$complex``, ``$dtype``, ``$tensor`` (the name of a tensor of kind "extra"),
+``$object`` (a framework's object: class, arguments, fields).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from snapshotd.errors import FormatError
+from snapshotd.universal.globals import NumpyArray, NumpyDType, TensorRef, TorchDType
+from snapshotd.universal.state import Tensor
+from snapshotd.universal.unpickle import Global, Record
+from snapshotd.universal.views import View, stored_bytes
+
+__all__ = ["from_json", "to_json"]
+
+_MAX_DEPTH: Final = 200
+_MAX_NODES: Final = 20_000_000
+
+
+def to_json(value: Any, name: str, tensors: list[Tensor] | None = None) -> Any:
+    """
+    Return ``value`` as JSON values. Tensors in it are put on ``tensors``, named after their path below ``name``.
+
+    FormatError for structures that are too deep or contain themselves, and for tensors where ``tensors`` is None.
+    """
+    return _Encoder(tensors).encode(value, name, 0)
+
+
+class _Encoder:
+    def __init__(self, tensors: list[Tensor] | None) -> None:
+        self.tensors = tensors
+        self.nodes = 0
+
+    def encode(self, value: Any, name: str, depth: int) -> Any:
+        self.nodes += 1
+        if depth > _MAX_DEPTH or self.nodes > _MAX_NODES:
+            raise FormatError(f"{name:.200} is too deep or too large for JSON, or contains itself")
+        if isinstance(value, TorchDType):
+            return {"$dtype": str(value)}
+        if value is None or isinstance(value, (bool, str, int)):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, (list, tuple)):
+            return [self.encode(item, f"{name}.{i}", depth + 1) for i, item in enumerate(value)]
+        if isinstance(value, Mapping):
+            return self._mapping(value, name, depth)
+        if isinstance(value, (set, frozenset)):
+            items = [self.encode(item, f"{name}.{i}", depth + 1) for i, item in enumerate(value)]
+            return {"$set": sorted(items, key=repr)}
+        if isinstance(value, (bytes, bytearray)):
+            return {"$bytes": base64.b64encode(value).decode()}
+        if isinstance(value, complex):
+            return {"$complex": [repr(value.real), repr(value.imag)]}
+        if isinstance(value, Record):
+            return self._record(value, name, depth)
+        if isinstance(value, Global):
+            return {"$object": value.name}
+        if isinstance(value, NumpyDType):
+            return {"$dtype": str(value.value)}
+        return {"$tensor": self._tensor(value, name)}
+
+    def _mapping(self, value: Mapping[Any, Any], name: str, depth: int) -> Any:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.encode(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
+        return {
+            "$items": [
+                [self.encode(key, name, depth + 1), self.encode(item, f"{name}.{key!s:.100}", depth + 1)]
+                for key, item in value.items()
+            ]
+        }
+
+    def _record(self, value: Record, name: str, depth: int) -> Any:
+        result: dict[str, Any] = {"$object": value.name}
+        if value.args:
+            result["args"] = self.encode(list(value.args), name, depth + 1)
+        if value.fields:
+            result["fields"] = self.encode(value.fields, name, depth + 1)
+        if value.state is not None:
+            result["state"] = self.encode(value.state, name, depth + 1)
+        return result
+
+    def _tensor(self, value: Any, name: str) -> str:
+        view: View
+        if isinstance(value, View):
+            view = value
+        elif isinstance(value, TensorRef):
+            view = value.view
+        elif isinstance(value, NumpyArray) and value.value.dtype.kind in "biufc":
+            array = np.ascontiguousarray(value.value.astype(value.value.dtype.newbyteorder("<")))
+            view = stored_bytes(array.tobytes(), str(np.dtype(array.dtype.name)), value.value.shape)
+        else:
+            raise FormatError(f"{name:.200}: a {type(value).__name__} cannot be kept as JSON")
+        if self.tensors is None:
+            raise FormatError(f"{name:.200}: a tensor where only plain values are expected")
+        self.tensors.append(Tensor("extra", name, view))
+        return name
+
+
+def from_json(value: Any, tensors: Mapping[str, Any]) -> Any:
+    """
+    Return what ``to_json`` was given, but for tuples (lists) and frameworks' objects (dicts, as they stand).
+
+    ``tensors``: by name, what to put in the place of each tensor.
+    """
+    if isinstance(value, list):
+        return [from_json(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((key, item),) = value.items()
+        if key == "$tensor":
+            return tensors[item]
+        if key == "$items":
+            pairs = [(from_json(k, tensors), from_json(v, tensors)) for k, v in item]
+            return {tuple(k) if isinstance(k, list) else k: v for k, v in pairs}
+        if key == "$float":
+            return float(item)
+        if key == "$bytes":
+            return base64.b64decode(item)
+        if key == "$set":
+            return set(from_json(item, tensors))
+        if key == "$complex":
+            return complex(float(item[0]), float(item[1]))
+        if key == "$dtype":
+            return TorchDType(item)
+    return {key: from_json(item, tensors) for key, item in value.items()}

@@ -1,0 +1,67 @@
+"""
+Readers: one file per foreign format, each with ``detect(path)`` and ``read(path)``; see state.py for how to write one.
+
+The order of the table is the order of detection: the more special format first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+from snapshotd.errors import UsageError
+from snapshotd.universal.state import State
+
+__all__ = ["FORMATS", "detect", "read"]
+
+FORMATS: Final = ("universal", "snapshot", "megatron", "deepspeed", "dcp", "hf", "torch")
+"""What ``--from`` knows, in the order of detection. Megatron's torch_dist lies in DCP files, so it comes before."""
+
+_MODULES: Final = {"torch": "torch_save"}
+
+
+class Reader(Protocol):
+    """A module of this package."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether ``path`` is of this format; reads names and first bytes only, and raises nothing."""
+
+    def read(self, path: Path) -> State:
+        """Return the state at ``path``. FormatError, naming file, expectation and remedy, when it is broken."""
+
+
+def detect(path: Path) -> str:
+    """Return the name of the format of ``path``; UsageError when none of them is recognised."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    for name in FORMATS:
+        reader = _reader(name)
+        if reader is not None and reader.detect(path):
+            return name
+    raise UsageError(
+        f"{path} is not a checkpoint that snapshotd knows (looked for {', '.join(FORMATS)}); if it is one of these, "
+        "say so with --from: the message will then tell what is missing"
+    )
+
+
+def read(path: Path, format_name: str = "auto") -> State:
+    """Return the state at ``path``, which is of ``format_name``, or of what is detected."""
+    if format_name == "auto":
+        format_name = detect(path)
+    elif format_name not in FORMATS:
+        raise UsageError(f"unknown format {format_name!r}; there are {', '.join(FORMATS)}")
+    elif not path.exists():
+        raise UsageError(f"{path} does not exist")
+    reader = _reader(format_name)
+    if reader is None:
+        raise UsageError(f"this version has no reader for {format_name}")
+    return reader.read(path)
+
+
+def _reader(name: str) -> Reader | None:
+    module = f"{__name__}.{_MODULES.get(name, name)}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    return cast("Reader", importlib.import_module(module))
