@@ -39,8 +39,10 @@ class CoordinatorLink:
         up: Callable[[], None],
         down: Callable[[], None],
         said: Callable[[control.CoordinatorMessage], None],
-    ) -> None:
+    ) -> asyncio.Task[None]:
+        """Begin; the task ends only with an error that is a bug, or by `stop`."""
         self._task = asyncio.get_running_loop().create_task(self._run(up, down, said))
+        return self._task
 
     async def stop(self) -> None:
         if self._task is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from snapshotd import __version__
-from snapshotd.arena import Arena, ParityFile, SlotFile, default_budget, format_bytes
+from snapshotd.arena import Arena, ParityFile, SlotFile, check, default_budget, format_bytes
 from snapshotd.coordinator.node import CoordinatorNode
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
@@ -47,6 +47,8 @@ class DaemonNode:
         self._settings = settings
         host, port = parse_address(settings.listen)
         require_secure(host, settings.tls, settings.insecure)
+        if settings.coordinator:
+            require_secure(parse_address(settings.coordinator)[0], settings.tls, settings.insecure)
         private_directory(settings.socket_path.parent)
         if settings.arena is None:
             private_directory(settings.arena_path.parent)
@@ -57,6 +59,7 @@ class DaemonNode:
         self._arena = Arena(settings.arena_path, budget_bytes=budget)
         log.info("arena %s, budget %s", settings.arena_path, format_bytes(budget))
         self._recovered, self._slots = _recover(self._arena, settings)
+        check(budget, budget=budget, root=settings.arena_path, held_bytes=self._arena.used_bytes)
         tls = settings.tls
         self._orders: Orders | None = None
         self._client = BulkClient(tls=tls.client_context() if tls else None)

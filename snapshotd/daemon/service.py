@@ -88,7 +88,8 @@ class DaemonService:
         self._orders.on_corruption = self._corruption_from_thread
         self._orders.on_count = self._count_from_thread
         await self._socket.start()
-        self._link.start(up=self._coordinator_up, down=self._coordinator_down, said=self._coordinator_said)
+        session = self._link.start(up=self._coordinator_up, down=self._coordinator_down, said=self._coordinator_said)
+        session.add_done_callback(self._finished)
         self._spawn(self._tick())
         if self._scrub_rate:
             self._spawn(self._scrub())

@@ -1,0 +1,51 @@
+"""The daemon as a process: what it refuses at the start, and that it ends cleanly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def daemon(directory: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "snapshotd", "daemon", "--node-id", "n0", "--arena", str(directory / "arena"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SNAPSHOTD_SOCKET": str(directory / "run" / "d.sock")},
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--budget", "900TiB"], 5, "900 TiB is needed"),
+        (["--budget", "64MiB", "--listen", "0.0.0.0:0"], 2, "not loopback"),
+        (["--budget", "64MiB", "--coordinator", "10.1.2.3:7070"], 2, "not loopback"),
+        (["--budget", "64MiB", "--generations", "1"], 2, "use 2 or more"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(shared_memory: Path, flags: list[str], code: int, words: str) -> None:
+    """A daemon that starts and fails at the first step leaves a run unprotected that everybody thinks is safe."""
+    process = daemon(shared_memory, *flags)
+    _, errors = process.communicate(timeout=60)
+    assert (code, True, False) == (process.returncode, words in errors, "Traceback" in errors), errors
+
+
+def test_one_node_alone_needs_no_coordinator_and_ends_cleanly(shared_memory: Path) -> None:
+    process = daemon(shared_memory, "--budget", "64MiB")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("snapshotd daemon n0 on ")
+    second = daemon(shared_memory, "--budget", "64MiB")
+    _, errors = second.communicate(timeout=60)
+    assert 2 == second.returncode
+    assert "Traceback" not in errors
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (0, False) == (process.returncode, "Traceback" in errors), errors
+    assert not (shared_memory / "run" / "d.sock").exists()
+    assert 0o700 == (shared_memory / "arena").stat().st_mode & 0o777
