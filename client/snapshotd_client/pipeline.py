@@ -118,7 +118,11 @@ class Pipeline:
     # ------------------------------------------------------------------ for the training thread
 
     def register(self, plan: Plan, session: int) -> None:
-        """Tell the daemon this layout; grants for any other are void from now on."""
+        """
+        Tell the daemon this layout; grants for any other are void from now on.
+
+        Called by the training thread and, in a new session, by the link's: whoever comes second finds it done.
+        """
         registration = Registration(plan, session, self._link.next_request())
         frame = pb.Frame(
             request_id=registration.request_id,
@@ -126,9 +130,12 @@ class Pipeline:
                 header=plan.layout.header, replica_group=plan.replica_group, replica_hash=plan.replica_hash
             ),
         )
-        with self._changed:  # two threads register: the last one here must be the last one there
-            self._registration = registration
-            self._grants.clear()
+        with self._changed:  # posted under the lock: the last layout here must be the last one there
+            if self.is_registered(plan, session):
+                return
+            known, self._registration = self._registration, registration
+            if known is None or known.session != session or known.plan.layout.hash != plan.layout.hash:
+                self._grants.clear()
             self._link.post(frame, session)
             self._changed.notify_all()
 

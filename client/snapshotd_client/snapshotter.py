@@ -81,7 +81,7 @@ class Snapshotter:
         self._first_step = 0
         self._was_welcome = False
         self._last_restore: dict[str, Any] = {}
-        self._streams: dict[str, CopyStream] = {str(d): stream_for(d) for d in self._inventory.devices()}
+        self._streams: dict[str, CopyStream] = {}  # by device, made when its first tensor is seen
         self._link = Link(self.settings.socket, _hello(self.settings), self)
         self._pipeline = Pipeline(
             link=self._link,
@@ -267,7 +267,10 @@ class Snapshotter:
         binding = Binding(plan)
         if not binding.bind([leaf.tensor for leaf in reading.leaves]):
             raise RuntimeError("the state changed while it was looked at")
-        self._add_streams()
+        for leaf in reading.leaves:
+            device = leaf.tensor.device
+            if device.type != "cpu" and str(device) not in self._streams:
+                self._streams[str(device)] = stream_for(device)
         self._plan, self._binding = plan, binding
         self._counters.add("layouts")
         return binding, meta
@@ -282,10 +285,6 @@ class Snapshotter:
     def _meta(self, reading: Reading, step: int) -> bytes:
         settings = self.settings
         return reading.meta(step, settings.rank, settings.world_size, settings.epoch)
-
-    def _add_streams(self) -> None:
-        for device in self._inventory.devices():
-            self._streams.setdefault(str(device), stream_for(device))
 
     def _register_early(self) -> None:
         """After a restore the layout is known: let the daemon make its slots before the first step is done."""

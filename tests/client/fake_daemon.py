@@ -84,6 +84,7 @@ class FakeDaemon:
         self.dones: list[pb.RestoreDone] = []
         self.wants: list[pb.RestoreWant] = []
         self.world_size = 1
+        self.newest: int | None = None
         self.peers: list[Peer] = []
         self.changed = threading.Condition()
         self._next = 1
@@ -233,7 +234,8 @@ class FakeDaemon:
             self._grant_one(peer, seal.slot_id, path)
 
     def whole_steps(self) -> list[int]:
-        return sorted(step for step, ranks in self.sealed.items() if len(ranks) == self.world_size)
+        whole = [step for step, ranks in self.sealed.items() if len(ranks) == self.world_size]
+        return sorted(step for step in whole if self.newest is None or step <= self.newest)
 
     def _decide(self, peer: Peer) -> pb.RestoreDecision:
         if self.decision is not None:

@@ -288,6 +288,20 @@ def test_layout_is_registered_once_and_again_when_state_appears(daemon, snapshot
     assert "optim.0.weight.momentum_buffer" in daemon.sealed[1][0].layout.by_key
 
 
+def test_registering_twice_loses_no_slot(daemon, snapshotter):
+    """Breaks: after a reconnection both threads register; the grants of the first are dropped and never come again."""
+    model, opt = job()
+    snap = snapshotter(model, opt)
+    snap.capture(0)
+    assert snap.wait(20)
+    daemon.grant = False
+    snap._pipeline.register(snap._plan, snap._link.session)
+    snap.capture(1)
+    assert snap.wait(20)
+    daemon.wait_for(lambda: 1 in daemon.sealed)
+    assert len(daemon.layouts) == 1
+
+
 def test_growing_json_gets_more_room(daemon, snapshotter):
     """Breaks: a history in extra overflows into nothing, or over other bytes."""
     model, opt = job()

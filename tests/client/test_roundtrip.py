@@ -104,6 +104,7 @@ OPTIMIZERS = {
     "nadam": lambda ps: torch.optim.NAdam(ps, lr=1e-2),
     "rprop": lambda ps: torch.optim.Rprop(ps),
     "asgd": lambda ps: torch.optim.ASGD(ps),
+    "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
     "factored": Factored,
     "muonish": Muonish,
     "odd": Odd,

@@ -1,0 +1,144 @@
+"""
+The order of events between compute stream, side stream and host, against a fake accelerator.
+
+Its copies happen only when somebody waits for them: as late as they may.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from snapshotd_client import plan
+from snapshotd_client import snapshotter as module
+from snapshotd_client.arrays import view_of
+from torch import nn
+
+
+class LazyStream:
+    """Copies are done when their mark is waited for on the host, or held for by the compute stream."""
+
+    def __init__(self, pins=True):
+        self.log: list[str] = []
+        self.pending: list[tuple] = []
+        self.release = threading.Event()
+        self.release.set()
+        self.lock = threading.Lock()
+        self.pins = pins
+        self.pinned = 0
+
+    def mark_compute(self):
+        self.log.append("mark_compute")
+        return len(self.log)
+
+    def begin(self, mark):
+        self.log.append("begin")
+
+    def copy(self, target, source, pinned):
+        assert pinned == self.pins
+        self.pending.append((target, source))
+
+    def mark_copied(self):
+        self.log.append("mark_copied")
+        return len(self.pending)
+
+    def hold_compute(self, mark):
+        self.log.append("hold_compute")
+        self._run(mark)
+
+    def wait(self, mark):
+        assert self.release.wait(20)
+        self._run(mark)
+        self.log.append("wait")
+
+    def pin(self, memory):
+        self.pinned += self.pins
+        return self.pins
+
+    def unpin(self, memory):
+        self.pinned -= 1
+
+    def _run(self, mark):
+        with self.lock:
+            for number in range(mark):
+                if self.pending[number] is not None:
+                    target, source = self.pending[number]
+                    target[...] = view_of(source)
+                    self.pending[number] = None
+
+
+@pytest.fixture(params=[True, False], ids=["pinned", "bounced"])
+def stream(request, monkeypatch):
+    fake = LazyStream(request.param)
+
+    def device_view(self, index, tensor):
+        whole = plan._device_view(tensor)
+        for number in self._parts_of[index]:
+            self.sources[number] = whole[self.plan.parts[number].slices]
+
+    monkeypatch.setattr(plan.Binding, "_view", device_view)
+    return fake
+
+
+def job(snapshotter, stream):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    snap = snapshotter(model, opt)
+    snap._streams["cpu"] = stream
+    return model, opt, snap
+
+
+def train(model, opt):
+    model(torch.randn(5, 4)).square().sum().backward()
+    opt.step()
+    opt.zero_grad()
+
+
+def test_host_waits_for_no_copy_and_compute_for_each(daemon, snapshotter, stream):
+    """Breaks: the training thread stalls for the transfer, or the next update overtakes it."""
+    model, opt, snap = job(snapshotter, stream)
+    train(model, opt)
+    before = model[0].weight.detach().clone()
+    running = model[1].running_mean.clone()
+    stream.release.clear()  # the device is busy: no copy is done
+    snap.capture(0)
+    with snap._pipeline._changed:
+        assert snap._pipeline._changed.wait_for(lambda: "mark_copied" in stream.log, 20)
+    train(model, opt)  # the host goes on; the update comes after the copies on the device
+    assert stream.log == ["mark_compute", "begin", "mark_copied", "hold_compute"]
+    assert not snap._pipeline.idle()
+    assert daemon.sealed == {}
+    stream.release.set()
+    assert snap.wait(20)
+    snapshotter.sealed(0)
+    sealed = daemon.sealed[0][0]
+    assert sealed.tensor("model.0.weight").tobytes() == before.numpy().tobytes()
+    assert sealed.tensor("model.1.running_mean").tobytes() == running.numpy().tobytes()
+    assert not torch.equal(before, model[0].weight)
+    assert snap.stats["torn"] == 0
+    snap.close()
+    assert stream.pinned == 0
+
+
+def test_change_before_the_fence_is_torn(daemon, snapshotter, stream):
+    """Breaks: on an accelerator, in-place changes in the forward pass go unnoticed."""
+    model, opt, snap = job(snapshotter, stream)
+    train(model, opt)
+    stream.release.clear()
+    snap.capture(0)
+    with snap._pipeline._changed:
+        assert snap._pipeline._changed.wait_for(lambda: "mark_copied" in stream.log, 20)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    stream.release.set()
+    assert snap.wait(20)
+    assert snap.stats["torn"] == 1
+
+
+def test_real_accelerators_get_streams(monkeypatch):
+    """Breaks: tensors on a device without streams (MPS) are never captured."""
+    from snapshotd_client import device
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: object())
+    assert isinstance(module.stream_for(torch.device("mps")), device.HostStream)
