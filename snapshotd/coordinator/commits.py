@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from snapshotd.coordinator.inventory import Node
 from snapshotd.coordinator.job import Context, Job, Sealed
 from snapshotd.coordinator.membership import Epoch
+from snapshotd.coordinator.snapshots import collect
 from snapshotd.erasure.geometry import StripeGeometry
 from snapshotd.v1 import control_pb2 as control
 
@@ -71,6 +72,7 @@ class Commits:
         self.progress: dict[int, int] = {}
         self._skipped: dict[int, set[int]] = {}
         self._streak = 0
+        self._adopted = False
         self._abandon: control.Abandon | None = None
         self._ctx = ctx
         self._job = job
@@ -78,8 +80,9 @@ class Commits:
 
     # ------------------------------------------------------------ messages
 
-    def reset(self) -> None:
-        """A new epoch begins: nothing of the older ones can be committed any more."""
+    def reset(self, *, adopt: bool = False) -> None:
+        """A new epoch begins (or, adopt: is heard of): nothing of the older ones can be committed any more."""
+        self._adopted = not adopt
         self.in_flight, self._abandon = None, None
         self.min_step, self._streak = 0, 0
         self.sealed, self.progress, self._skipped = {}, {}, {}
@@ -174,9 +177,13 @@ class Commits:
             if self.in_flight.waiting:
                 return False
             return self._finish(epoch)
-        whole = [step for step, shards in self.sealed.items() if self._is_whole(epoch, step, shards)]
-        if whole and self._away(epoch):
+        if self._away(epoch):
+            # Whoever is away may know of a newer commit than the store, or come back with what is missing here.
             return False
+        if not self._adopted:
+            self._adopted = True
+            self._adopt(epoch)
+        whole = [step for step, shards in self.sealed.items() if self._is_whole(epoch, step, shards)]
         if whole:
             self._begin(epoch, max(whole))
             return True
@@ -188,6 +195,21 @@ class Commits:
             self._send_abandon(f"step {step} was left out by rank {', '.join(map(str, left_out[:8]))}")
             return True
         return False
+
+    def _adopt(self, epoch: Epoch) -> None:
+        """
+        Learn from the nodes what was committed: the store may have forgotten the newest commits of this epoch.
+
+        A step of which everything is there may have been committed; to commit it (again) is right in any case.
+        """
+        nodes = [node for node_id in epoch.node_ids if (node := self._ctx.nodes.get(node_id)) is not None]
+        name, number = self._job.name, epoch.number
+        found = collect(name, nodes, lambda key: key[0] == number and not self._is_committed(*key))
+        for key in sorted(found, reverse=True):
+            snapshot = found[key]
+            if snapshot.redundant() if epoch.m else snapshot.world_size and not snapshot.missing_ranks():
+                self._commit(epoch, key[1], PROTECTED if epoch.m else SEALED)
+                return
 
     def _is_whole(self, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]) -> bool:
         return all(rank in shards for rank in range(epoch.world_size))

@@ -281,7 +281,7 @@ class CoordinatorCore:
         if number > job.number:
             job.number, job.learned = number, True
             job.current = None
-            parts.commits.reset()
+            parts.commits.reset(adopt=True)
             parts.recovery.reset()
             self._put_epoch(parts)
 
@@ -357,6 +357,8 @@ class CoordinatorCore:
         """
         epoch = parts.job.current
         if epoch is None or not epoch.formed or node.node_id not in epoch.node_ids:
+            return
+        if epoch.formation and not workers:
             return
         known = {rank: epoch.ranks[rank].nonce for rank in epoch.ranks_of(node.node_id)}
         if all(known.get(one.rank) == one.nonce for one in workers):

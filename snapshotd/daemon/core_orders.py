@@ -460,8 +460,15 @@ class Orders:
         self._state.send(one.conn, worker.Frame(request_id=request_id, restore_decision=decision))
 
     def give_up_queries(self, job: JobState) -> None:
-        """Answer "not decided" to workers that have waited for too long; they ask again."""
+        """Answer "not decided" to workers that have waited for too long (they ask again), and those of an older epoch."""
         for one in self._state.workers_of(job.name):
+            if one.query is not None and one.epoch and one.epoch < job.epoch:
+                text = f"epoch {one.epoch} of job {job.name} is over, it is at {job.epoch}: start this worker again"
+                error = worker.WorkerError(code="STALE_EPOCH", message=text, fatal=True)
+                self._state.count("stale_workers")
+                self._state.send(one.conn, worker.Frame(request_id=one.query[0], error=error))
+                one.query = None
+                continue
             if one.query is None or self._state.now - one.query[1] < self._state.settings.restore_wait_s:
                 continue
             request_id, _ = one.query

@@ -240,6 +240,8 @@ class Checks:
             self.fail(f"a launcher heard of epoch {formed.epoch} before it was remembered")
 
     def on_decision(self, uid: str, rank: int, decision: worker.RestoreDecision) -> None:
+        text = f"{decision.source_epoch}.{decision.source_step} {decision.reason}"
+        self._world.clock.tell(f"{uid} rank {rank} is told: kind {decision.kind} from {text}")
         if decision.kind in (worker.RestoreDecision.KIND_UNDECIDED, worker.RestoreDecision.KIND_REFUSED):
             return
         this = (decision.kind, decision.source_epoch, decision.source_step)

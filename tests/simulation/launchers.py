@@ -48,6 +48,7 @@ class SimAgent:
             ended_up=coordinator.agent_ended,
             ended_down=self._ended,
             latency=0.005,
+            ordered=True,
         )
         coordinator.links[sid] = self._link
         if self._joining:

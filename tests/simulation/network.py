@@ -2,8 +2,8 @@
 The simulated network: sessions that keep their order, may break and lose their tail, and, in wild mode, deliver
 messages twice or in another order.
 
-One order is never broken, not even in wild mode: what the coordinator says to a node in one session. A node relies on
-it (a commit is said before the abandonment of what came after), and a stream keeps it. Late doubles do come.
+One order is never broken, not even in wild mode: what the coordinator says in one session. Nodes and
+launchers rely on it (a commit is said before the abandonment of what came after), and a stream keeps it. Late doubles do come.
 """
 
 from __future__ import annotations
