@@ -10,11 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from snapshotd.layout import DTYPES
 
-__all__ = ["Array", "carrier", "carrier_dtype", "dtype_name", "local_of", "version_of", "view_of"]
+__all__ = ["Array", "carrier", "carrier_dtype", "dtype_name", "version_of", "view_of"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,11 +42,6 @@ def dtype_name(tensor: torch.Tensor) -> str:
     if name not in DTYPES:
         raise ValueError(f"tensors of dtype {tensor.dtype} cannot be captured")
     return name
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the memory that this rank holds of ``tensor``: itself, or a DTensor's local part."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def view_of(tensor: torch.Tensor) -> Array:

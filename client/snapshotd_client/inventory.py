@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from snapshotd_client.codec import dumps
+from snapshotd_client.dtensors import is_dtensor
 from snapshotd_client.errors import CannotExpress
 from snapshotd_client.extras import Extras
 from snapshotd_client.leaves import Leaf
@@ -85,7 +85,7 @@ class Inventory:
         tensor = leaf.tensor
         if leaf.param is not None:
             return self.tree.placement(leaf.param, tensor)
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             placed = place_dtensor(tensor)
             whole = all(placement.is_replicate() for placement in tensor.placements)
             return place_plain(tuple(tensor._local_tensor.shape), "rank") if whole else placed

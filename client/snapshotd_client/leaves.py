@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from snapshotd_client.codec import INLINE_BYTES, Json
+from snapshotd_client.dtensors import is_dtensor
 from snapshotd_client.errors import CannotExpress
 from snapshotd_client.models import Param, check_tensor
 
@@ -81,7 +81,7 @@ class LeafSink:
             data["a"] = 1
         if flags := (2 if isinstance(tensor, nn.Parameter) else 0) + int(tensor.requires_grad):
             data["g"] = flags
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             data["x"] = [_spell(placement) for placement in tensor.placements]
         if self.param is not None and _lies_like(tensor, self.param.tensor):
             data["l"] = 1
@@ -113,9 +113,9 @@ def leaf_names(data: Json) -> list[str]:
 def _lies_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
     if tensor.dim() == 0 or tensor.shape != param.shape:
         return False
-    if isinstance(tensor, DTensor) and isinstance(param, DTensor):
+    if is_dtensor(tensor) and is_dtensor(param):
         return tuple(tensor.placements) == tuple(param.placements) and tensor.device_mesh == param.device_mesh
-    return not isinstance(tensor, DTensor) and not isinstance(param, DTensor)
+    return not is_dtensor(tensor) and not is_dtensor(param)
 
 
 def _spell(placement: Any) -> str:

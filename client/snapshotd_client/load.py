@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from snapshotd_client.arrays import dtype_name
 from snapshotd_client.codec import Json, decode
+from snapshotd_client.dtensors import is_dtensor, local_of
 from snapshotd_client.errors import RestoreError
 from snapshotd_client.fetch import Entry, Manifest, Want
 from snapshotd_client.inventory import Inventory
@@ -26,6 +26,9 @@ from snapshotd_client.leaves import leaf_names
 from snapshotd_client.models import Param
 from snapshotd_client.optim import OptimizerView
 from snapshotd_client.placement import Placement, place_dtensor, place_on_mesh, place_plain, strides_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Loader"]
 
@@ -101,7 +104,7 @@ class Loader:
         if entry is None:
             return
         old = owner._buffers.get(key)
-        if isinstance(old, DTensor):
+        if is_dtensor(old):
             placed = place_dtensor(old)
             self._want(entry, old, placed, name)
             return
@@ -113,7 +116,7 @@ class Loader:
 
     def _want(self, entry: Entry, target: torch.Tensor, placement: Placement, name: str) -> None:
         """Ask for this rank's part of ``entry`` into ``target``, or note why it does not fit."""
-        local = target._local_tensor if isinstance(target, DTensor) else target
+        local = local_of(target)
         if entry.scope == "rank":
             placement = place_plain(local.shape, "rank")
         if dtype_name(local) != entry.dtype:
@@ -167,7 +170,7 @@ class Loader:
             tensor = there.get(leaf["n"])
             if tensor is None or not _is_reusable(leaf, tensor, param):
                 tensor = self._make(leaf, entry, param)
-            placement = place_dtensor(tensor) if isinstance(tensor, DTensor) else place_plain(tensor.shape, "rank")
+            placement = place_dtensor(tensor) if is_dtensor(tensor) else place_plain(tensor.shape, "rank")
             self._want(entry, tensor, placement, leaf["n"])
             return tensor
 
@@ -179,7 +182,7 @@ class Loader:
         device = torch.device("cpu") if leaf["d"] == "cpu" else (home.device if home is not None else self._device)
         shape = tuple(leaf["s"])
         tensor: torch.Tensor
-        if isinstance(home, DTensor) and (leaf.get("l") or leaf.get("x")):
+        if is_dtensor(home) and (leaf.get("l") or leaf.get("x")):
             tensor = _like_dtensor(home, shape, dtype, device, leaf)
         elif leaf.get("l") and home is not None and tuple(home.shape) == shape:
             tensor = torch.empty_like(home, dtype=dtype, device=device, requires_grad=False)
@@ -221,7 +224,7 @@ class Loader:
             return
         dtype = getattr(torch, leaf["t"])
         tensor: torch.Tensor
-        if leaf.get("x") and isinstance(template, DTensor):
+        if leaf.get("x") and is_dtensor(template):
             tensor = _like_dtensor(template, tuple(leaf["s"]), dtype, template.device, {"l": 1})
             placement = place_dtensor(template)
         else:
@@ -273,10 +276,12 @@ def _like_dtensor(
     placements: Any = home.placements
     if not leaf.get("l"):
         spelled = leaf["x"] if len(leaf["x"]) == home.device_mesh.ndim else ["R"] * home.device_mesh.ndim
+        from torch.distributed.tensor import Replicate, Shard  # slow to import; here it has been
+
         placements = [Shard(int(text[1:])) if text[0] == "S" else Replicate() for text in spelled]
     _, local_shape = place_on_mesh(shape, home.device_mesh, placements)
     local = torch.empty(local_shape, dtype=dtype, device=device)
-    return DTensor.from_local(
+    return type(home).from_local(
         local, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides_of(shape)
     )
 
@@ -286,7 +291,7 @@ def _is_reusable(leaf: Json, tensor: torch.Tensor, param: Param | None) -> bool:
     if list(tensor.shape) != leaf["s"] or str(tensor.dtype) != f"torch.{leaf['t']}" or _is_expanded(tensor):
         return False
     # A dense tensor whose parameter is a DTensor now, or the other way round, is made anew as its parameter lies.
-    lies = isinstance(tensor, DTensor) == (param is not None and isinstance(param.tensor, DTensor))
+    lies = is_dtensor(tensor) == (param is not None and is_dtensor(param.tensor))
     return lies or not leaf.get("l")
 
 
@@ -302,5 +307,5 @@ def _tensors_of(value: Any, path: str) -> list[tuple[str, torch.Tensor]]:
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_of(tensor)
     return any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True))

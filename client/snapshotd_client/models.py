@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from snapshotd_client.dtensors import is_dtensor, is_fsdp1, is_fsdp2, local_of
 from snapshotd_client.placement import Placement, place_dtensor, place_plain
 
 __all__ = ["BufferSpot", "ModelTree", "Param", "check_tensor"]
@@ -114,14 +113,14 @@ class ModelTree:
     def placement(self, param: Param, tensor: torch.Tensor | None = None) -> Placement:
         """Return how ``tensor`` (default: the parameter itself) lies, which is this parameter or state of its shape."""
         tensor = param.tensor if tensor is None else tensor
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             placed = place_dtensor(tensor)
             if placed.scope == "global" and not placed.replicas and len(param.replicas) > 1:
                 return Placement(placed.scope, placed.shape, placed.pieces, param.replicas)
             return placed
         if self.world_size == 1:
             return place_plain(tensor.shape, "global")
-        if param.replicas and not isinstance(param.tensor, DTensor):
+        if param.replicas and not is_dtensor(param.tensor):
             return place_plain(tensor.shape, "global", param.replicas)
         return place_plain(tensor.shape, "rank")
 
@@ -144,13 +143,14 @@ class ModelTree:
 
     def _note_module(self, visit: _Visit) -> None:
         module = visit.module
-        if isinstance(module, FullyShardedDataParallel):
+        if is_fsdp1(module):
             raise TypeError(
                 f"{visit.name}: FullyShardedDataParallel (FSDP1) is not supported; use "
                 "torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if is_fsdp2(module):
+            reshardable: Any = module
+            reshardable.reshard()
             self._sharded.append(module)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.extra_states[visit.name] = module
@@ -162,7 +162,7 @@ class ModelTree:
             self.buffers[f"{visit.name}.{key}"] = BufferSpot(f"{visit.name}.{key}", module, key)
         self._dicts.append(module._modules)
         self._fsdp_dicts.append(module._buffers)
-        in_fsdp = any(isinstance(param, DTensor) for param in module._parameters.values())
+        in_fsdp = any(is_dtensor(param) for param in module._parameters.values())
         (self._fsdp_dicts if in_fsdp else self._dicts).append(module._parameters)
 
     def _note_tensors(self, visit: _Visit) -> None:
@@ -193,7 +193,7 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError, with the name and the fix, for a tensor whose bytes cannot be captured."""
     if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
         raise ValueError(f"{name} is not initialized yet (a lazy module): run one forward pass before Snapshotter(...)")
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_of(tensor)
     if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise ValueError(
             f"{name} is a {type(local).__name__}: tensor subclasses with a dispatch of their own cannot be kept"

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
-
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from typing import TYPE_CHECKING, Any
 
 from snapshotd.layout import Box, Scope
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Piece", "Placement", "place_on_mesh", "place_dtensor", "place_plain", "share", "strides_of"]
 
@@ -93,15 +94,15 @@ def place_on_mesh(
         return Placement("global", shape, ()), (0,) * len(shape)
     runs: list[Runs] = [((0, size),) for size in shape]
     for mesh_dim, placement in enumerate(placements):
-        if isinstance(placement, Replicate):
+        if placement.is_replicate():
             continue
         dim = getattr(placement, "dim", None)
         if dim is None:
             raise ValueError(f"the placement {placement!r} is not known")
-        factor = 1 if type(placement) is Shard else int(getattr(placement, "split_factor", 1))
+        factor = int(getattr(placement, "split_factor", 1))  # of a _StridedShard
         runs[dim] = _shard(runs[dim], mesh.size(mesh_dim), coordinate[mesh_dim], factor)
     expected = tuple(sum(length for _, length in dim_runs) for dim_runs in runs)
-    index = tuple(slice(None) if isinstance(p, Replicate) else c for p, c in zip(placements, coordinate, strict=True))
+    index = tuple(slice(None) if p.is_replicate() else c for p, c in zip(placements, coordinate, strict=True))
     ranks = tuple(sorted(int(rank) for rank in mesh.mesh[index].reshape(-1).tolist()))
     pieces = () if 0 in expected and 0 not in shape else tuple(_pieces(runs))
     return Placement("global", shape, pieces, ranks if len(ranks) > 1 else ()), expected

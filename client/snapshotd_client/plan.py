@@ -21,7 +21,8 @@ import torch
 import xxhash
 
 from snapshotd.layout import Layout, TensorBox
-from snapshotd_client.arrays import Array, carrier, carrier_dtype, dtype_name, local_of, version_of, view_of
+from snapshotd_client.arrays import Array, carrier, carrier_dtype, dtype_name, version_of, view_of
+from snapshotd_client.dtensors import local_of
 from snapshotd_client.leaves import Leaf
 from snapshotd_client.placement import Piece, Placement, place_plain, share
 

@@ -116,7 +116,7 @@ class FakeDaemon:
             with contextlib.suppress(OSError):
                 peer.sock.shutdown(socket.SHUT_RDWR)
 
-    def wait_for(self, what, timeout: float = 20.0) -> None:
+    def wait_for(self, what, timeout: float = 60.0) -> None:
         """Wait until ``what()``; it is looked at after each frame."""
         with self.changed:
             assert self.changed.wait_for(what, timeout), "the daemon waited in vain"

@@ -551,7 +551,7 @@ def run_script(daemon, end="", **env):
     script = textwrap.dedent(SCRIPT).format(end=end)
     environment = {**os.environ, "SNAPSHOTD_SOCKET": daemon.path, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}", **env}
     return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=110, check=False
     )
 
 
