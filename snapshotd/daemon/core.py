@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from snapshotd.daemon.core_orders import Orders
 from snapshotd.daemon.core_slots import Slots
-from snapshotd.daemon.core_state import JobState, NodeState, State, Worker, parity_key
+from snapshotd.daemon.core_state import JobState, NodeState, Slot, State, Worker, parity_key
 from snapshotd.daemon.events import (
     CloseWorker,
     CoordinatorDown,
@@ -379,9 +379,9 @@ class NodeCore:
 
     def _on_corruption(self, event: CorruptionFound) -> None:
         self.state.count("corrupt_objects")
-        if event.slot is not None:
-            slot = self.state.slots.get(event.slot)
-            if slot is not None and slot.state is State.SEALED and (event.ref is None or slot.ref == event.ref):
+        if event.slot is not None or event.ref is not None:
+            slot = self._corrupt_slot(event)
+            if slot is not None:
                 self.state.note("integrity", slot.job, f"slot of rank {slot.rank} is corrupt: {event.detail}")
                 self.slots.lost(slot)
                 self.slots.serve(self.state.job(slot.job))
@@ -393,6 +393,13 @@ class NodeCore:
                 self.state.do(DeleteParity(parity=ref))
                 change = control.InventoryChange(parities_removed=[ref], reason="corrupt")
                 self.state.tell(control.NodeMessage(inventory_change=change))
+
+    def _corrupt_slot(self, event: CorruptionFound) -> Slot | None:
+        """The slot that is meant, by its id or (readers know no ids) by what it holds; None when it has moved on."""
+        for slot in self.state.slots.values():
+            if event.slot in (None, slot.slot) and event.ref in (None, slot.ref) and slot.state is State.SEALED:
+                return slot
+        return None
 
     def _on_tick(self) -> None:
         now = self.state.now
