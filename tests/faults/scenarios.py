@@ -124,8 +124,8 @@ add(
     "dies daemon n1; start daemon n1; kill worker n1", "memory",
 )  # fmt: skip
 add(
-    "daemon-mid-restore-fsdp2-n3", fsdp2(3, arm={"daemon n1": "daemon.mid_assemble=kill@1"}),
-    ONE + "; dies daemon n1; start daemon n1", **MEMORY,
+    "daemon-mid-restore-shrink-fsdp2-3-to-2", fsdp2(3, least=2, arm={"daemon n2": "daemon.mid_assemble=kill@1"}),
+    "at 6; kill node n1; go; dies daemon n2; start daemon n2", world=2, outcome="memory", exact=True,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the coordinator
@@ -152,10 +152,11 @@ add(
     "coordinator-and-all-daemons-and-all-workers-ddp-n3", ddp(3),
     "at 6; kill workers; kill coordinator; kill daemon n0 n1 n2; start coordinator; start daemon n0 n1 n2; go", **MEMORY,
 )  # fmt: skip
-add(
-    "coordinator-mid-recovery-fsdp2-n3", fsdp2(3, arm={"coordinator": "coordinator.after_epoch=kill@2"}),
-    ONE + "; dies coordinator; start coordinator", **MEMORY,
-)  # fmt: skip
+for moment, site in (("before", "coordinator.before_epoch=kill@3"), ("after", "coordinator.after_epoch=kill@3")):
+    add(
+        f"coordinator-{moment}-epoch-of-a-recovery-fsdp2-n3", fsdp2(3, arm={"coordinator": site}),
+        ONE + "; dies coordinator; start coordinator", **MEMORY,
+    )  # fmt: skip
 add(
     "coordinator-and-node-spare-fsdp2-n3", fsdp2(3, spares=1),
     "at 6; kill coordinator; kill node n1; start coordinator; go", **MEMORY,
@@ -185,7 +186,7 @@ add(
 )  # fmt: skip
 add(
     "node-then-redundancy-comes-back-before-any-step-ddp-n3", ddp(3, spares=2),
-    "at 6; kill node n1; redundant; kill node n2; go", **DECODED,
+    "at 6; kill node n1; away; redundant; kill node n2; go", **DECODED,
 )  # fmt: skip
 for moment, site in (
     ("mid-seal", "daemon.after_hash"),
@@ -242,9 +243,10 @@ for moment, site in (("mid-persist", "persist.before_rename"), ("after-rename", 
         f"daemon-{moment}-fsdp2-n3", fsdp2(3, arm={"daemon n1": f"{site}=kill@1"}, steps=30, **PERSIST),
         "dies daemon n1; start daemon n1", "undisturbed",
     )  # fmt: skip
+BEFORE_MARKER = "persist.before_marker=touch({dir}/there)@1;persist.before_marker=delay(1000)@1"
 add(
     "node-before-durable-marker-spare-fsdp2-n3",
-    fsdp2(3, spares=1, arm={f"daemon n{i}": stop_at("persist.before_marker", 1) for i in range(3)}, steps=30, **PERSIST),
+    fsdp2(3, spares=1, arm={f"daemon n{i}": BEFORE_MARKER for i in range(3)}, steps=30, **PERSIST),
     "reached there; kill node n1", "memory",
 )  # fmt: skip
 
@@ -257,10 +259,10 @@ add("slot-bit-and-node-spare-fsdp2-n4-m2", fsdp2(4, 2, spares=1), "at 6; flip sl
 add("slot-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1), "at 6; flip slot n0; kill node n1; go", "refused", GONE)
 add("slot-bit-and-node-durable-ddp-n3-m1", ddp(3, spares=1, **PERSIST), "at 6; persisted; flip slot n0; kill node n1; go", "durable", LOST)
 add("parity-bit-then-worker-fsdp2-n3", fsdp2(3), "at 6; flip parity n0; kill worker n1; go", **MEMORY)
-add("parity-bit-and-node-spare-ddp-n4-m2", ddp(4, 2, spares=1), "at 6; flip parity n0; kill node n1; go; counted corrupt", **DECODED)
+add("parity-bit-and-node-spare-ddp-n4-m2", ddp(4, 2, spares=1), "at 6; flip parity n0; kill node n1; go", **DECODED)
 add("parity-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1), "at 6; flip parity n0; kill node n1; go", "refused", GONE)
-add("slot-bit-found-by-the-scrub-fsdp2-n3", fsdp2(3, scrub=True), "at 6; flip slot n1; counted corrupt; redundant; go", "undisturbed")
-add("parity-bit-found-by-the-scrub-ddp-n3", ddp(3, scrub=True), "at 6; flip parity n1; counted corrupt; redundant; go", "undisturbed")
+add("slot-bit-found-by-the-scrub-fsdp2-n3", fsdp2(3, scrub=True), "at 6; flip slot n1; counted corrupt; counted rebuilt_slots; redundant; go", "undisturbed")
+add("parity-bit-found-by-the-scrub-ddp-n3", ddp(3, scrub=True), "at 6; flip parity n1; counted corrupt; counted rebuilt_parities; redundant; go", "undisturbed")
 add("wire-bit-while-encoding-fsdp2-n3", fsdp2(3, arm={"daemon n1": "transfer.corrupt_send=corrupt@4"}), "at 6; cli; go", "undisturbed")
 add(
     "wire-bits-while-decoding-ddp-n3",

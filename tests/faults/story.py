@@ -224,11 +224,11 @@ class Player:
         words = f"{decided.get('reason', '')}\n{(cluster.directory / 'coordinator.log').read_text()}"
         codes = {name: agent.returncode for name, agent in cluster.agents.items()}
         if scenario.outcome == "refused":
-            assert dict.fromkeys(codes, EXIT_LOST) == codes
+            assert dict.fromkeys(codes, EXIT_LOST) == codes, f"exit codes {codes}"
             assert re.search(scenario.says, words), f"no word of {scenario.says!r} in {decided}"
             assert not [notes for notes in cluster.notes() if notes.end], "a refused job ended as if all were well"
             return
-        assert dict.fromkeys(codes, 0) == codes
+        assert dict.fromkeys(codes, 0) == codes, f"exit codes {codes}"
         notes = cluster.notes()
         undisturbed = reference(scenario.options)
         begun = len(undisturbed)
