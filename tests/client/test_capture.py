@@ -557,7 +557,7 @@ def run_script(daemon, end="", **env):
 
 def test_plain_script_ends_by_itself_and_says_goodbye(daemon):
     """Breaks: `python train.py` hangs at its end, or its last step is lost; gRPC in the worker breaks forks."""
-    done = run_script(daemon, "assert not {'grpc', 'torch.distributed.tensor'} & sys.modules.keys()")
+    done = run_script(daemon, "assert 'grpc' not in sys.modules")
     assert (
         done.returncode,
         done.stderr.replace("snapshotd: job default starts at step 0: nothing was captured before\n", ""),
