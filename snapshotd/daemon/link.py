@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -74,7 +75,8 @@ class CoordinatorLink:
         try:
             while True:
                 outbox: asyncio.Queue[control.NodeMessage | None] = asyncio.Queue()
-                call = stub.NodeSession(_messages(outbox), wait_for_ready=True)
+                call = stub.NodeSession(wait_for_ready=True)
+                writer: asyncio.Task[None] | None = None
                 try:
                     await call.wait_for_connection()
                     attempt = 0
@@ -82,14 +84,17 @@ class CoordinatorLink:
                     log.info("connected to the coordinator at %s", self.address)
                     self._outbox = outbox
                     up()
+                    writer = asyncio.create_task(_write(call, outbox))
                     async for message in call:
                         said(message)
                 except grpc.RpcError as error:
                     if not warned:
                         warned = True
-                        details = _words(error)
-                        log.warning("no coordinator at %s (%s); trying on", self.address, details)
+                        log.warning("no coordinator at %s (%s); trying on", self.address, _words(error))
                 finally:
+                    if writer is not None:
+                        writer.cancel()
+                        await asyncio.wait({writer})
                     call.cancel()
                     if self._outbox is outbox:
                         self._outbox = None
@@ -100,9 +105,12 @@ class CoordinatorLink:
             await channel.close()
 
 
-async def _messages(outbox: asyncio.Queue[control.NodeMessage | None]) -> AsyncIterator[control.NodeMessage]:
-    while (message := await outbox.get()) is not None:
-        yield message
+async def _write(call: grpc.aio.StreamStreamCall[Any, Any], outbox: asyncio.Queue[control.NodeMessage | None]) -> None:
+    """Send what is queued until the stream breaks, which its reader notices and handles, or None asks for its end."""
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+        while (message := await outbox.get()) is not None:
+            await call.write(message)
+    call.cancel()
 
 
 def _words(error: grpc.RpcError) -> str:
