@@ -79,13 +79,25 @@ class Checks:
         if self.dirty:
             self.check_relied()
 
-    def losses(self, count: int = 1) -> None:
-        """Parts of snapshots were lost for good (a node, or rotten bytes)."""
+    def part_lost(self) -> None:
+        """Bytes of one object have become rotten."""
         for one in self.relied.values():
-            one.budget -= count
+            one.budget -= 1
+
+    def node_lost(self, node: SimNode) -> None:
+        """A node is about to be lost, with as many parts of each snapshot as it holds (after a rebuild perhaps two)."""
+        for one in self.relied.values():
+            held = truth([node], one.key)
+            positions: dict[tuple[int, int], set[int]] = {}
+            for group, lane, position in held.parity:
+                positions.setdefault((group, lane), set()).add(position)
+            for key, stripe_set in held.sets.items():
+                ranks = {m.slot.rank: p for p, m in enumerate(stripe_set.members) if m.slot.file_bytes}
+                positions[key] |= {ranks[rank] for rank in held.slots if rank in ranks}
+            one.budget -= max(map(len, positions.values())) if positions else len(held.slots)
 
     def check_relied(self) -> None:
-        """The newest committed snapshot can be rebuilt from what is really there, unless more than m parts were lost."""
+        """The newest committed snapshot can be rebuilt from what is there, unless more than m parts were lost."""
         self.dirty = False
         nodes = [node for node in self._world.nodes.values() if not node.lost]
         for one in self.relied.values():
@@ -163,17 +175,15 @@ class Checks:
         kind = choice["kind"]
         probe = self._world.probe
         # Only nodes with a session count for the coordinator; the others are away for longer than their lease.
-        coordinator = self._world.coordinator
-        connected = [
-            node
-            for node in self._world.nodes.values()
-            if not node.lost and node.link is not None and node.link.sid in coordinator.links
-        ]
+        core = self._world.coordinator.core
+        assert core is not None
+        known = {node.node_id for node in core.ctx.nodes.connected()}
+        connected = [node for node in self._world.nodes.values() if not node.lost and node.node_id in known]
         source = None if choice["source"] is None else tuple(choice["source"])  # type: ignore[arg-type]
         for one in self.relied.values():
-            if (source is None or source < one.key) and truth(connected, one.key).rebuildable() and kind != 0:
-                if not self._was_tried(one.key):
-                    self.fail(f"epoch {choice['epoch']} goes on from {source}, though {one.key} can be rebuilt")
+            older = source is None or source < one.key
+            if older and kind and truth(connected, one.key).rebuildable() and not self._was_tried(one.key):
+                self.fail(f"epoch {choice['epoch']} goes on from {source}, though {one.key} can be rebuilt")
         if kind == control.RESTORE_KIND_FRESH:
             probe("fresh")
             if self.ever_committed:
@@ -219,6 +229,7 @@ class Checks:
             formed = message.epoch_formed
             if formed.epoch < self.newest_epoch:
                 self.fail(f"epoch {formed.epoch} is said to be complete after epoch {self.newest_epoch}")
+            self._check_attached(formed)
             known = self._formed.setdefault(formed.epoch, formed)
             if list(known.nodes) != list(formed.nodes):
                 self.fail(f"epoch {formed.epoch} was complete with other nodes before")
@@ -226,6 +237,16 @@ class Checks:
             self._world.probe("abandon")
         elif body == "rebuild":
             self._world.probe("rebuild_ordered")
+
+    def _check_attached(self, formed: control.EpochFormed) -> None:
+        """Each rank of an epoch really was started for this epoch, where the coordinator says."""
+        training = self._world.trainings.get(f"e{formed.epoch}")
+        if self._world.plan.foreign:
+            return
+        for rank, node_id in enumerate(formed.nodes):
+            one = training.workers.get(rank) if training is not None else None
+            if one is None or one.node_id != node_id:
+                self.fail(f"epoch {formed.epoch} is complete with rank {rank} on {node_id}, which never ran there")
 
     def on_forget(self) -> None:
         self._world.probe("forgotten")

@@ -48,15 +48,25 @@ class Faults:
             self._world.clock.after(self._dice.uniform(FIRST_AT_S, until - 2.0), self._strike, kind)
 
     def _strike(self, kind: str) -> None:
-        """A fault that finds no victim gives way to one that always does."""
-        if not self._kinds[kind]():
-            kind = "stream_break" if self._stream_break() else "none"
-        self.done.append(kind)
-        self._world.probe(f"fault_{kind}")
+        """A fault that finds no victim waits for one, as long as there is time."""
+        if self._kinds[kind]():
+            self.done.append(kind)
+            self._world.probe(f"fault_{kind}")
+        else:
+            self._world.clock.after(0.7, self._strike, kind)
+
+    def top_up(self) -> bool:
+        """Whether there were faults enough; else one more strikes now."""
+        if len(self.done) >= FAULTS_MIN:
+            return True
+        self._strike(self._dice.choice(["stream_break", "daemon_crash", "coordinator_crash"]))
+        return False
 
     def heal(self) -> None:
         world = self._world
         world.clock.tell("heal")
+        self._kinds = {kind: lambda: True for kind in self._kinds}
+        world.coordinator.crash_mid_output = False
         world.plan.wild = False
         world.coordinator.start()
         for node in list(world.nodes.values()):
@@ -118,8 +128,8 @@ class Faults:
         if not nodes:
             return False
         node = self._dice.choice(nodes)
+        self._world.checks.node_lost(node)
         node.lose()
-        self._world.checks.losses()
         for agent in self._agents():
             if agent.node is node:
                 agent.kill()
@@ -185,7 +195,7 @@ class Faults:
         assert ref is not None
         self._world.clock.tell(f"fault: slot {slot_id} of {node.node_id} rots (step {ref.step} of epoch {ref.epoch})")
         slot.rotten = True
-        self._world.checks.losses()
+        self._world.checks.part_lost()
         report = events.CorruptionFound(slot=events.SlotId(slot_id), ref=ref, parity=None, detail="scrub")
         self._world.clock.after(self._dice.uniform(0.1, 5.0), self._report, node, node.incarnation, report)
         return True
@@ -198,7 +208,7 @@ class Faults:
         parity = node.parities[key]
         self._world.clock.tell(f"fault: parity {key} of {node.node_id} rots")
         parity.rotten = True
-        self._world.checks.losses()
+        self._world.checks.part_lost()
         report = events.CorruptionFound(slot=None, ref=None, parity=parity.ref, detail="scrub")
         self._world.clock.after(self._dice.uniform(0.1, 5.0), self._report, node, node.incarnation, report)
         return True

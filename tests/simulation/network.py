@@ -2,8 +2,8 @@
 The simulated network: sessions that keep their order, may break and lose their tail, and, in wild mode, deliver
 messages twice or in another order.
 
-One order is never broken, not even in wild mode: what the coordinator says in one session. Nodes and
-launchers rely on it (a commit is said before the abandonment of what came after), and a stream keeps it. Late doubles do come.
+One order is never broken, not even in wild mode: what the coordinator says in one session. Nodes and launchers rely on
+it (a commit is said before the abandonment of what came after), and a stream keeps it. Late doubles do come.
 """
 
 from __future__ import annotations
@@ -42,23 +42,27 @@ class Link:
         self._latency = latency
         self._ordered = ordered
         self._last = {"up": 0.0, "down": 0.0}
+        self._first_at: dict[str, float] = {}
 
     def send(self, direction: str, message: Any) -> None:
         if not self.open:
             return
         data = message.SerializeToString()
         wild = self._world.plan.wild
+        now, first_at = self._world.clock.now, self._first_at.get(direction)
         delay = self._latency * self._dice.uniform(0.5, 2.0)
-        if wild and self._dice.random() < 0.15 and not (self._ordered and direction == "down"):
-            delay += self._dice.uniform(0.0, 0.5)
-            self._world.clock.after(delay, self._deliver, direction, data)
+        # The first message of a session (the hello) is the first: without it there is no session.
+        reorder = wild and self._dice.random() < 0.15
+        if reorder and first_at is not None and not (self._ordered and direction == "down"):
+            at = max(now + delay + self._dice.uniform(0.0, 0.5), first_at)
             self._world.probe("reordered")
         else:
-            at = max(self._world.clock.now + delay, self._last[direction])
+            at = max(now + delay, self._last[direction])
             self._last[direction] = at
-            self._world.clock.after(at - self._world.clock.now, self._deliver, direction, data)
+            self._first_at.setdefault(direction, at)
+        self._world.clock.after(at - now, self._deliver, direction, data)
         if wild and self._dice.random() < 0.1:
-            self._world.clock.after(delay + self._dice.uniform(0.0, 1.0), self._deliver, direction, data)
+            self._world.clock.after(at - now + self._dice.uniform(0.0, 1.0), self._deliver, direction, data)
             self._world.probe("doubled")
 
     def _deliver(self, direction: str, data: bytes) -> None:

@@ -98,6 +98,10 @@ class SimWorker:
         training.workers[rank] = self
         self._connect()
 
+    @property
+    def node_id(self) -> str:
+        return self._node.node_id
+
     # ------------------------------------------------------------ connection
 
     def _connect(self) -> None:

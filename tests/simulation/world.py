@@ -179,6 +179,8 @@ class World:
             self.foreign = ForeignLauncher(self)
         self.faults.schedule(HEAL_AT_S)
         self._run_until(HEAL_AT_S)
+        while not self.faults.top_up():
+            self._run_until(self.clock.now + 1.0)
         self.faults.heal()
         healed_at, commits = self.clock.now, self.checks.commits
         while self.checks.commits < commits + COMMITS_AFTER_HEAL:

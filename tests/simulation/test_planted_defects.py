@@ -1,0 +1,87 @@
+"""Deliberate defects in the production cores: the simulator must find each of them within 200 seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from snapshotd.coordinator.commits import Commits
+from snapshotd.coordinator.core import CoordinatorCore
+from snapshotd.coordinator.events import SessionId
+from snapshotd.coordinator.inventory import Node
+from snapshotd.daemon.core_orders import Orders
+from snapshotd.daemon.events import ParityFinished
+from snapshotd.v1 import control_pb2 as control
+from tests.simulation.checks import InvariantBroken
+from tests.simulation.world import World
+
+SEEDS = 200
+
+
+def accept_old_epochs(patch: pytest.MonkeyPatch) -> None:
+    """What a node says of an older epoch counts as if it were said of the current one."""
+    job_message, hello = CoordinatorCore._on_job_message, CoordinatorCore._on_hello
+
+    def renew(self: CoordinatorCore, said: Any) -> None:
+        parts = self.jobs.get(said.job)
+        if parts is not None and 0 < said.epoch < parts.job.number:
+            said.epoch = parts.job.number
+
+    def on_job_message(self: CoordinatorCore, node: Node, body: str, message: control.NodeMessage) -> None:
+        if body != "persist_sealed":
+            renew(self, getattr(message, body))
+        job_message(self, node, body, message)
+
+    def on_hello(self: CoordinatorCore, session: SessionId, message: control.NodeHello) -> None:
+        for worker in message.workers:
+            renew(self, worker)
+        hello(self, session, message)
+
+    patch.setattr(CoordinatorCore, "_on_job_message", on_job_message)
+    patch.setattr(CoordinatorCore, "_on_hello", on_hello)
+
+
+def commit_with_a_node_missing(patch: pytest.MonkeyPatch) -> None:
+    """The last node that builds parity is not waited for."""
+    note_built = Commits._note_built
+
+    def hasty(self: Commits, node: Node) -> None:
+        note_built(self, node)
+        if self.in_flight is not None and len(self.in_flight.waiting) == 1:
+            self.in_flight.waiting.clear()
+
+    patch.setattr(Commits, "_note_built", hasty)
+    patch.setattr(Commits, "_missing_parts", lambda self, epoch, flight: [])
+
+
+def free_the_committed_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A node frees the committed snapshot as soon as it has built parity of a newer one."""
+    finished = Orders.on_parity_finished
+
+    def hasty(self: Orders, event: ParityFinished) -> None:
+        finished(self, event)
+        job = self._state.job(event.job)
+        self._slots.free(job, lambda key: key < (event.epoch, event.step))
+
+    patch.setattr(Orders, "on_parity_finished", hasty)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "plant",
+    [accept_old_epochs, commit_with_a_node_missing, free_the_committed_too_early],
+    ids=lambda plant: plant.__name__,
+)
+def test_a_planted_defect_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    for seed in range(SEEDS):
+        try:
+            World(seed).run()
+        except InvariantBroken as error:
+            print(f"found by {error}")
+            return
+    pytest.fail(f"{plant.__name__} was not found within {SEEDS} seeds")
