@@ -95,12 +95,15 @@ def _default_threads(local_world_size: int) -> int:
 
 
 def _formation(env: Mapping[str, str], world_size: int) -> str:
+    """
+    The same on all ranks of one launch. Not TORCHELASTIC_RESTART_COUNT: launchers of one job count for themselves, and
+    one that took another's place counts from 0. Restarts are told apart by the workers' nonces.
+    """
     host, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
-    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not host and world_size == 1:
         # A plain process: each start is a formation of its own.
         host = f"pid-{os.getpid()}-{secrets.token_hex(4)}"
-    return f"{host}:{port}:{restart}"
+    return f"{host}:{port}"
 
 
 def _integer(env: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int = 1 << 62) -> int:

@@ -163,9 +163,9 @@ def _node_settings(settings: DaemonSettings, bulk_address: str, budget_bytes: in
 
 
 def _own_coordinator(settings: DaemonSettings) -> CoordinatorSettings:
-    """Settings of the coordinator inside a daemon without one: loopback, state beside the arena, m = 0 by one node."""
+    """Settings of the coordinator inside a daemon without one: loopback, state beside the socket, m = 0 by one node."""
     return defaults(
-        CoordinatorSettings, listen="127.0.0.1:0", state=settings.arena_path.parent / f"{settings.node_id}.coordinator"
+        CoordinatorSettings, listen="127.0.0.1:0", state=settings.socket_path.parent / f"{settings.node_id}.coordinator"
     )
 
 

@@ -80,7 +80,7 @@ def test_settings_come_from_the_environment(tmp_path):
     assert (
         *(full.rank, full.world_size, full.job, full.epoch),
         *(full.formation, full.copy_threads, full.debug_copy),
-    ) == (3, 4, "run", 7, "h:29:2", 3, True)
+    ) == (3, 4, "run", 7, "h:29", 3, True)
     assert f"{tmp_path}/snapshotd/daemon.sock" == full.socket
     assert Settings.from_environment({**env, "SNAPSHOTD_JOB": "mine"}).job == "mine"
 
