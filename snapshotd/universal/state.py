@@ -82,8 +82,8 @@ class State:
     """
     A checkpoint. ``tensors`` are in the source's own order, parameters as the model lists them where that is known.
 
-    ``format`` is the reader's name, ``source`` says where it came from (JSON: versions, topology), ``step`` is None where
-    the source does not say.
+    ``format`` is the reader's name, ``source`` says where it came from (JSON: versions, topology), ``step`` is None
+    where the source does not say.
     """
 
     format: str

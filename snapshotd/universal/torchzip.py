@@ -1,7 +1,8 @@
 """
 Files of torch.save, read without torch: the zip archive, and the stream that torch wrote before 1.6.
 
-``load(source)`` returns the saved object with a ``TensorRef`` for each tensor: a range of the file, not read yet. ``load_part`` does the same for an archive inside another file, as DCP's ``.distcp`` files have them.
+``load(source)`` returns the saved object with a ``TensorRef`` for each tensor: a range of the file, not read yet.
+``load_part`` does the same for an archive inside another file, as DCP's ``.distcp`` files have them.
 
 Rule 1: entries are stored, never compressed (torch compresses nothing; a zip bomb does), so each is a range.
 Rule 2: names, sizes and offsets of the archive's directory are checked against the file before they are used, and
@@ -85,8 +86,9 @@ def load_part(source: Source, begin: int, length: int) -> Any:
         names = ", ".join(sorted(entries)[:5])
         raise FormatError(f"{source.label}: an archive without data.pkl (it has {names}): not a file of torch.save")
     prefix = pickled[: -len("data.pkl")]
-    _check_byte_order(part, entries.get(prefix + "byteorder"))
-    at, size = entries[pickled]
+    if (name := prefix + "byteorder") in entries:
+        _check_byte_order(part, _locate(part, name, entries[name]))
+    at, size = _locate(part, pickled, entries[pickled])
     if size > MAX_PICKLE_BYTES:
         raise FormatError(f"{source.label}: {pickled} has {size} bytes; the limit is {MAX_PICKLE_BYTES}")
     storages: dict[str, StorageRef] = {}
@@ -94,9 +96,10 @@ def load_part(source: Source, begin: int, length: int) -> Any:
     def storage(key: str, dtype: str | None, nbytes: int | None, location: str) -> StorageRef:
         known = storages.get(key)
         if known is None:
-            entry = entries.get(f"{prefix}data/{key}")
-            if entry is None:
-                raise FormatError(f"{source.label}: the storage {prefix}data/{key} is missing")
+            name = f"{prefix}data/{key}"
+            if name not in entries:
+                raise FormatError(f"{source.label}: the storage {name} is missing")
+            entry = _locate(part, name, entries[name])
             if nbytes is not None and entry[1] != nbytes:
                 raise FormatError(
                     f"{source.label}: the storage {prefix}data/{key} has {entry[1]} bytes, the pickle says {nbytes}"
@@ -141,7 +144,7 @@ def _persistent(
 
 
 def _open(source: Source, begin: int, length: int) -> tuple[dict[str, tuple[int, int]], _Range]:
-    """Return {name: (begin of the data, bytes)} relative to the archive, and the archive."""
+    """Return {name: (begin of the local header, bytes)} relative to the archive, and the archive."""
     part = _Range(source, begin, length)
     label = f"{source.label}" + (f" at byte {begin}" if begin else "")
     window = part.read(max(0, length - _WINDOW), min(length, _WINDOW))
@@ -191,22 +194,31 @@ def _directory(part: _Range, data: bytes, count: int, limit: int, label: str) ->
             )
         if flags & 1:
             raise FormatError(f"{label}: the entry {name!r:.80} is encrypted")
-        local = part.read(header, 30)
-        if local[:4] != b"PK\x03\x04":
-            raise FormatError(f"{label}: the entry {name!r:.80} is not at byte {header}")
-        n_name, n_extra = struct.unpack_from("<HH", local, 26)
-        begin = header + 30 + n_name + n_extra
-        if begin + size > limit:
-            raise FormatError(f"{label}: the entry {name!r:.80} has {size} bytes at {begin}, behind the archive's end")
+        end = header + 30 + n_name + size
+        if end > limit:
+            raise FormatError(f"{label}: the entry {name!r:.80} has {size} bytes at {header}, behind the archive's end")
         if name in entries:
             raise FormatError(f"{label}: the entry {name!r:.80} is there twice")
-        entries[name] = (begin, size)
-        ranges.append((header, begin + size))
+        entries[name] = (header, size)
+        ranges.append((header, end))
     ranges.sort()
     for (_, first_end), (second_begin, _) in zip(ranges, ranges[1:], strict=False):
         if second_begin < first_end:
             raise FormatError(f"{label}: entries of the archive lie over one another at byte {second_begin}")
     return entries
+
+
+def _locate(part: _Range, name: str, entry: tuple[int, int]) -> tuple[int, int]:
+    """Return (begin of the data, bytes) of an entry, which its local header says."""
+    header, size = entry
+    local = part.read(header, 30)
+    if local[:4] != b"PK\x03\x04":
+        raise FormatError(f"{part.source.label}: the entry {name!r:.80} is not at byte {header} of the archive")
+    n_name, n_extra = struct.unpack_from("<HH", local, 26)
+    begin: int = header + 30 + n_name + n_extra
+    if begin + size > part.length:
+        raise FormatError(f"{part.source.label}: the entry {name!r:.80} has {size} bytes, behind the archive's end")
+    return begin, size
 
 
 def _zip64_extra(extra: bytes, size: int, packed: int, header: int, label: str) -> tuple[int, int, int]:
@@ -228,9 +240,9 @@ def _zip64_extra(extra: bytes, size: int, packed: int, header: int, label: str) 
     raise FormatError(f"{label}: a zip64 entry without its sizes")
 
 
-def _check_byte_order(part: _Range, entry: tuple[int, int] | None) -> None:
+def _check_byte_order(part: _Range, entry: tuple[int, int]) -> None:
     """Files of torch before 2.1 say nothing; they were little-endian but for a few machines."""
-    if entry is not None and part.read(entry[0], min(entry[1], 16)) != b"little":
+    if part.read(entry[0], min(entry[1], 16)) != b"little":
         raise FormatError(f"{part.source.label} is not little-endian: save it again on a little-endian machine")
 
 

@@ -3,8 +3,8 @@ A pickle reader that can not run anything: our own machine for the opcodes, and 
 
 It does not use the ``pickle`` module. A name in a pickle is looked up in ``GLOBALS`` (see globals.py) and nowhere else;
 what is not there is refused by name, with UnsafePickle, before anything else happens. What is there are stand-ins of
-ours: a rebuilt tensor is a ``TensorRef`` to a range of a file, an object of a framework is a ``Record`` with its class's
-name, arguments and fields, and a function is one of ours that checks its arguments. torch, numpy's own
+ours: a rebuilt tensor is a ``TensorRef`` to a range of a file, an object of a framework is a ``Record`` with the name
+of its class, arguments and fields, and a function is one of ours that checks its arguments. torch, numpy's own
 unpickling, and the frameworks are never imported.
 
 Rule 1: whatever the bytes are, the result is plain values and stand-ins, or FormatError (UnsafePickle is one).

@@ -1,0 +1,238 @@
+"""
+Find model, optimizer and the rest in a DCP checkpoint's flat keys.
+
+Nothing fixes the keys: they are whatever dict the trainer passed, flattened. Conventions that are met, all of which are
+found by what they have in common (an optimizer has ``P.param_groups.`` and ``P.state.`` under one prefix P; the names
+in it are the ends of the model's keys)::
+
+    model.<fqn>        optim.state.<fqn>.exp_avg        optim.param_groups.<i>.lr          most examples, FSDP1
+    model.<fqn>        optim.state.<fqn>.exp_avg        optim.param_groups.<fqn>.lr        flatten_optimizer_state_dict
+    <fqn>              state.<fqn>.exp_avg              param_groups.<fqn>.lr              torchtitan
+    model.<fqn>        optimizer.state.<fqn or id>.step                                    accelerate
+    model.<fqn>        optimizer_0.state.<fqn>.exp_avg                                     Lightning
+    app.model.<fqn>    app.optim.state.<fqn>.exp_avg                                       torch's tutorial (AppState)
+
+fqns contain dots. ``planner_data`` has the paths, but not where the optimizer was flattened: then the last dot ends the
+fqn, because no optimizer's state and no hyperparameter has a dot in its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from snapshotd.errors import FormatError
+from snapshotd.universal.plain import to_json
+from snapshotd.universal.readers.conventions import Model, find_step, is_rng
+from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.views import View
+
+__all__ = ["Item", "assemble"]
+
+_GROUPS: Final = re.compile(r"(?P<prefix>(?:.*\.)?)param_groups\.")
+_MODEL_PREFIXES: Final = ("model.", "app.model.", "module.", "state_dict.", "model_state_dict.", "models.", "net.", "")
+_REST_PREFIXES: Final = re.compile(
+    r"(lr_scheduler|scheduler|dataloader|train_state|train|rng|extra|args|config|ema)[._]"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One flat key: a tensor, or an object. ``path`` is None where the writer's version did not record it."""
+
+    key: str
+    path: tuple[Any, ...] | None
+    view: View | None = None
+    value: Any = None
+    sharded: bool = False
+
+
+@dataclass(slots=True)
+class _Optim:
+    """What is found under one optimizer's prefix."""
+
+    prefix: str
+    states: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
+    by_name: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def assemble(items: Sequence[Item]) -> State:
+    """Return the state that the items are; see the module."""
+    state = State(format="dcp", tensors=[])
+    optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items)]
+    rest: list[Item] = []
+    for item in items:
+        if not any(_take(optim, item) for optim in optims):
+            rest.append(item)
+    optimizers = [_optimizer(optim) for optim in optims]
+    names = [name for optimizer in optimizers for name in optimizer.names if isinstance(name, str)]
+    prefix = _model_prefix(rest, names)
+    weights = {item.key[len(prefix) :]: item for item in rest if _is_weight(item, prefix, set(names))}
+    views = {name: item.view for name, item in weights.items() if item.view is not None}
+    for optimizer in optimizers:
+        warning = name_optimizer(optimizer, views)
+        if warning:
+            state.warnings.append(warning)
+    taken = {item.key for item in weights.values()}
+    _put_rest(state, [item for item in rest if item.key not in taken])
+    listed = {name for optimizer in optimizers for name in optimizer.names}
+    sharded = [name for name, item in weights.items() if item.sharded]
+    model = Model(views, listed=listed if optimizers else None, sharded=sharded)
+    model.put(state)
+    for optimizer in optimizers:
+        optimizer.put(state)
+    state.step = find_step(state.extra)
+    return state
+
+
+def _optimizer_prefixes(items: Sequence[Item]) -> list[str]:
+    """The prefixes P (with their dot, or empty) for which both P.param_groups. and P.state. are there."""
+    found: dict[str, None] = {}
+    for item in items:
+        match = _GROUPS.match(item.key)
+        if match and not any(item.key.startswith(f"{known}param_groups.") for known in found):
+            found[match["prefix"]] = None
+    return list(found)
+
+
+def _take(optim: _Optim, item: Item) -> bool:
+    """Put an item that is the optimizer's into it; says whether it was."""
+    if not item.key.startswith(optim.prefix):
+        return False
+    rest = item.key[len(optim.prefix) :]
+    value = item.view if item.view is not None else item.value
+    if rest.startswith("state."):
+        owner, _, name = rest[len("state.") :].rpartition(".")
+        path = item.path or ()
+        # An unflattened path says it exactly, also for states that are nested: (..., 'state', fqn, name, ...).
+        depth = next((i for i, part in enumerate(path) if part == "state"), -1)
+        if depth >= 0 and len(path) > depth + 2:
+            owner, name = path[depth + 1], ".".join(map(str, path[depth + 2 :]))
+        if not owner:
+            return False
+        optim.states.setdefault(_number(owner), {})[name] = value
+        return True
+    if rest.startswith("param_groups."):
+        owner, _, name = rest[len("param_groups.") :].rpartition(".")
+        first, _, inner = rest[len("param_groups.") :].partition(".")
+        if first.isdigit() and (item.path is None or "param_groups" in item.path):
+            optim.groups.setdefault(int(first), {})[inner] = value
+        else:
+            optim.by_name.setdefault(owner, {})[name] = value
+        return True
+    return False
+
+
+def _number(owner: Any) -> Any:
+    return int(owner) if isinstance(owner, str) and owner.isdigit() else owner
+
+
+def _optimizer(optim: _Optim) -> Optimizer:
+    if optim.groups:
+        groups = []
+        for _, fields in sorted(optim.groups.items()):
+            params = fields.get("params")
+            if isinstance(params, (list, tuple)):
+                groups.append({**_unflatten(fields), "params": list(params)})
+            else:
+                groups.append({**_unflatten(fields), "params": []})
+        return Optimizer(groups, optim.states)
+    # Flattened: each parameter has its own copy of the hyperparameters; equal ones make a group.
+    groups = []
+    for name, fields in optim.by_name.items():
+        for group in groups:
+            if {key: value for key, value in group.items() if key != "params"} == fields:
+                group["params"].append(name)
+                break
+        else:
+            groups.append({**fields, "params": [name]})
+    optimizer = Optimizer(groups, optim.states)
+    optimizer.flattened = True
+    return optimizer
+
+
+def _unflatten(fields: dict[str, Any]) -> dict[str, Any]:
+    """Undo the flattening of lists that held tensors or mappings: 'betas.0', 'betas.1'."""
+    result: dict[str, Any] = {}
+    for key, value in fields.items():
+        name, _, index = key.partition(".")
+        if index.isdigit():
+            result.setdefault(name, []).append(value)
+        else:
+            result[key] = value
+    return result
+
+
+def _model_prefix(items: Sequence[Item], names: Sequence[str]) -> str:
+    keys = [item.key for item in items if item.view is not None]
+    if names:
+        wanted = set(names)
+        counts: dict[str, int] = {}
+        for prefix in dict.fromkeys(key[: -len(names[0])] for key in keys if _ends_with(key, names[0])):
+            counts[prefix] = len(wanted & {key[len(prefix) :] for key in keys if key.startswith(prefix)})
+        if not counts:
+            raise FormatError(f"the optimizer has state for {names[0]}, but no tensor's key ends so: no model is there")
+        return max(counts, key=lambda prefix: (counts[prefix], prefix in _MODEL_PREFIXES, -len(prefix)))
+    for prefix in _MODEL_PREFIXES[:-1]:
+        mine = [item for item in items if item.view is not None and item.key.startswith(prefix)]
+        # A path of one part means that "model." begins the name itself: the trainer passed a flat state dict.
+        if any(item.path is None or len(item.path) > 1 for item in mine):
+            return prefix
+    return ""
+
+
+def _ends_with(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
+
+
+def _is_weight(item: Item, prefix: str, listed: set[str]) -> bool:
+    if item.view is None or not item.key.startswith(prefix):
+        return False
+    name = item.key[len(prefix) :]
+    if name in listed:
+        return True
+    if is_rng(item.path or (item.key,), item.view) is not None:
+        return False
+    if prefix:
+        return True
+    # At the top level weights stand beside the trainer's own sections, which have paths of several parts.
+    if item.path is not None:
+        return len(item.path) == 1
+    return _REST_PREFIXES.match(name) is None
+
+
+def _put_rest(state: State, items: Sequence[Item]) -> None:
+    """Everything that is neither model nor optimizer: random generators, and the tree of the rest."""
+    tree: dict[Any, Any] = {}
+    ranks: set[str] = set()
+    for item in items:
+        path = item.path or (item.key,)
+        if item.view is not None:
+            rank = is_rng(path, item.view)
+            if rank is not None and rank not in ranks:
+                ranks.add(rank)
+                state.tensors.append(Tensor("rng", rank, item.view))
+                continue
+        node = tree
+        for part in path[:-1]:
+            inner = node.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise FormatError(f"the keys contradict each other at {item.key}")
+            node = inner
+        node[path[-1]] = item.view if item.view is not None else item.value
+    for key, value in _lists(tree).items():
+        state.extra[str(key)] = to_json(value, str(key), state.tensors)
+
+
+def _lists(node: Any) -> Any:
+    """A dict with the keys 0, 1, 2 ... was a list."""
+    if not isinstance(node, dict):
+        return node
+    result = {key: _lists(value) for key, value in node.items()}
+    if result and all(type(key) is int for key in result):
+        return [result[key] for key in sorted(result)]
+    return result

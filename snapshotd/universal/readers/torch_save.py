@@ -1,0 +1,225 @@
+"""
+Read files of torch.save: a model, or whatever dict a trainer made of model, optimizer and the rest.
+
+The dicts are found by what they are: an optimizer has ``state`` and ``param_groups``; the model is the largest dict of
+names to tensors. The optimizer's ids become names (param_ids.py); what shares a storage is tied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from snapshotd.errors import FormatError
+from snapshotd.layout.header import decode_json
+from snapshotd.universal.globals import TensorRef
+from snapshotd.universal.plain import to_json
+from snapshotd.universal.readers.conventions import Model, find_step, is_rng
+from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.sources import FileSource, read_bytes
+from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.torchzip import is_torch_file, load
+from snapshotd.universal.views import View
+
+__all__ = ["assemble", "detect", "read"]
+
+INDEX_NAME: Final = "pytorch_model.bin.index.json"
+_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+_MODEL_KEYS: Final = ("model", "state_dict", "model_state_dict", "module", "net", "model_state", "weights")
+_MAX_DEPTH: Final = 4
+
+Path_ = tuple[Any, ...]
+
+
+def detect(path: Path) -> bool:
+    """A torch.save file, or a folder with one, or with Hugging Face's ``pytorch_model.bin``."""
+    if path.is_file():
+        try:
+            return is_torch_file(FileSource(path))
+        except (OSError, FormatError):
+            return False
+    return (path / INDEX_NAME).is_file() or _only_file(path) is not None
+
+
+def read(path: Path) -> State:
+    """Return the state at ``path``."""
+    if path.is_dir() and (path / INDEX_NAME).is_file():
+        value = _indexed(path)
+    else:
+        file = path if path.is_file() else _only_file(path)
+        if file is None:
+            raise FormatError(f"{path} has no file of torch.save, or several: name the one")
+        value = load(FileSource(file))
+    state = assemble(value, str(path))
+    match = re.search(r"(?:step|epoch_step|checkpoint|iter)[-_=]?([0-9]+)", path.name)
+    if state.step is None and match:
+        state.step = int(match.group(1))
+    return state
+
+
+def assemble(value: Any, label: str) -> State:
+    """Return the state that a loaded object is; FormatError when there is no model in it."""
+    state = State(format="torch", tensors=[])
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{label} holds a {type(value).__name__}, not a dict: save state dicts")
+    optimizers = list(_find_optimizers(value))
+    path, weights = _find_model(value, label)
+    tied = _tied(weights)
+    views: dict[str, View] = {name: tensor.view for name, tensor in weights.items()}
+    found = [Optimizer(list(map(dict, item["param_groups"])), item["state"]) for _, item in optimizers]
+    for optimizer in found:
+        warning = name_optimizer(optimizer, views, tied)
+        if warning:
+            state.warnings.append(warning)
+    listed = {name for optimizer in found for name in optimizer.names} if found else None
+    parameters = [name for name, tensor in weights.items() if tensor.parameter or tensor.requires_grad]
+    _put_rest(state, value, {path, *(place for place, _ in optimizers)})
+    Model(views, listed=listed, parameters=parameters, tied=tied).put(state)
+    for name, item in _others(value, path, weights):
+        state.extra.setdefault("model_state", {})[name] = to_json(item, f"model_state.{name}", state.tensors)
+    for optimizer in found:
+        optimizer.put(state)
+    state.step = find_step(state.extra)
+    return state
+
+
+def _only_file(path: Path) -> Path | None:
+    if not path.is_dir():
+        return None
+    files = [entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and entry.is_file()]
+    model = [entry for entry in files if entry.name in ("pytorch_model.bin", "model.pt", "checkpoint.pt")]
+    chosen = model if len(model) == 1 else files
+    if len(chosen) != 1:
+        return None
+    try:
+        return chosen[0] if is_torch_file(FileSource(chosen[0])) else None
+    except FormatError:
+        return None
+
+
+def _indexed(path: Path) -> dict[str, Any]:
+    source = FileSource(path / INDEX_NAME)
+    weights = decode_json(read_bytes(source, 0, source.size), source.label).get("weight_map")
+    if not isinstance(weights, dict):
+        raise FormatError(f"{source.label} has no weight_map")
+    loaded: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    for name, file in weights.items():
+        if not isinstance(file, str) or "/" in file:
+            raise FormatError(f"{source.label}: {file!r:.80} is not a file of this folder")
+        if file not in loaded:
+            if not (path / file).is_file():
+                raise FormatError(f"{path / file} is missing; {source.label} says that it holds {name}")
+            loaded[file] = load(FileSource(path / file))
+        if name not in loaded[file]:
+            raise FormatError(f"{path / file} lacks {name}, which {source.label} says it holds")
+        result[name] = loaded[file][name]
+    return result
+
+
+def _nodes(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Mapping[Any, Any]]]:
+    """All dicts near the top, outer ones first."""
+    if len(path) > _MAX_DEPTH:
+        return
+    if isinstance(value, Mapping):
+        yield path, value
+        for key, item in value.items():
+            if isinstance(item, (Mapping, list, tuple)):
+                yield from _nodes(item, (*path, key))
+    elif isinstance(value, (list, tuple)) and len(value) <= 64:
+        for i, item in enumerate(value):
+            yield from _nodes(item, (*path, i))
+
+
+def _find_optimizers(value: Any) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
+    for path, node in _nodes(value):
+        state, groups = node.get("state"), node.get("param_groups")
+        if isinstance(state, Mapping) and isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
+            yield path, node
+
+
+def _find_model(value: Mapping[str, Any], label: str) -> tuple[Path_, dict[str, TensorRef]]:
+    best: tuple[tuple[int, int], Path_, dict[str, TensorRef]] | None = None
+    for path, node in _nodes(value):
+        if "param_groups" in path or "state" in path or "param_groups" in node:
+            continue
+        tensors = {name: item for name, item in node.items() if isinstance(item, TensorRef) and isinstance(name, str)}
+        if not tensors or (not path and any(isinstance(item, Mapping) and item for item in node.values())):
+            continue
+        named = bool(path) and path[-1] in _MODEL_KEYS
+        rank = (2 * named - len(path), sum(tensor.view.nbytes for tensor in tensors.values()))
+        if best is None or rank > best[0]:
+            best = (rank, path, tensors)
+    if best is None:
+        raise FormatError(f"{label} holds no dict of names to tensors: there is no model in it")
+    return best[1], best[2]
+
+
+def _tied(weights: Mapping[str, TensorRef]) -> dict[str, str]:
+    """Names of one and the same part of a storage are tied to the first of them."""
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in weights.items():
+        if tensor.numel:
+            other = first.setdefault(tensor.identity, name)
+            if other != name:
+                tied[name] = other
+    return tied
+
+
+def _others(value: Mapping[str, Any], path: Path_, weights: Mapping[str, TensorRef]) -> Iterator[tuple[str, Any]]:
+    """What stands in the model's dict without being a tensor: extra states of modules."""
+    node: Any = value
+    for key in path:
+        node = node[key]
+    for name, item in node.items():
+        if name not in weights and path and item is not None:
+            yield str(name), item
+
+
+def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_]) -> None:
+    if () in taken and all(isinstance(item, TensorRef) for item in value.values()):
+        return
+    for key, item in value.items():
+        rest = _without((key,), item, taken)
+        if rest is not _TAKEN and not (() in taken and isinstance(rest, TensorRef)):
+            rest = _take_rng(state, (key,), rest)
+            if rest is not _TAKEN:
+                state.extra[str(key)] = to_json(rest, str(key), state.tensors)
+
+
+_TAKEN: Final = object()
+
+
+def _without(path: Path_, item: Any, taken: set[Path_]) -> Any:
+    if path in taken:
+        return _TAKEN
+    if not any(place[: len(path)] == path for place in taken):
+        return item
+    if isinstance(item, Mapping):
+        rest = {key: _without((*path, key), inner, taken) for key, inner in item.items()}
+        rest = {key: inner for key, inner in rest.items() if inner is not _TAKEN}
+        return rest or _TAKEN
+    items = [_without((*path, i), inner, taken) for i, inner in enumerate(item)]
+    items = [inner for inner in items if inner is not _TAKEN]
+    return items or _TAKEN
+
+
+def _take_rng(state: State, path: Path_, item: Any) -> Any:
+    """Take the random generators' tensors out of ``item``; returns what is left."""
+    if isinstance(item, TensorRef):
+        name = is_rng(path, item.view)
+        if name is None or any(tensor.key == ("rng", name) for tensor in state.tensors):
+            return item
+        state.tensors.append(Tensor("rng", name, item.view))
+        return _TAKEN
+    if isinstance(item, Mapping) and item and len(path) <= _MAX_DEPTH:
+        rest = {key: _take_rng(state, (*path, key), inner) for key, inner in item.items()}
+        rest = {key: inner for key, inner in rest.items() if inner is not _TAKEN}
+        return rest or _TAKEN
+    if isinstance(item, list) and any(isinstance(inner, TensorRef) for inner in item):
+        left = [inner for i, inner in enumerate(item) if _take_rng(state, (*path, i), inner) is not _TAKEN]
+        return left or _TAKEN
+    return item

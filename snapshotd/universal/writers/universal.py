@@ -1,0 +1,115 @@
+"""
+Write a universal checkpoint: safetensors files by kind, sharded, the index of the model's, and the marker last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snapshotd.universal.format import INDEX_NAME, MARKER_NAME, SHARD_BYTES, Entry, Manifest, file_group
+from snapshotd.universal.safetensors import encode_header
+from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.stream import OutFile, Placed, Settings, Written, remove_journal, write_files
+
+__all__ = ["key_of", "model_index", "plan_files", "write", "write_whole"]
+
+
+def write(state: State, target: Path, settings: Settings, *, identity: str = "") -> list[str]:
+    """Write ``state`` into the directory ``target``; returns what could not be kept: nothing."""
+    files, places = plan_files(state.tensors)
+    written = write_files(target, files, settings, identity=identity)
+    finish(state, target, places, written)
+    return []
+
+
+def finish(state: State, target: Path, places: dict[tuple[str, str], str], written: dict[str, Any]) -> None:
+    """Write the index and the marker of files that are complete."""
+    model = [tensor for tensor in state.tensors if file_group(tensor.kind) == "model"]
+    if model:
+        write_whole(target / INDEX_NAME, model_index(model, places))
+    entries = [_entry(tensor, places[tensor.key], written) for tensor in state.tensors]
+    manifest = Manifest(
+        step=state.step,
+        source={"format": state.format, **state.source},
+        tensors=entries,
+        tied=state.tied,
+        frozen=state.frozen,
+        param_groups=state.param_groups,
+        extra=state.extra,
+        warnings=state.warnings,
+    )
+    write_whole(target / MARKER_NAME, manifest.encode())
+    remove_journal(target)
+
+
+def plan_files(tensors: Sequence[Tensor]) -> tuple[list[OutFile], dict[tuple[str, str], str]]:
+    """Return the files that hold ``tensors``, and in which of them each is."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(file_group(tensor.kind), []).append(tensor)
+    files: list[OutFile] = []
+    places: dict[tuple[str, str], str] = {}
+    for group, members in groups.items():
+        shards = _shards(members)
+        for i, shard in enumerate(shards):
+            name = f"{group}.safetensors"
+            if len(shards) > 1:
+                name = f"{group}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            files.append(_file(name, shard))
+            places.update((tensor.key, name) for tensor in shard)
+    return files, places
+
+
+def model_index(model: Sequence[Tensor], places: dict[tuple[str, str], str]) -> bytes:
+    """Return ``model.safetensors.index.json`` as transformers wants it."""
+    metadata = {
+        "total_parameters": sum(tensor.view.numel for tensor in model if tensor.kind == "model"),
+        "total_size": sum(tensor.nbytes for tensor in model),
+    }
+    weights = {tensor.name: places[tensor.key] for tensor in sorted(model, key=lambda tensor: tensor.name)}
+    return json.dumps({"metadata": metadata, "weight_map": weights}, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def key_of(tensor: Tensor) -> str:
+    """Return the tensor's key in its file: its name, so that any tool finds it."""
+    return tensor.name
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.parent / f".{path.name}.part"
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = []
+    nbytes = 0
+    for tensor in tensors:
+        if not shards or (nbytes and nbytes + tensor.nbytes > SHARD_BYTES):
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(tensor)
+        nbytes += tensor.nbytes
+    return shards
+
+
+def _file(name: str, tensors: Sequence[Tensor]) -> OutFile:
+    # Largest items first, so that each tensor is aligned without holes, which safetensors forbids.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.view.itemsize)
+    described = [(key_of(tensor), tensor.dtype, tensor.shape) for tensor in ordered]
+    header, offsets, nbytes = encode_header(described, {"format": "pt"})
+    placed = [Placed(key_of(tensor), tensor.view, offset) for tensor, offset in zip(ordered, offsets, strict=True)]
+    return OutFile(name=name, nbytes=nbytes, blocks=[(0, header)], tensors=placed)
+
+
+def _entry(tensor: Tensor, file: str, written: dict[str, dict[str, Written]]) -> Entry:
+    key = key_of(tensor)
+    digest = written[file][key].digest
+    return Entry(
+        kind=tensor.kind, name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file, key=key, digest=digest
+    )
