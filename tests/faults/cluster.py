@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], seconds: float, what: Callable[[], str] | str) -> T:
-    """The first true value of `condition`; AssertionError that says what did not happen in time. The only wait there is."""
+    """The first true value of `condition`; AssertionError says what did not happen in time. The only wait there is."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -288,8 +289,9 @@ class Cluster:
         argv = [
             "coordinator", "--listen", self.address or "127.0.0.1:0", "--state", str(self.directory / "state"),
             "--parity", str(self.options.parity), "--node-lease", "1", "--agent-lease", "1", "--last-call", "0.3",
-            "--startup-grace", "3", "--restore-wait", "15", "--address-file", str(file), *self.options.coordinator_flags,
-        ]
+            "--startup-grace", "3", "--restore-wait", "15", "--address-file", str(file),
+            *self.options.coordinator_flags,
+        ]  # fmt: skip
         self.coordinator = self._launch("snapshotd", argv, self._env("", self._arm("coordinator")), "coordinator")
         until(lambda: file.exists() or self.coordinator.poll() is not None, 20, "the coordinator serves")
         assert self.coordinator.poll() is None, "the coordinator ended at its start"
@@ -299,14 +301,16 @@ class Cluster:
         home = self.directory / name
         home.mkdir(mode=0o700, exist_ok=True)
         argv = [
-            "daemon", "--coordinator", self.address, "--node-id", name, "--listen", "127.0.0.1:0", "--socket", str(home / "s"),
-            "--arena", str(home / "arena"), "--budget", "64MiB", "--scrub-rate", "64MiB" if self.options.scrub else "0",
+            "daemon", "--coordinator", self.address, "--node-id", name, "--listen", "127.0.0.1:0",
+            "--socket", str(home / "s"), "--arena", str(home / "arena"), "--budget", "64MiB",
+            "--scrub-rate", "64MiB" if self.options.scrub else "0",
             *(["--generations", str(self.options.generations)] if self.options.generations else []),
             *(["--persist", str(self.directory / "durable"), "--persist-every", str(self.options.persist_every)]
               if self.options.persist_every else []),
             *self.options.daemon_flags,
-        ]
-        self.daemons[name] = self._launch("snapshotd", argv, self._env(name, self._arm(f"daemon {name}")), f"daemon-{name}")
+        ]  # fmt: skip
+        env = self._env(name, self._arm(f"daemon {name}"))
+        self.daemons[name] = self._launch("snapshotd", argv, env, f"daemon-{name}")
 
     def wait_daemon(self, name: str) -> None:
         process, path = self.daemons[name], self.directory / name / "s"
@@ -319,8 +323,9 @@ class Cluster:
         most = options.most if options.most is not None else options.nodes
         argv = [
             "--nnodes", f"{least}:{most}", "--nproc-per-node", str(options.workers), "--max-restarts", "100",
-            "--monitor-interval", "0.05", "--rdzv-backend", options.backend, "--rdzv-endpoint", self.address, "--rdzv-id", JOB,
-        ]
+            "--monitor-interval", "0.05", "--rdzv-backend", options.backend, "--rdzv-endpoint", self.address,
+            "--rdzv-id", JOB,
+        ]  # fmt: skip
         env = self._env(name, "")
         env["FAULTS_ARM"] = self._arm(f"worker {name}")
         if options.backend == "c10d":
@@ -334,8 +339,8 @@ class Cluster:
             module = {"snapshotd": "snapshotd", "torchrun": "torch.distributed.run"}[kind]
             with open(log, "a") as out:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                    start_new_session=True,
+                    [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 )
             process = Process(child.pid, child.poll, log)
         else:
@@ -452,7 +457,7 @@ class Cluster:
                 if process is not None:
                     self._expected_deaths.add(process.pid)
                     doomed.append(process.pid)
-            doomed += [pid for pid in self._shims(node)] + self.workers(node)
+            doomed += [*self._shims(node), *self.workers(node)]
         for pid in doomed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -510,12 +515,10 @@ class Cluster:
                         trouble.append(f"{name} ended with {code} on SIGTERM")
                 except AssertionError as error:
                     trouble.append(str(error))
-            left = self._left()
-            deadline = time.monotonic() + 8  # forked DataLoader workers notice their parent's death after 5 s
-            while left and time.monotonic() < deadline:
-                time.sleep(0.02)
-                left = self._left()
-            trouble += [f"left behind: {_command(pid)} (pid {pid})" for pid in left]
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self._left(), 8, "")  # forked DataLoader workers see their parent's death after 5 s
+            trouble += [f"left behind: {_command(pid)} (pid {pid})" for pid in self._left()]
+            trouble += [f"left behind: {path}" for path in self._stray_files()]
             sockets = [str(path) for path in self.directory.rglob("*") if path.is_socket()]
             dead = {str(self.directory / name / "s") for name, p in self.daemons.items() if p.returncode == 0}
             trouble += [f"a socket stays behind: {path}" for path in sockets if path in dead]
@@ -541,6 +544,11 @@ class Cluster:
                 if session in sessions and state not in ("Z", "X", ""):
                     left.add(int(entry))
         return sorted(left)
+
+    def _stray_files(self) -> list[str]:
+        """Shared memory outside of the scenario's directory that carries the pid of one of its processes."""
+        pids = {str(process.pid) for process in self._started} | {str(pid) for pid, _, _ in self._forked()}
+        return [name for name in os.listdir("/dev/shm") if pids & set(re.split(r"[^0-9]+", name))]
 
     def logs(self, lines: int = 40) -> str:
         """The tails of all logs, for a failure's report."""
@@ -599,7 +607,7 @@ def reference(zygotes: Zygotes, script_argv: list[str], world: int) -> list[Note
             env = {
                 **_clean_environment(),
                 "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLOO_SOCKET_IFNAME": "lo",
-                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_NODE": "", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
+                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
                 "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
             processes.append(zygotes.fork("script", script_argv, env, directory / f"{rank}.log"))

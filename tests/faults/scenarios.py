@@ -32,7 +32,7 @@ def add(name: str, options: Options, story: str, outcome: Outcome, says: str = "
 
 
 def stop_at(site: str, hit: int) -> str:
-    """The failpoint that touches the file `there` and never goes on, so that the scenario kills the node right there."""
+    """A failpoint that touches the file `there` and never goes on, so that the scenario kills the node right there."""
     return f"{site}=touch({{dir}}/there)@{hit};{site}=hang@{hit}"
 
 
@@ -96,7 +96,10 @@ add(
 )  # fmt: skip
 add("daemon-never-back-fsdp2-n3", fsdp2(3), "at 6; kill daemon n1; go", "undisturbed")
 add("daemon-then-its-worker-fsdp2-n3", fsdp2(3), "at 6; kill daemon n1; start daemon n1; kill worker n1; go", **MEMORY)
-add("daemon-and-its-worker-at-once-ddp-n3", ddp(3), "at 6; kill worker n1; kill daemon n1; start daemon n1; go", **MEMORY)
+add(
+    "daemon-and-its-worker-at-once-ddp-n3", ddp(3),
+    "at 6; kill worker n1; kill daemon n1; start daemon n1; go", **MEMORY,
+)  # fmt: skip
 ALL_DAEMONS = "at 6; kill daemon n0 n1 n2; start daemon n0 n1 n2"
 add("all-daemons-idle-ddp-n3", ddp(3), ALL_DAEMONS + "; go", "undisturbed")
 add("all-daemons-then-all-workers-fsdp2-n3", fsdp2(3), ALL_DAEMONS + "; kill workers; go", **MEMORY)
@@ -131,7 +134,10 @@ add(
 # ---------------------------------------------------------------- the coordinator
 
 add("coordinator-idle-fsdp2-n3", fsdp2(3), "at 6; kill coordinator; start coordinator; go", "undisturbed")
-add("coordinator-back-while-training-goes-on-ddp-n2", ddp(2), "at 6; kill coordinator; go; start coordinator", "undisturbed")
+add(
+    "coordinator-back-while-training-goes-on-ddp-n2", ddp(2),
+    "at 6; kill coordinator; go; start coordinator", "undisturbed",
+)  # fmt: skip
 for moment, site in (
     ("before-first-epoch", "coordinator.before_epoch=kill@1"),
     ("after-first-epoch", "coordinator.after_epoch=kill@1"),
@@ -142,7 +148,10 @@ for moment, site in (
         f"coordinator-{moment}-fsdp2-n3", fsdp2(3, arm={"coordinator": site}),
         "dies coordinator; start coordinator", "undisturbed",
     )  # fmt: skip
-add("coordinator-and-worker-fsdp2-n3", fsdp2(3), "at 6; kill coordinator; kill worker n1; start coordinator; go", **MEMORY)
+add(
+    "coordinator-and-worker-fsdp2-n3", fsdp2(3),
+    "at 6; kill coordinator; kill worker n1; start coordinator; go", **MEMORY,
+)  # fmt: skip
 add("coordinator-and-worker-ddp-n4", ddp(4), "at 6; kill coordinator; kill worker n0; go; start coordinator", **MEMORY)
 add(
     "coordinator-and-daemon-fsdp2-n3", fsdp2(3),
@@ -150,7 +159,8 @@ add(
 )  # fmt: skip
 add(
     "coordinator-and-all-daemons-and-all-workers-ddp-n3", ddp(3),
-    "at 6; kill workers; kill coordinator; kill daemon n0 n1 n2; start coordinator; start daemon n0 n1 n2; go", **MEMORY,
+    "at 6; kill workers; kill coordinator; kill daemon n0 n1 n2; start coordinator; start daemon n0 n1 n2; go",
+    **MEMORY,
 )  # fmt: skip
 for moment, site in (("before", "coordinator.before_epoch=kill@3"), ("after", "coordinator.after_epoch=kill@3")):
     add(
@@ -205,7 +215,8 @@ add(
     "node-spare-mid-copy-ddp-n3", ddp(3, spares=1, arm={"worker n1": worker_stops_at("client.mid_copy", 5)}, steps=30),
     "reached there; kill node n1", "memory",
 )  # fmt: skip
-REBUILDING = {f"daemon n{i}": "daemon.mid_rebuild=touch({dir}/there)@1;daemon.mid_rebuild=delay(200)@1" for i in range(6)}
+MID_REBUILD = "daemon.mid_rebuild=touch({dir}/there)@1;daemon.mid_rebuild=delay(200)@1"
+REBUILDING = {f"daemon n{i}": MID_REBUILD for i in range(6)}
 add(
     "node-while-another-is-rebuilt-fsdp2-n4-m2", fsdp2(4, 2, spares=2, arm=REBUILDING),
     "at 6; kill node n1; go; reached there; kill node n2", **DECODED,
@@ -218,8 +229,14 @@ add("node-gone-shrink-fsdp2-2-to-1", fsdp2(2, least=1), NODE, world=1, **DECODED
 add("node-of-rank-0-gone-shrink-ddp-4-to-3", ddp(4, least=2), "at 6; kill node n0; go", world=3, **DECODED)
 add("two-nodes-gone-shrink-fsdp2-5-to-3-m2", fsdp2(5, 2, least=3), "at 6; kill node n1 n3; go", world=3, **DECODED)
 add("node-gone-shrink-orthogonal-4-to-3", fsdp2(4, 1, "--optimizer", "orthogonal", least=3), NODE, world=3, **DECODED)
-add("node-added-grow-fsdp2-2-to-3", fsdp2(2, least=2, most=3), "at 6; start node n2; go; restarted", world=3, outcome="memory")
-add("node-added-grow-ddp-2-to-3", ddp(2, least=2, most=3), "at 6; start node n2; go; restarted", world=3, outcome="memory")
+add(
+    "node-added-grow-fsdp2-2-to-3", fsdp2(2, least=2, most=3),
+    "at 6; start node n2; go; restarted", world=3, outcome="memory",
+)  # fmt: skip
+add(
+    "node-added-grow-ddp-2-to-3", ddp(2, least=2, most=3),
+    "at 6; start node n2; go; restarted", world=3, outcome="memory",
+)  # fmt: skip
 add(
     "node-gone-then-added-fsdp2-3-to-2-to-3", fsdp2(3, least=2),
     "at 4; kill node n1; go; at 9; start node n3; go; restarted", world=3, outcome="memory",
@@ -231,10 +248,22 @@ LOST = r"steps? (is|are) lost"
 GONE = "the state is lost, and nothing is on the durable tier"
 PERSIST = {"persist_every": 3}
 
-add("two-nodes-durable-fsdp2-n4-m1", fsdp2(4, spares=2, **PERSIST), "at 6; persisted; kill node n1 n2; go", "durable", LOST)
-add("three-nodes-durable-ddp-n5-m2", ddp(5, 2, least=2, **PERSIST), "at 6; persisted; kill node n0 n1 n2; go", "durable", LOST, world=2)
-add("two-nodes-durable-shrink-fsdp2-3-to-1", fsdp2(3, least=1, **PERSIST), "at 6; persisted; kill node n1 n2; go", "durable", LOST, world=1)
-add("whole-cluster-durable-fsdp2-n2", fsdp2(2, **PERSIST), "at 6; persisted; kill node n0 n1; start node n0 n1; go", "durable", LOST)
+add(
+    "two-nodes-durable-fsdp2-n4-m1", fsdp2(4, spares=2, **PERSIST),
+    "at 6; persisted; kill node n1 n2; go", "durable", LOST,
+)  # fmt: skip
+add(
+    "three-nodes-durable-ddp-n5-m2", ddp(5, 2, least=2, **PERSIST),
+    "at 6; persisted; kill node n0 n1 n2; go", "durable", LOST, world=2,
+)  # fmt: skip
+add(
+    "two-nodes-durable-shrink-fsdp2-3-to-1", fsdp2(3, least=1, **PERSIST),
+    "at 6; persisted; kill node n1 n2; go", "durable", LOST, world=1,
+)  # fmt: skip
+add(
+    "whole-cluster-durable-fsdp2-n2", fsdp2(2, **PERSIST),
+    "at 6; persisted; kill node n0 n1; start node n0 n1; go", "durable", LOST,
+)  # fmt: skip
 add("two-nodes-refused-fsdp2-n4-m1", fsdp2(4, spares=2), "at 6; kill node n1 n2; go", "refused", GONE)
 add("three-nodes-refused-ddp-n5-m2", ddp(5, 2, least=2), "at 6; kill node n0 n1 n2; go", "refused", GONE)
 add("node-without-parity-refused-ddp-n2-m0", ddp(2, 0, least=1), NODE, "refused", GONE)
@@ -254,16 +283,40 @@ add(
 
 add("slot-bit-then-worker-fsdp2-n3", fsdp2(3), "at 6; flip slot n1; kill worker n1; go; counted corrupt", **MEMORY)
 add("slot-bit-then-worker-ddp-n2", ddp(2), "at 6; flip slot n0; kill worker n1; go; counted corrupt", **MEMORY)
-add("slot-bit-then-daemon-then-worker-fsdp2-n3", fsdp2(3), "at 6; flip slot n1; kill daemon n1; start daemon n1; kill worker n1; go", **MEMORY)
-add("slot-bit-and-node-spare-fsdp2-n4-m2", fsdp2(4, 2, spares=1), "at 6; flip slot n0; kill node n1; go; counted corrupt", **DECODED)
-add("slot-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1), "at 6; flip slot n0; kill node n1; go", "refused", GONE)
-add("slot-bit-and-node-durable-ddp-n3-m1", ddp(3, spares=1, **PERSIST), "at 6; persisted; flip slot n0; kill node n1; go", "durable", LOST)
+add(
+    "slot-bit-then-daemon-then-worker-fsdp2-n3", fsdp2(3),
+    "at 6; flip slot n1; kill daemon n1; start daemon n1; kill worker n1; go", **MEMORY,
+)  # fmt: skip
+add(
+    "slot-bit-and-node-spare-fsdp2-n4-m2", fsdp2(4, 2, spares=1),
+    "at 6; flip slot n0; kill node n1; go; counted corrupt", **DECODED,
+)  # fmt: skip
+add(
+    "slot-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1),
+    "at 6; flip slot n0; kill node n1; go", "refused", GONE,
+)  # fmt: skip
+add(
+    "slot-bit-and-node-durable-ddp-n3-m1", ddp(3, spares=1, **PERSIST),
+    "at 6; persisted; flip slot n0; kill node n1; go", "durable", LOST,
+)  # fmt: skip
 add("parity-bit-then-worker-fsdp2-n3", fsdp2(3), "at 6; flip parity n0; kill worker n1; go", **MEMORY)
 add("parity-bit-and-node-spare-ddp-n4-m2", ddp(4, 2, spares=1), "at 6; flip parity n0; kill node n1; go", **DECODED)
-add("parity-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1), "at 6; flip parity n0; kill node n1; go", "refused", GONE)
-add("slot-bit-found-by-the-scrub-fsdp2-n3", fsdp2(3, scrub=True), "at 6; flip slot n1; counted corrupt; counted rebuilt_slots; redundant; go", "undisturbed")
-add("parity-bit-found-by-the-scrub-ddp-n3", ddp(3, scrub=True), "at 6; flip parity n1; counted corrupt; counted rebuilt_parities; redundant; go", "undisturbed")
-add("wire-bit-while-encoding-fsdp2-n3", fsdp2(3, arm={"daemon n1": "transfer.corrupt_send=corrupt@4"}), "at 6; cli; go", "undisturbed")
+add(
+    "parity-bit-and-node-refused-fsdp2-n3-m1", fsdp2(3, spares=1),
+    "at 6; flip parity n0; kill node n1; go", "refused", GONE,
+)  # fmt: skip
+add(
+    "slot-bit-found-by-the-scrub-fsdp2-n3", fsdp2(3, scrub=True),
+    "at 6; flip slot n1; counted corrupt; counted rebuilt_slots; redundant; go", "undisturbed",
+)  # fmt: skip
+add(
+    "parity-bit-found-by-the-scrub-ddp-n3", ddp(3, scrub=True),
+    "at 6; flip parity n1; counted corrupt; counted rebuilt_parities; redundant; go", "undisturbed",
+)  # fmt: skip
+add(
+    "wire-bit-while-encoding-fsdp2-n3", fsdp2(3, arm={"daemon n1": "transfer.corrupt_send=corrupt@4"}),
+    "at 6; cli; go", "undisturbed",
+)  # fmt: skip
 add(
     "wire-bits-while-decoding-ddp-n3",
     ddp(3, spares=1, arm={"daemon n0": "".join(f"transfer.corrupt_send=corrupt@{i};" for i in range(12, 60, 5))}),
@@ -289,4 +342,7 @@ add("all-workers-batchnorm-ddp-n2", ddp(2, 1, "--batchnorm"), "at 6; kill worker
 
 add("plain-torchrun-worker-fsdp2-n2", fsdp2(2, real=True), "at 4; kill worker n1; go", **MEMORY)
 add("plain-torchrun-node-spare-ddp-n2", ddp(2, real=True, spares=1), "at 4; kill node n1; go", **DECODED)
-add("plain-torchrun-coordinator-and-daemon-fsdp2-n2", fsdp2(2, real=True), "at 4; kill coordinator; kill daemon n0; start coordinator; start daemon n0; cli; go", "undisturbed")
+add(
+    "plain-torchrun-coordinator-and-daemon-fsdp2-n2", fsdp2(2, real=True),
+    "at 4; kill coordinator; kill daemon n0; start coordinator; start daemon n0; cli; go", "undisturbed",
+)  # fmt: skip

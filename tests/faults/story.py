@@ -17,7 +17,7 @@ persisted                 wait until a durable snapshot is there
 counted NAME              wait until a counter of daemons or job is above 0 in the status
 away                      wait until the coordinator counts a node as lost
 
-The oracle: same number of workers: each loss, and at the end each byte of state, is that of a run that nobody disturbed.
+The oracle. Same number of workers: each loss, and at the end each byte of state, is that of an undisturbed run.
 Another number: what was restored, gathered from all ranks, is what the step before held, byte by byte.
 """
 
@@ -162,7 +162,8 @@ class Player:
         elif what == "daemon":
             cluster.expect_death(cluster.daemons[name], f"daemon {name}")
         else:
-            cluster.until(lambda: cluster.has_died(name, int(launch)), 20, f"launch {launch} of the worker on {name} dies")
+            what = f"launch {launch} of the worker on {name} dies"
+            cluster.until(lambda: cluster.has_died(name, int(launch)), 20, what)
 
     def _do_reached(self, name: str) -> None:
         self.cluster.until((self.cluster.directory / name).exists, 20, f"a failpoint touches {name}")
@@ -175,9 +176,10 @@ class Player:
             flip_bit(path, seed)
 
     def _do_restarted(self) -> None:
-        self.cluster.until(
-            lambda: any(notes.first and notes.losses for notes in self._living_notes()), 30, "workers go on from a restore"
-        )
+        def go_on() -> bool:
+            return any(notes.first and notes.losses for notes in self._living_notes())
+
+        self.cluster.until(go_on, 30, "workers go on from a restore")
 
     def _do_redundant(self) -> None:
         parity = self.scenario.options.parity
@@ -197,9 +199,10 @@ class Player:
         self.cluster.until(count, 20, lambda: f"{name} is counted: {self.cluster.status()}")
 
     def _do_away(self) -> None:
-        self.cluster.until(
-            lambda: any(node["state"] == "dead" for node in self.cluster.status().get("nodes", [])), 20, "a node is lost"
-        )
+        def lost() -> bool:
+            return any(node["state"] == "dead" for node in self.cluster.status().get("nodes", []))
+
+        self.cluster.until(lost, 20, "a node is lost")
 
     def _do_cli(self) -> None:
         """The real command, as a process of its own."""
@@ -277,7 +280,8 @@ class Player:
             KINDS[decided["kind"]], decided["source"][1] if decided["source"] else None,
         ), decided  # fmt: skip
         if scenario.outcome == "memory":
-            assert first > self.committed_before, f"step {self.committed_before} was committed, {first - 1} was restored"
+            told = f"step {self.committed_before} was committed, {first - 1} was restored"
+            assert first > self.committed_before, told
         if scenario.exact:
             assert first == self.held + 1, f"held at {self.held}, went on from {first}"
 

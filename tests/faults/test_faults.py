@@ -1,7 +1,7 @@
 """
 Real kills: every scenario of scenarios.py, with real launchers, daemons, coordinator and workers.
 
-Scenarios spend much of their time waiting for leases, so two or three run at a time (FAULTS_JOBS), in the order of the tests.
+Scenarios spend much of their time waiting for leases, so three run at a time (FAULTS_JOBS), in the order of the tests.
 FAULTS_KEEP=1 keeps their directories in /dev/shm.
 """
 
@@ -100,11 +100,12 @@ def test_fault(scenario: Scenario, stage: Stage, record_property: Callable[[str,
 
 
 def test_there_are_enough_distinct_scenarios() -> None:
-    assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS) >= 60
+    assert len(SCENARIOS) >= 60
+    assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS)
     assert len({(repr(scenario.options), scenario.story) for scenario in SCENARIOS}) == len(SCENARIOS)
 
 
 def test_scripts_use_the_four_lines_only() -> None:
     for script in ("fsdp2.py", "ddp.py"):
         lines = (SCRIPTS / script).read_text().splitlines()
-        assert 4 == sum(line.endswith("# snapshotd") for line in lines), script
+        assert sum(line.endswith("# snapshotd") for line in lines) == 4, script

@@ -1,9 +1,9 @@
 """
 A process that has imported what is slow to import, and forks children that start at once.
 
-Importing torch costs two seconds of CPU in each process; sixty scenarios with four launchers and eight workers each would
-take an hour of it. So one process per kind imports everything and then does nothing but fork. The children are real
-processes: own pid, own session, own environment, killed by SIGKILL like any other.
+Importing torch costs two seconds of CPU in each process, and a hundred scenarios have a thousand of them. So one
+process per kind imports everything and then does nothing but fork. The children are real processes: own pid, own
+session, own environment, killed by SIGKILL like any other.
 
 `python -m tests.faults.zygote KIND SOCKET` with KIND one of KINDS. One connection is one child:
 
@@ -33,6 +33,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 KINDS = {
     "snapshotd": ("snapshotd.cli.coordinator", "snapshotd.cli.daemon", "snapshotd.cli.status"),
@@ -48,7 +49,6 @@ KINDS = {
         "torch.optim.lr_scheduler",
         "numpy",
         "snapshotd_client",
-        "tests.scripts.lab",
     ),
 }
 """What each kind imports before it forks; a module that does not exist yet is left to the child."""
@@ -210,23 +210,23 @@ def enter(job: Job) -> None:
     for fd in job.stdio:
         if fd > 2:
             os.close(fd)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _writer(1), _writer(2)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0, closefd=False), _writer(1), _writer(2)
     os.chdir(job.cwd)
     os.environ.clear()
     os.environ.update(job.env)
     _arm(job)
 
 
-def _writer(fd: int):  # noqa: ANN202 - a text stream
-    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+def _writer(fd: int) -> TextIO:
+    return os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _arm(job: Job) -> None:
     """
     Arm the failpoints of this launch.
 
-    FAULTS_ARM="1:client.mid_copy=kill@4|2:client.mid_restore=kill@1" arms each launch of a node's local rank on its own,
-    so that a fault does not strike again after the restart that it caused.
+    FAULTS_ARM="1:client.mid_copy=kill@4|2:client.mid_restore=kill@1" arms each launch of a node's local rank on its
+    own, so that a fault does not strike again after the restart that it caused.
     """
     plan = job.env.get("FAULTS_ARM")
     if plan:

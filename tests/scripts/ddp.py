@@ -9,8 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 args = lab.arguments()
 dist.init_process_group("gloo")
 lab.seed()
-# DDP reorders its buckets after the first backward of a process. With three ranks or more that changes the order in which
-# gradients are summed, so a restarted run differs in the last bit, whoever restores it. find_unused_parameters keeps the order.
+# DDP reorders its buckets after the first backward of a process. With three ranks or more that changes the order in
+# which gradients are summed, so a restarted run differs in the last bit, whoever restores it. find_unused_parameters
+# keeps the order.
 model = DistributedDataParallel(lab.build_model(args), find_unused_parameters=dist.get_world_size() > 2)
 optimizers = lab.build_optimizers(args, model)
 scheduler = lab.build_scheduler(args, optimizers[0])
@@ -18,8 +19,9 @@ scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5, enabl
 position = lab.Position()
 torch.manual_seed(lab.SEED + dist.get_rank())  # dropout differs between ranks
 notes = lab.Notes(model, optimizers, {"scheduler": scheduler, "scaler": scaler, "position": position})
+extra = {"data": position}
 
-snap = Snapshotter(model=model, optimizer=optimizers, scheduler=scheduler, scaler=scaler, extra={"data": position})  # snapshotd
+snap = Snapshotter(model=model, optimizer=optimizers, scheduler=scheduler, scaler=scaler, extra=extra)  # snapshotd
 first = snap.restore()  # snapshotd
 notes.restored(first)
 for step, batch in zip(range(first, args.steps), lab.batches(args, position), strict=False):

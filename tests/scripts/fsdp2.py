@@ -19,8 +19,9 @@ scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5, enabl
 position = lab.Position()
 torch.manual_seed(lab.SEED + dist.get_rank())  # dropout differs between ranks
 notes = lab.Notes(model, optimizers, {"scheduler": scheduler, "scaler": scaler, "position": position})
+extra = {"data": position}
 
-snap = Snapshotter(model=model, optimizer=optimizers, scheduler=scheduler, scaler=scaler, extra={"data": position})  # snapshotd
+snap = Snapshotter(model=model, optimizer=optimizers, scheduler=scheduler, scaler=scaler, extra=extra)  # snapshotd
 first = snap.restore()  # snapshotd
 notes.restored(first)
 for step, batch in zip(range(first, args.steps), lab.batches(args, position), strict=False):

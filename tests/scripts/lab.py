@@ -2,9 +2,9 @@
 What the training scripts of the fault tests share: arguments, models, optimizers, data, and notes for the judge.
 
 Nothing here knows snapshotd. The judge reads what a worker noted in FAULTS_DIR: one file per worker process, with the
-step it started from, the loss of each step bit by bit, and digests of the state. What a worker does between two steps is
-its own affair: here it waits, from each step of FAULTS_HOLD on, until the judge lets it do one step more (file `go-STEP`)
-or go on freely (file `done-HOLD`), so that a fault strikes at a known step.
+step it started from, the loss of each step bit by bit, and digests of the state. What a worker does between two steps
+is its own affair: here it waits, from each step of FAULTS_HOLD on, until the judge lets it do one step more (file
+`go-STEP`) or go on freely (file `done-HOLD`), so that a fault strikes at a known step.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _finished: list[bool] = []
 
 @atexit.register
 def _leave() -> None:
-    # Runs after everybody else's exit handlers, as it was registered first. Torch's gloo backend may hang when it is torn
-    # down at the end of a process: its destructor joins a thread that waits for the interpreter's lock.
+    # Runs after everybody else's exit handlers, as it was registered first. Torch's gloo backend may hang when it is
+    # torn down at the end of a process: its destructor joins a thread that waits for the interpreter's lock.
     if _finished:
         os._exit(0)
 
@@ -290,7 +290,7 @@ class Notes:
         self._node = os.environ.get("FAULTS_NODE", "")
         self._next = 0.0
         name = f"notes.{time.monotonic_ns():020d}.{self._node}.{os.getpid()}"
-        self._file = open(self._directory / name, "w", buffering=1)
+        self._file = (self._directory / name).open("w", buffering=1)
         self._write(kind="start", rank=self._rank, world=world, node=self._node, pid=os.getpid())
 
     def restored(self, first: int) -> None:
@@ -356,10 +356,8 @@ class _Groups:
         self._optimizers = optimizers
 
     def state_dict(self) -> Any:
-        return [
-            [{key: value for key, value in sorted(group.items()) if key != "params"} for group in optimizer.param_groups]
-            for optimizer in self._optimizers
-        ]
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [{key: value for key, value in sorted(group.items()) if key != "params"} for group in groups]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
