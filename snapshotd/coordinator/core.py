@@ -409,7 +409,7 @@ class CoordinatorCore:
         self._put_epoch(parts)
         for node_id in epoch.node_ids:
             self.ctx.out.to_node(self.ctx.nodes.session_of(node_id), epoch_formed=epoch.message(job.name))
-        where = ', '.join(epoch.node_ids[:16])
+        where = ", ".join(epoch.node_ids[:16])
         text = f"epoch {epoch.number} is complete: {epoch.world_size} ranks on {where}, m={epoch.m}"
         text += f" ({epoch.reason})" if epoch.reason else ""
         self.ctx.out.note("membership", job.name, text, epoch=epoch.number)
