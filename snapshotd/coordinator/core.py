@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from snapshotd.coordinator.commits import Commits
+from snapshotd.coordinator.epochs import Epochs
 from snapshotd.coordinator.events import (
     AgentMessageArrived,
     AgentSessionEnded,
@@ -32,9 +32,10 @@ from snapshotd.coordinator.events import (
     Ticked,
 )
 from snapshotd.coordinator.inventory import Inventory, Node
-from snapshotd.coordinator.job import Context, Decision, Episode, Job
-from snapshotd.coordinator.membership import Attached, Epoch, Round, parity_groups
+from snapshotd.coordinator.job import Context, Decision, Job
+from snapshotd.coordinator.membership import Epoch
 from snapshotd.coordinator.outbox import Outbox
+from snapshotd.coordinator.parts import JobParts
 from snapshotd.coordinator.persists import Persists
 from snapshotd.coordinator.rebuilds import Rebuilds
 from snapshotd.coordinator.recovery import Recovery
@@ -42,22 +43,9 @@ from snapshotd.coordinator.rendezvous_core import EXIT_LOST, Launchers
 from snapshotd.coordinator.status import describe
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["CoordinatorCore", "JobParts"]
+__all__ = ["CoordinatorCore"]
 
 _SEQS_KEPT = 256
-
-
-@dataclass(slots=True)
-class JobParts:
-    """A job and the parts of the core that work on it."""
-
-    job: Job
-    launchers: Launchers
-    commits: Commits
-    persists: Persists
-    rebuilds: Rebuilds
-    recovery: Recovery
-    attach_noted: bool = False
 
 
 class CoordinatorCore:
@@ -66,6 +54,7 @@ class CoordinatorCore:
     def __init__(self, settings: CoreSettings, remembered: Iterable[tuple[str, str, str]] = ()) -> None:
         self.ctx = Context(settings=settings, nodes=Inventory(), out=Outbox())
         self.jobs: dict[str, JobParts] = {}
+        self.epochs = Epochs(self.ctx)
         self._started = False
         self._seqs: dict[SessionId, dict[int, None]] = {}
         self._remember(remembered)
@@ -136,7 +125,7 @@ class CoordinatorCore:
             persists = Persists(self.ctx, job)
             parts = self.jobs[name] = JobParts(
                 job=job,
-                launchers=Launchers(self.ctx, job, self._mint_for_launchers),
+                launchers=Launchers(self.ctx, job, self._mint),
                 commits=Commits(self.ctx, job, lambda _: persists.maybe_begin()),
                 persists=persists,
                 rebuilds=rebuilds,
@@ -178,10 +167,10 @@ class CoordinatorCore:
             return
         parts = self._parts(getattr(message, body).job)
         if body == "worker_attached":
-            self._on_attached(parts, node, message.worker_attached)
-            self._repeat_formed(parts, node, [message.worker_attached])
+            self.epochs.on_attached(parts, node, message.worker_attached)
+            self.epochs.repeat(parts, node, [message.worker_attached])
         elif body == "worker_detached":
-            self._on_detached(parts, node, message.worker_detached)
+            self.epochs.on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
             parts.commits.on_sealed(node, message.sealed)
         elif body == "skipped":
@@ -217,7 +206,7 @@ class CoordinatorCore:
         named = {ref.job for ref in hello.slots} | {ref.set.job for ref in hello.parities}
         named |= set(hello.epochs) | {worker.job for worker in hello.workers} | {ref.job for ref in hello.durables}
         for name, number in hello.epochs.items():
-            self._learn(self._parts(name), number)
+            self.epochs.learn(self._parts(name), number)
         for durable in hello.durables:
             job = self._parts(durable.job).job
             if (durable.epoch, durable.step) not in job.durables:
@@ -237,9 +226,9 @@ class CoordinatorCore:
                 )
         self.ctx.out.to_node(session, welcome=welcome)
         for worker in hello.workers:
-            self._on_attached(self._parts(worker.job), node, worker)
+            self.epochs.on_attached(self._parts(worker.job), node, worker)
         for parts in self.jobs.values():
-            self._repeat_formed(parts, node, [one for one in hello.workers if one.job == parts.job.name])
+            self.epochs.repeat(parts, node, [one for one in hello.workers if one.job == parts.job.name])
         for parts in self.jobs.values():
             current = parts.job.current
             if parts.job.name in named or (current is not None and node.node_id in current.node_ids):
@@ -273,166 +262,6 @@ class CoordinatorCore:
             if change.reason != "freed":
                 parts.recovery.advance()
 
-    # ------------------------------------------------------------ epochs
-
-    def _learn(self, parts: JobParts, number: int) -> None:
-        """A peer knows a newer epoch than the store: never go back behind it."""
-        job = parts.job
-        if number > job.number:
-            job.number, job.learned = number, True
-            job.current = None
-            parts.commits.reset(adopt=True)
-            parts.recovery.reset()
-            self._put_epoch(parts)
-
-    def _on_attached(self, parts: JobParts, node: Node, worker: control.WorkerAttached) -> None:
-        job = parts.job
-        if not 0 <= worker.rank < worker.world_size:
-            job.counts["refused_messages"] += 1
-            return
-        who = Attached(node_id=node.node_id, nonce=worker.nonce, local_rank=worker.local_rank)
-        job.finished = False
-        current = job.current
-        of_round = current is not None and current.formation != "" and current.formation == worker.formation
-        if worker.epoch and not (of_round and current is not None and current.ranks.get(worker.rank) != who):
-            self._attach_known(parts, worker, who)
-        else:
-            self._attach_round(parts, worker, who)
-
-    def _attach_known(self, parts: JobParts, worker: control.WorkerAttached, who: Attached) -> None:
-        job = parts.job
-        if worker.epoch < job.number:
-            job.counts["fenced_messages"] += 1
-            return
-        self._learn(parts, worker.epoch)
-        if job.current is None or job.current.number != job.number:
-            job.current = Epoch(number=job.number, formation=worker.formation, minted_at=self.ctx.now)
-        epoch = job.current
-        epoch.world_size = epoch.world_size or worker.world_size
-        if worker.world_size != epoch.world_size:
-            job.counts["refused_messages"] += 1
-            return
-        known = epoch.ranks.get(worker.rank)
-        if known == who:
-            return
-        if epoch.formed and known is not None and known.node_id != who.node_id:
-            text = f"rank {worker.rank} of epoch {epoch.number} attached on {who.node_id}, it runs on {known.node_id}"
-            self.ctx.out.note("membership", job.name, text, epoch=epoch.number)
-            job.counts["refused_messages"] += 1
-            return
-        epoch.ranks[worker.rank] = who
-        if epoch.complete():
-            self._formed(parts, epoch)
-
-    def _attach_round(self, parts: JobParts, worker: control.WorkerAttached, who: Attached) -> None:
-        job, current = parts.job, parts.job.current
-        if current is not None and current.formation == worker.formation and current.ranks.get(worker.rank) == who:
-            return
-        one = job.rounds.get(worker.formation)
-        if one is None or one.world_size != worker.world_size:
-            one = job.rounds[worker.formation] = Round(world_size=worker.world_size)
-        one.ranks[worker.rank] = who
-        while len(job.rounds) > 8:
-            del job.rounds[next(iter(job.rounds))]
-        if len(one.ranks) < one.world_size:
-            return
-        job.rounds.clear()
-        job.number += 1
-        reason = job.first_sign[1] if job.first_sign is not None else "all ranks of a launch are attached"
-        self._begin_epoch(parts, reason)
-        job.current = Epoch(
-            number=job.number,
-            formation=worker.formation,
-            world_size=one.world_size,
-            ranks=one.ranks,
-            minted_at=self.ctx.now,
-        )
-        self._formed(parts, job.current)
-
-    def _repeat_formed(self, parts: JobParts, node: Node, workers: list[control.WorkerAttached]) -> None:
-        """
-        A worker that attached again may sit behind a daemon that knows nothing of its epoch any more.
-
-        Nothing is said where another process has taken a worker's place: that one does not belong to the epoch.
-        """
-        epoch = parts.job.current
-        if epoch is None or not epoch.formed or node.node_id not in epoch.node_ids:
-            return
-        if epoch.formation and not workers:
-            return
-        known = {rank: epoch.ranks[rank].nonce for rank in epoch.ranks_of(node.node_id)}
-        if all(known.get(one.rank) == one.nonce for one in workers):
-            self.ctx.out.to_node(node.session, epoch_formed=epoch.message(parts.job.name))
-
-    def _mint_for_launchers(self, job: Job, reason: str) -> int:
-        """A new epoch whose launchers are agreed on; its workers attach later."""
-        parts = self.jobs[job.name]
-        job.number += 1
-        parts.launchers.epoch = job.number
-        self._begin_epoch(parts, reason or "the launchers are complete")
-        job.current = Epoch(number=job.number, minted_at=self.ctx.now)
-        self._put_epoch(parts)
-        return job.number
-
-    def _begin_epoch(self, parts: JobParts, reason: str) -> None:
-        job = parts.job
-        sign = job.first_sign
-        broken_at = parts.launchers.broken_at if sign is not None and parts.launchers.broken_at else None
-        job.open_episode(
-            Episode(
-                epoch=job.number,
-                reason=reason,
-                noticed_at=sign[0] if sign is not None else None,
-                broken_at=broken_at if broken_at is not None else (sign[0] if sign is not None else None),
-                minted_at=self.ctx.now,
-            )
-        )
-        parts.attach_noted = False
-        parts.commits.reset()
-        parts.recovery.reset()
-        self.ctx.out.note("membership", job.name, f"epoch {job.number} begins: {reason}", epoch=job.number)
-
-    def _formed(self, parts: JobParts, epoch: Epoch) -> None:
-        """Each rank is attached: the epoch can commit and restore."""
-        job, settings = parts.job, self.ctx.settings
-        domains = {
-            node_id: node.domain for node_id in epoch.node_ids if (node := self.ctx.nodes.get(node_id)) is not None
-        }
-        epoch.groups, epoch.m, epoch.reason = parity_groups(
-            epoch.node_ids, domains, group_size=settings.group_size, parity=settings.parity
-        )
-        epoch.formed, epoch.formed_at = True, self.ctx.now
-        job.last_m = epoch.m
-        episode = job.episode(epoch.number)
-        if episode is not None and episode.formed_at is None:
-            episode.formed_at = self.ctx.now
-        self._put_epoch(parts)
-        for node_id in epoch.node_ids:
-            self.ctx.out.to_node(self.ctx.nodes.session_of(node_id), epoch_formed=epoch.message(job.name))
-        where = ", ".join(epoch.node_ids[:16])
-        text = f"epoch {epoch.number} is complete: {epoch.world_size} ranks on {where}, m={epoch.m}"
-        text += f" ({epoch.reason})" if epoch.reason else ""
-        self.ctx.out.note("membership", job.name, text, epoch=epoch.number)
-        parts.recovery.advance()
-        parts.commits.advance()
-
-    def _on_detached(self, parts: JobParts, node: Node, gone: control.WorkerDetached) -> None:
-        job = parts.job
-        for one in job.rounds.values():
-            who = one.ranks.get(gone.rank)
-            if who is not None and who.nonce == gone.nonce:
-                del one.ranks[gone.rank]
-        epoch = job.current
-        who = epoch.ranks.get(gone.rank) if epoch is not None else None
-        if epoch is None or who is None or who.nonce != gone.nonce:
-            return
-        if gone.finished:
-            job.finished = True
-            return
-        if not epoch.formed:
-            del epoch.ranks[gone.rank]
-        job.sign(self.ctx.now, f"rank {gone.rank} on {node.node_id} ended")
-
     def _on_restore_finished(self, parts: JobParts, done: control.RestoreFinished) -> None:
         episode = parts.job.episode(done.epoch)
         if not done.ok:
@@ -444,15 +273,6 @@ class CoordinatorCore:
             episode.fetch_s = max(episode.fetch_s, done.fetch_s)
             episode.load_s = max(episode.load_s, done.load_s)
 
-    def _put_epoch(self, parts: JobParts) -> None:
-        value = {
-            "number": parts.job.number,
-            "m": parts.job.last_m,
-            "epoch": None if parts.job.current is None else parts.job.current.to_json(),
-            "launchers": parts.launchers.to_json(),
-        }
-        self.ctx.out.put(parts.job.name, "epoch", value, sync=True)
-
     # ------------------------------------------------------------ launchers
 
     def _on_agent_message(self, session: SessionId, message: control.AgentMessage) -> None:
@@ -461,10 +281,13 @@ class CoordinatorCore:
             self._parts(message.join.job).launchers.join(session, message.join)
         elif body == "resume":
             parts = self._parts(message.resume.job)
-            self._learn(parts, message.resume.epoch)
+            self.epochs.learn(parts, message.resume.epoch)
             parts.launchers.resume(session, message.resume)
         elif body == "leave":
             self._parts(message.leave.job).launchers.leave(message.leave)
+
+    def _mint(self, job: Job, reason: str) -> int:
+        return self.epochs.mint(self.jobs[job.name], reason)
 
     def _on_refused(self, job: Job, reason: str) -> None:
         parts = self.jobs[job.name]
@@ -507,7 +330,7 @@ class CoordinatorCore:
             epoch=number, kind=control.RESTORE_KIND_UNSPECIFIED, reason="forgotten", released=True
         )
         fresh.launchers.take_over(parts.launchers)
-        self._put_epoch(fresh)
+        self.epochs.put(fresh)
         answer = control.ForgetJobResponse(message=f"job {name} is forgotten; its next launch starts afresh")
         self.ctx.out.answer(Answer(request_id=request_id, forgotten=answer))
 
@@ -528,14 +351,4 @@ class CoordinatorCore:
             parts.rebuilds.tick()
             parts.commits.tick()
             parts.recovery.advance()
-            self._note_late_attach(parts)
-
-    def _note_late_attach(self, parts: JobParts) -> None:
-        epoch = parts.job.current
-        if epoch is None or epoch.formed or parts.attach_noted:
-            return
-        if self.ctx.now - epoch.minted_at >= self.ctx.settings.attach_timeout_s:
-            parts.attach_noted = True
-            there = f"{len(epoch.ranks)} of {epoch.world_size or 'an unknown number of'} ranks"
-            text = f"epoch {epoch.number} waits: {there} attached after {self.ctx.settings.attach_timeout_s:.0f} s"
-            self.ctx.out.note("membership", parts.job.name, text, epoch=epoch.number)
+            self.epochs.note_late(parts)

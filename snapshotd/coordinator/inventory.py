@@ -17,6 +17,9 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["Inventory", "Node", "ParityKey", "SlotKey", "SnapshotKey", "parity_key", "slot_key"]
 
+DEAD_KEPT = 64
+"""Dead nodes that are still named in reasons and shown in the status."""
+
 SnapshotKey: TypeAlias = tuple[int, int]
 """(epoch, step): snapshots of one job are ordered so."""
 SlotKey: TypeAlias = tuple[str, int, int, int]
@@ -133,6 +136,9 @@ class Inventory:
                 node.alive = False
                 node.slots, node.parities = {}, {}
                 dead.append(node)
+        gone = [node for node in self.nodes.values() if not node.alive]
+        for node in sorted(gone, key=lambda node: node.down_since or 0.0)[:-DEAD_KEPT]:
+            del self.nodes[node.node_id]
         return dead
 
     def absent(self, job: str, node_ids: frozenset[str]) -> list[str]:

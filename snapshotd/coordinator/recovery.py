@@ -94,6 +94,9 @@ class Recovery:
             return
         if job.current is not None and node.node_id in job.current.node_ids:
             self._asked.add(node.node_id)
+        if job.learned and job.committed is None:
+            # The store was lost: whatever the nodes hold may be all that there is.
+            return
         self._ctx.out.to_node(node.session, drop=self._drop(decision))
 
     # ------------------------------------------------------------ decisions

@@ -26,12 +26,18 @@ EXIT_LOST = 6
 
 @dataclass(slots=True)
 class Launcher:
-    """One launcher. waiting: it has joined and is in no running epoch. joined_round 0: it never joined (it resumed)."""
+    """
+    One launcher.
+
+    waiting: it has joined and is in no running epoch. heard: it has spoken since the coordinator started; one that is
+    only remembered gets the grace of a start. joined_round 0: it never joined (it resumed).
+    """
 
     agent: str
     node_id: str
     host: str = ""
     session: SessionId | None = None
+    heard: bool = False
     down_since: float | None = None
     waiting: bool = False
     joined_round: int = 0
@@ -73,7 +79,7 @@ class Launchers:
             agent = self.agents[join.agent] = Launcher(agent=join.agent, node_id=join.node_id)
             agent.formed_round = self._restored_rounds.get(join.agent, 0)
             agent.joined_round = agent.formed_round
-        agent.session, agent.down_since = session, None
+        agent.session, agent.heard, agent.down_since = session, True, None
         agent.node_id, agent.host = join.node_id, join.host
         agent.min_nodes, agent.max_nodes = max(1, join.min_nodes), max(1, join.min_nodes, join.max_nodes)
         agent.last_call_s = join.last_call_s or self._ctx.settings.last_call_s
@@ -100,7 +106,7 @@ class Launchers:
 
     def resume(self, session: SessionId, resume: control.AgentResume) -> None:
         agent = self.agents.setdefault(resume.agent, Launcher(agent=resume.agent, node_id=resume.node_id))
-        agent.session, agent.down_since = session, None
+        agent.session, agent.heard, agent.down_since = session, True, None
         if self.state == "closed":
             self._tell_closed(agent)
             return
@@ -172,7 +178,7 @@ class Launchers:
                 continue
             if agent.down_since is None:
                 agent.down_since = now
-            grace_s = 0.0 if agent.host or agent.waiting else self._ctx.settings.startup_grace_s
+            grace_s = 0.0 if agent.heard else self._ctx.settings.startup_grace_s
             if now - agent.down_since < max(lease_s, grace_s):
                 continue
             del self.agents[agent.agent]

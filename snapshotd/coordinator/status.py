@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from snapshotd.coordinator.inventory import Node
 from snapshotd.coordinator.job import Context, Episode, Job, Sealed
+from snapshotd.coordinator.parts import JobParts
 from snapshotd.coordinator.snapshots import collect, margin
 from snapshotd.v1 import control_pb2 as control
-
-if TYPE_CHECKING:
-    from snapshotd.coordinator.core import JobParts
 
 __all__ = ["describe"]
 
