@@ -109,9 +109,27 @@ class Slots:
                 file_bytes=one.file_bytes,
             )
             self._state.slots[slot.slot] = slot
-            self._state.do(CreateSlot(slot=slot.slot, job=job.name, header=one.header, file_bytes=one.file_bytes))
+            self._state.do(self._order(job, one, slot.slot))
         elif not self._state.connected and one.granted is None:
             self._overwrite(job, own)
+
+    def _order(self, job: JobState, one: Worker, slot: SlotId) -> CreateSlot:
+        """The order for a slot, with what the job needs on this node in all (ranks not yet known: as this one)."""
+        here = {each.rank: each.file_bytes for each in self._state.workers.values() if each.job == job.name}
+        lanes = [nbytes for nbytes in here.values() if nbytes]
+        lanes += [one.file_bytes] * (one.hello.local_world_size - len(lanes))
+        n = len(set(job.formed.nodes)) if job.formed is not None else 1
+        m = job.formed.m if job.formed is not None else 0
+        return CreateSlot(
+            slot=slot,
+            job=job.name,
+            header=one.header,
+            file_bytes=one.file_bytes,
+            lane_bytes=tuple(lanes),
+            generations=self._state.settings.generations,
+            k=max(1, n - m),
+            m=m,
+        )
 
     def _overwrite(self, job: JobState, own: list[Slot]) -> None:
         """While the coordinator is away nothing is committed: the oldest step that nobody relies on makes room."""

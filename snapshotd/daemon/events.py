@@ -189,12 +189,21 @@ class ToCoordinator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateSlot:
-    """Ends in SlotCreated or SlotRefused. header: the head of the slot file (layout)."""
+    """
+    Ends in SlotCreated or SlotRefused. header: the head of the slot file (layout).
+
+    lane_bytes: the slots of all of the job's ranks on this node, in one generation; with generations, k and m they say
+    what the job needs here in all, which is compared with what there is before the first byte is taken.
+    """
 
     slot: SlotId
     job: str
     header: bytes
     file_bytes: int
+    lane_bytes: tuple[int, ...] = ()
+    generations: int = 2
+    k: int = 1
+    m: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from snapshotd.arena import Arena, SlotFile
+from snapshotd.arena import Arena, Need, SlotFile, check
 from snapshotd.arena.keys import parity_key
 from snapshotd.daemon import events
 from snapshotd.daemon.cancel import Cancelled
@@ -72,6 +72,13 @@ class Orders:
         sources.on_corruption = self._corrupt
 
     # ---------------------------------------------------------------- orders
+
+    def create_slot(self, order: events.CreateSlot) -> SlotFile:
+        """A new slot; BudgetError, with all numbers, when the job as a whole would not fit on this node."""
+        need = Need(slot_bytes=order.lane_bytes, generations=order.generations, k=order.k, m=order.m)
+        held = min(need.total, self._arena.used_bytes)
+        check(need, budget=self._arena.budget_bytes, root=self._arena.root, held_bytes=held)
+        return self._arena.create_slot(order.header, order.file_bytes, job=order.job)
 
     def seal(self, slot: SlotFile, ref: control.SlotRef) -> SealedSlot:
         return seal_slot(self._arena, slot, ref, self.cancel)

@@ -236,7 +236,7 @@ class DaemonService:
 
     async def _create(self, order: events.CreateSlot) -> events.Event:
         try:
-            file = await self._in_thread(self._working, self._arena.create_slot, order.header, order.file_bytes)
+            file = await self._in_thread(self._working, self._orders.create_slot, order)
         except SnapshotdError as error:
             return events.SlotRefused(slot=order.slot, reason=str(error))
         self._slots[order.slot] = file

@@ -49,3 +49,44 @@ def test_one_node_alone_needs_no_coordinator_and_ends_cleanly(shared_memory: Pat
     assert (0, False) == (process.returncode, "Traceback" in errors), errors
     assert not (shared_memory / "run" / "d.sock").exists()
     assert 0o700 == (shared_memory / "arena").stat().st_mode & 0o777
+
+
+TRAINING = """
+import sys, warnings, logging
+import torch
+from snapshotd_client import Snapshotter
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+model = torch.nn.Linear(200, 200)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+snap = Snapshotter(model=model, optimizer=optimizer)
+first = snap.restore()
+for step in range(first, 5):
+    model(torch.ones(1, 200)).sum().backward()
+    optimizer.step()
+    snap.capture(step)
+    snap.wait(30)
+print("refused", snap.stats["skipped_refused"], "of", snap.stats["captured"])
+"""
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_the_numbers_and_training_goes_on(shared_memory: Path) -> None:
+    """A node that finds out in mid-run that two generations do not fit has promised what it cannot keep."""
+    process = daemon(shared_memory, "--budget", "400KiB")
+    assert process.stdout is not None
+    process.stdout.readline()
+    environment = {
+        **os.environ,
+        "SNAPSHOTD_SOCKET": str(shared_memory / "run" / "d.sock"),
+        "PYTHONWARNINGS": "default",
+    }
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=100, env=environment
+        )
+        assert (0, True) == (ended.returncode, "refused 5 of 5" in ended.stdout), ended.stdout + ended.stderr
+        said = ended.stdout + ended.stderr
+        assert "2 generations x (1 slot of" in said
+        assert "more than the budget of 400 KiB" in said
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
