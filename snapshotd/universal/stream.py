@@ -112,20 +112,25 @@ def digest_of(view: View, slab_bytes: int = _SLAB_BYTES) -> str:
     return f"xxh3_128:{state.hexdigest()}"
 
 
-def write_files(target: Path, files: Sequence[OutFile], settings: Settings, *, identity: str) -> dict[str, Any]:
+def write_files(
+    target: Path, files: Sequence[OutFile], settings: Settings, *, identity: str, journal: str = JOURNAL
+) -> dict[str, dict[str, Written]]:
     """
     Write ``files`` into the directory ``target`` and return {file: {key: Written}}.
 
     ``identity`` names the work: an interrupted run goes on only if it is the same. UsageError when the directory holds
-    something else, and when it holds an interrupted run and ``settings.resume`` is not set.
+    something else (or, with a ``journal`` of its own name, one of the files), and when it holds an interrupted run and
+    ``settings.resume`` is not set.
     """
     target.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(target, identity, settings.resume)
+    there = {entry.name for entry in target.iterdir()} - {journal}
+    if journal != JOURNAL:
+        there &= {file.name for file in files}
+    record = _Journal(target / journal, identity, settings.resume, sorted(there))
     try:
-        result = _Run(target, files, settings, journal).run()
+        return _Run(target, files, settings, record).run()
     finally:
-        journal.close()
-    return result
+        record.close()
 
 
 def remove_journal(target: Path) -> None:
@@ -136,18 +141,18 @@ def remove_journal(target: Path) -> None:
 class _Journal:
     """One JSON line per complete tensor, after a first line with the identity."""
 
-    def __init__(self, target: Path, identity: str, resume: bool) -> None:
-        self.path = target / JOURNAL
+    def __init__(self, path: Path, identity: str, resume: bool, others: Sequence[str]) -> None:
+        self.path = path
         self.done: dict[tuple[str, str], Written] = {}
         self._lock = threading.Lock()
         self._unflushed = 0
-        others = sorted(entry.name for entry in target.iterdir() if entry.name != JOURNAL)
+        target = path.parent
         if self.path.exists():
             if not resume:
                 raise UsageError(f"{target} holds an interrupted conversion: go on with --resume, or remove it")
             self._load(identity)
-        elif others and not resume:
-            raise UsageError(f"{target} is not empty (it holds {', '.join(others[:3])}): choose another, or remove it")
+        elif others:
+            raise UsageError(f"{target} already holds {', '.join(others[:3])}: choose another target, or remove it")
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         if not self._file.tell():
             self._file.write(json.dumps({"identity": identity}) + "\n")

@@ -72,6 +72,16 @@ class Model:
         state.tied.update(self.tied)
         state.frozen += self.frozen
 
+    @staticmethod
+    def put_noted(state: State, views: Mapping[str, View], note: Mapping[str, Any]) -> None:
+        """As ``put``, where the writer was snapshotd and left a note of what is what."""
+        buffers, tied = set(note.get("buffers") or ()), dict(note.get("tied") or {})
+        for name, view in views.items():
+            if name not in tied:
+                state.tensors.append(Tensor("buffer" if name in buffers else "model", name, view))
+        state.tied.update(tied)
+        state.frozen += [name for name in note.get("frozen") or () if isinstance(name, str)]
+
     def is_buffer(self, name: str) -> bool:
         if name in (self.listed or ()) or name in self.parameters:
             return False

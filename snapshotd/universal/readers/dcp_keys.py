@@ -34,6 +34,7 @@ __all__ = ["Item", "assemble"]
 
 _GROUPS: Final = re.compile(r"(?P<prefix>(?:.*\.)?)param_groups\.")
 _MODEL_PREFIXES: Final = ("model.", "app.model.", "module.", "state_dict.", "model_state_dict.", "models.", "net.", "")
+NOTE_KEY: Final = "snapshotd"
 _REST_PREFIXES: Final = re.compile(
     r"(lr_scheduler|scheduler|dataloader|train_state|train|rng|extra|args|config|ema)[._]"
 )
@@ -63,6 +64,15 @@ class _Optim:
 def assemble(items: Sequence[Item]) -> State:
     """Return the state that the items are; see the module."""
     state = State(format="dcp", tensors=[])
+    note = next((item.value for item in items if item.key == NOTE_KEY and isinstance(item.value, dict)), None)
+    if note is not None:
+        # Our own writer's: see writers/torch_tree.py.
+        state.tensors += [
+            Tensor("fp32", str(item.path[1]), item.view)
+            for item in items
+            if item.path and len(item.path) == 2 and item.path[0] == "fp32" and item.view is not None
+        ]
+        items = [item for item in items if item.key != NOTE_KEY and (not item.path or item.path[0] != "fp32")]
     optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items)]
     rest: list[Item] = []
     for item in items:
@@ -81,11 +91,13 @@ def assemble(items: Sequence[Item]) -> State:
     _put_rest(state, [item for item in rest if item.key not in taken])
     listed = {name for optimizer in optimizers for name in optimizer.names}
     sharded = [name for name, item in weights.items() if item.sharded]
-    model = Model(views, listed=listed if optimizers else None, sharded=sharded)
-    model.put(state)
+    if note is not None:
+        Model.put_noted(state, views, note)
+    else:
+        Model(views, listed=listed if optimizers else None, sharded=sharded).put(state)
     for optimizer in optimizers:
         optimizer.put(state)
-    state.step = find_step(state.extra)
+    state.step = find_step(state.extra) if note is None else note.get("step")
     return state
 
 

@@ -29,6 +29,7 @@ __all__ = ["detect", "read"]
 INDEX_NAMES: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES: Final = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 _CONFIGS: Final = ("config.json", "generation_config.json", "trainer_state.json", "adapter_config.json")
+NOTE_KEY: Final = "snapshotd"
 _MAX_JSON: Final = 64 << 20
 
 _EMBEDDINGS: Final = (
@@ -57,11 +58,14 @@ def read(path: Path) -> State:
         state.warnings.append(warning)
     if configs:
         state.extra["configs"] = {key: to_json(value, key) for key, value in configs.items()}
+    note = _note(metadata)
     if metadata:
         state.source["metadata"] = metadata
     if path.is_dir():
         _trainer_files(state, folder)
-    if optimizer is None:
+    if note is not None:
+        Model.put_noted(state, views, note)
+    elif optimizer is None:
         # Weights only: nothing tells which of them are buffers, but integers are none that train.
         state.tensors += [Tensor("model", name, view) for name, view in views.items()]
         state.tied.update({alias: name for alias, name in tied.items() if alias not in views})
@@ -69,8 +73,17 @@ def read(path: Path) -> State:
         Model(views, listed=optimizer.names).put(state)
         state.tied.update({alias: name for alias, name in tied.items() if alias not in views})
         optimizer.put(state)
-    state.step = _step(configs, path)
+    state.step = note.get("step") if note is not None else _step(configs, path)
     return state
+
+
+def _note(metadata: dict[str, str]) -> Mapping[str, Any] | None:
+    """What our own writer says besides; the key is taken out."""
+    text = metadata.pop(NOTE_KEY, None)
+    if text is None:
+        return None
+    note = decode_json(text, f"{NOTE_KEY} in __metadata__")
+    return note if note.get("version") == 1 else None
 
 
 def _weights(path: Path) -> tuple[dict[str, View], dict[str, str]]:
@@ -115,7 +128,9 @@ def _only_file(path: Path) -> Path | None:
 
 
 def _said(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key != "format" and len(value) < 10_000}
+    return {
+        key: value for key, value in metadata.items() if key == NOTE_KEY or (key != "format" and len(value) < 10_000)
+    }
 
 
 def _configs(folder: Path) -> dict[str, Any]:

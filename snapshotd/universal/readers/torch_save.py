@@ -30,6 +30,9 @@ _SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 _MODEL_KEYS: Final = ("model", "state_dict", "model_state_dict", "module", "net", "model_state", "weights")
 _MAX_DEPTH: Final = 4
 
+NOTE_KEY: Final = "snapshotd"
+"""Our own writer's note of what torch's dicts do not say; see writers/torch_tree.py."""
+
 Path_ = tuple[Any, ...]
 
 
@@ -75,14 +78,36 @@ def assemble(value: Any, label: str) -> State:
             state.warnings.append(warning)
     listed = {name for optimizer in found for name in optimizer.names} if found else None
     parameters = [name for name, tensor in weights.items() if tensor.parameter or tensor.requires_grad]
-    _put_rest(state, value, {path, *(place for place, _ in optimizers)})
-    Model(views, listed=listed, parameters=parameters, tied=tied).put(state)
+    note = _note(value)
+    noted = note is not None
+    masters = _masters(value) if noted else {}
+    taken = {path, *(place for place, _ in optimizers)} | ({(NOTE_KEY,), ("fp32",)} if noted else set())
+    _put_rest(state, value, taken)
+    if note is not None:
+        Model.put_noted(state, views, note)
+        state.tensors += [Tensor("fp32", name, tensor.view) for name, tensor in masters.items()]
+    else:
+        Model(views, listed=listed, parameters=parameters, tied=tied).put(state)
     for name, item in _others(value, path, weights):
         state.extra.setdefault("model_state", {})[name] = to_json(item, f"model_state.{name}", state.tensors)
     for optimizer in found:
         optimizer.put(state)
     state.step = find_step(state.extra)
+    if note is not None:
+        state.step = note.get("step")
+        if not note.get("step_in_extra"):
+            state.extra.pop("step", None)
     return state
+
+
+def _note(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    note = value.get(NOTE_KEY)
+    return note if isinstance(note, Mapping) and note.get("version") == 1 else None
+
+
+def _masters(value: Mapping[str, Any]) -> dict[str, TensorRef]:
+    found = value.get("fp32", {})
+    return {name: item for name, item in found.items() if isinstance(item, TensorRef)}
 
 
 def _only_file(path: Path) -> Path | None:

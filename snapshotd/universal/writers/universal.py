@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,18 @@ from snapshotd.universal.safetensors import encode_header
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import OutFile, Placed, Settings, Written, remove_journal, write_files
 
-__all__ = ["key_of", "model_index", "plan_files", "write", "write_whole"]
+__all__ = ["key_of", "losses", "model_index", "plan_files", "write", "write_whole"]
 
 
-def write(state: State, target: Path, settings: Settings, *, identity: str = "") -> list[str]:
-    """Write ``state`` into the directory ``target``; returns what could not be kept: nothing."""
-    files, places = plan_files(state.tensors)
-    written = write_files(target, files, settings, identity=identity)
-    finish(state, target, places, written)
+def losses(state: State) -> list[str]:
+    """Return what the format can not hold of ``state``: nothing."""
     return []
 
 
-def finish(state: State, target: Path, places: dict[tuple[str, str], str], written: dict[str, Any]) -> None:
-    """Write the index and the marker of files that are complete."""
+def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
+    """Write ``state`` into the directory ``target``."""
+    files, places = plan_files(state.tensors)
+    written = write_files(target, files, settings, identity=identity)
     model = [tensor for tensor in state.tensors if file_group(tensor.kind) == "model"]
     if model:
         write_whole(target / INDEX_NAME, model_index(model, places))
@@ -46,8 +45,10 @@ def finish(state: State, target: Path, places: dict[tuple[str, str], str], writt
     remove_journal(target)
 
 
-def plan_files(tensors: Sequence[Tensor]) -> tuple[list[OutFile], dict[tuple[str, str], str]]:
-    """Return the files that hold ``tensors``, and in which of them each is."""
+def plan_files(
+    tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[list[OutFile], dict[tuple[str, str], str]]:
+    """Return the files that hold ``tensors``, and in which of them each is. ``metadata`` goes into their headers."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(file_group(tensor.kind), []).append(tensor)
@@ -59,7 +60,7 @@ def plan_files(tensors: Sequence[Tensor]) -> tuple[list[OutFile], dict[tuple[str
             name = f"{group}.safetensors"
             if len(shards) > 1:
                 name = f"{group}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            files.append(_file(name, shard))
+            files.append(_file(name, shard, metadata or {}))
             places.update((tensor.key, name) for tensor in shard)
     return files, places
 
@@ -98,11 +99,11 @@ def _shards(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return shards
 
 
-def _file(name: str, tensors: Sequence[Tensor]) -> OutFile:
+def _file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> OutFile:
     # Largest items first, so that each tensor is aligned without holes, which safetensors forbids.
     ordered = sorted(tensors, key=lambda tensor: -tensor.view.itemsize)
     described = [(key_of(tensor), tensor.dtype, tensor.shape) for tensor in ordered]
-    header, offsets, nbytes = encode_header(described, {"format": "pt"})
+    header, offsets, nbytes = encode_header(described, {"format": "pt", **metadata})
     placed = [Placed(key_of(tensor), tensor.view, offset) for tensor, offset in zip(ordered, offsets, strict=True)]
     return OutFile(name=name, nbytes=nbytes, blocks=[(0, header)], tensors=placed)
 

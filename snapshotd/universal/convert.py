@@ -1,0 +1,146 @@
+"""
+Convert a checkpoint: read it as a State, select and cast, say what the target cannot hold, stream it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import xxhash
+
+from snapshotd.errors import UsageError
+from snapshotd.layout.dtypes import dtype_of
+from snapshotd.universal import readers
+from snapshotd.universal.derived import Cast
+from snapshotd.universal.state import FIXED_KINDS, State, Tensor
+from snapshotd.universal.stream import Settings
+from snapshotd.universal.writers import writer_for
+
+__all__ = ["DTYPE_NAMES", "Report", "convert", "parse_layout", "select"]
+
+Only = Literal["model", "optimizer"]
+
+DTYPE_NAMES: Final = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_FLOATS: Final = frozenset(DTYPE_NAMES.values())
+_AXES: Final = ("dp", "tp", "pp", "ep", "cp", "vpp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a conversion did, or (``dry_run``) would do."""
+
+    source_format: str
+    target_format: str
+    step: int | None
+    tensors: int
+    nbytes: int
+    kinds: dict[str, int]
+    lost: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dry_run: bool = False
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str,
+    source_format: str = "auto",
+    layout: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    only: Only | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    settings: Settings | None = None,
+) -> Report:
+    """
+    Convert the checkpoint at ``source`` into ``to`` at ``target``; see ``snapshotd convert --help`` for the meanings.
+
+    FormatError and CorruptionError say what is wrong with the source, UsageError with the arguments or the target. When
+    it raises, nothing stands under a final name that is not whole, and ``settings.resume`` goes on.
+    """
+    source_path, target_path = Path(source), Path(target)
+    writer = writer_for(to)
+    if source_path.resolve() == target_path.resolve() or source_path.resolve() in target_path.resolve().parents:
+        raise UsageError(f"the target {target_path} must not be the source, nor inside it")
+    name = readers.detect(source_path) if source_format == "auto" else source_format
+    state = select(readers.read(source_path, name), only=only, dtype=dtype)
+    state.check()
+    lost = writer.losses(state)
+    if lost and strict:
+        raise UsageError(f"{to} cannot hold: {'; '.join(lost)} (--strict was given)")
+    report = Report(
+        source_format=name,
+        target_format=to,
+        step=state.step,
+        tensors=len(state.tensors),
+        nbytes=state.nbytes,
+        kinds={kind: sum(tensor.kind == kind for tensor in state.tensors) for kind in state.kinds},
+        lost=lost,
+        warnings=list(state.warnings),
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        options = {"layout": dict(layout or {})}
+        identity = _identity(source_path, state, to, options)
+        writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
+    return report
+
+
+def select(state: State, *, only: Only | None = None, dtype: str | None = None) -> State:
+    """Return ``state`` with the model or the optimizer alone, and with its weights in another dtype."""
+    if only == "model":
+        kept = [tensor for tensor in state.tensors if tensor.kind in ("model", "buffer")]
+        configs = {key: value for key, value in state.extra.items() if key == "configs"}
+        state = replace(state, tensors=kept, param_groups=[], extra=configs)
+    elif only == "optimizer":
+        kept = [tensor for tensor in state.tensors if tensor.kind == "fp32" or tensor.kind not in FIXED_KINDS]
+        state = replace(state, tensors=kept, tied={}, frozen=[], extra={})
+    elif only is not None:
+        raise UsageError(f"--only knows model and optimizer, not {only!r}")
+    if dtype is None:
+        return state
+    name = dtype_of(DTYPE_NAMES.get(dtype, dtype)).name
+    if name not in _FLOATS:
+        raise UsageError(f"--dtype knows {', '.join(DTYPE_NAMES)}, not {dtype!r}")
+    cast = [
+        Tensor(tensor.kind, tensor.name, Cast(tensor.view, name))
+        if tensor.kind == "model" and tensor.dtype in _FLOATS and tensor.dtype != name
+        else tensor
+        for tensor in state.tensors
+    ]
+    return replace(state, tensors=cast)
+
+
+def parse_layout(text: str | None) -> dict[str, int]:
+    """Return ``dp=2,tp=4`` as a dict; UsageError for anything else."""
+    result: dict[str, int] = {}
+    for part in filter(None, (text or "").split(",")):
+        axis, _, number = part.strip().partition("=")
+        if axis not in _AXES or not number.isdigit() or not 1 <= int(number) <= 1 << 20:
+            raise UsageError(f"--layout: {part!r} is not AXIS=NUMBER with one of {', '.join(_AXES)}")
+        if axis in result:
+            raise UsageError(f"--layout: {axis} is given twice")
+        result[axis] = int(number)
+    return result
+
+
+def _identity(source: Path, state: State, to: str, options: Mapping[str, Any]) -> str:
+    """Name the work, so that an interrupted run goes on with nothing else: the source's files, and what comes of it."""
+    files: dict[str, None] = {}
+    for tensor in state.tensors:
+        files.update(dict.fromkeys(tensor.view.labels()))
+    facts: list[Any] = [to, options, str(source.resolve())]
+    for label in files:
+        try:
+            stat = os.stat(label)
+        except OSError:
+            continue
+        facts.append([label, stat.st_size, stat.st_mtime_ns])
+    facts += [[tensor.kind, tensor.name, tensor.dtype, tensor.shape] for tensor in state.tensors]
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())

@@ -1,0 +1,87 @@
+"""
+Write one file as torch.save does, which ``torch.load(weights_only=True)`` reads; torch is not needed for it.
+
+``model`` is a state dict with both names of tied weights (sharing a storage), ``optimizer`` what
+``optimizer.load_state_dict`` takes, with ``param_names``; the rest as the source had it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from snapshotd.universal.pickling import Call, Ordered, dumps, tensor_call
+from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.stream import OutFile, Settings, write_files
+from snapshotd.universal.torchfile import lay_out
+from snapshotd.universal.views import View
+from snapshotd.universal.writers.torch_tree import (
+    NOTE_KEY,
+    is_plain_step,
+    note_of,
+    optimizer_groups,
+    plain_value,
+    rest_of,
+)
+
+__all__ = ["losses", "write"]
+
+
+def losses(state: State) -> list[str]:
+    """Return what the format can not hold: nothing but the marks of frameworks' objects."""
+    return []
+
+
+def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
+    """Write ``state`` into the file ``target``."""
+    storages: list[tuple[str, str, View]] = []
+
+    def put(tensor: Tensor) -> Call:
+        key = str(len(storages))
+        storages.append((key, f"{tensor.kind}/{tensor.name}", tensor.view))
+        return tensor_call(key, tensor.dtype, tensor.shape, tensor.nbytes)
+
+    weights = {t.name: put(t) for t in state.tensors if t.kind in ("model", "buffer")}
+    weights.update({alias: weights[name] for alias, name in state.tied.items() if name in weights})
+    tree: dict[str, Any] = {"model": Ordered(weights)}
+    extra = {t.name: put(t) for t in state.tensors if t.kind == "extra"}
+    if state.optimizer_kinds or state.param_groups:
+        tree["optimizer"] = _optimizer(state, put, extra)
+    if masters := {t.name: put(t) for t in state.tensors if t.kind == "fp32"}:
+        tree["fp32"] = masters
+    if generators := {t.name: put(t) for t in state.tensors if t.kind == "rng"}:
+        tree["rng_state"] = generators
+    for key, value in rest_of(state, extra).items():
+        tree[key if key not in tree else f"extra_{key}"] = value
+    if state.step is not None:
+        tree.setdefault("step", state.step)
+    tree[NOTE_KEY] = note_of(state)
+    archive = lay_out(dumps(tree), storages, prefix=target.stem or "archive")
+    file = OutFile(
+        name=target.name,
+        nbytes=archive.nbytes,
+        blocks=archive.blocks,
+        tensors=archive.tensors,
+        crc=True,
+        finish=archive.finish,
+    )
+    write_files(target.parent, [file], settings, identity=identity, journal=f".{target.name}.convert.jsonl")
+    (target.parent / f".{target.name}.convert.jsonl").unlink(missing_ok=True)
+
+
+def _optimizer(state: State, put: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    groups = optimizer_groups(state, extra)
+    ids: dict[str, int] = {}
+    for group in groups:
+        names = group.pop("names")
+        for name in names:
+            ids.setdefault(name, len(ids))
+        group["params"] = [ids[name] for name in names]
+        group["param_names"] = names
+    states: dict[Any, dict[str, Any]] = {}
+    kinds = set(state.optimizer_kinds)
+    for tensor in state.tensors:
+        if tensor.kind in kinds:
+            owner = states.setdefault(ids.get(tensor.name, tensor.name), {})
+            owner[tensor.kind] = plain_value(tensor.view) if is_plain_step(tensor) else put(tensor)
+    return {"state": states, "param_groups": groups}
