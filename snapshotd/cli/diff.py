@@ -1,0 +1,44 @@
+"""`snapshotd diff A B`: two checkpoints of any formats, tensor by tensor, bit by bit; exit code 1 when they differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from snapshotd.universal import readers
+from snapshotd.universal.compare import Difference, diff
+
+_SHOWN = 50
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("one", type=Path, metavar="A", help="a checkpoint of any format")
+    parser.add_argument("other", type=Path, metavar="B", help="another one")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    one, other = readers.read(options.one), readers.read(options.other)
+    one.check()
+    other.check()
+    found = diff(one, other)
+    if options.json:
+        same = sum(1 for tensor in one.tensors) - sum(1 for item in found if item.kind and item.what != "extra")
+        print(json.dumps({"equal": not found, "same": same, "differences": [asdict(item) for item in found]}, indent=2))
+        return 1 if found else 0
+    if not found:
+        print(f"equal: {len(one.tensors)} tensors in every bit, and all else")
+        return 0
+    for item in found[:_SHOWN]:
+        print(_line(item))
+    if len(found) > _SHOWN:
+        print(f"... and {len(found) - _SHOWN} more (--json has all)")
+    return 1
+
+
+def _line(item: Difference) -> str:
+    name = f"{item.kind} of {item.name}: " if item.name else ""
+    far = "" if item.max_abs is None else f", at most {item.max_abs:g} apart"
+    return f"{item.what}: {name}{item.detail}{far}"

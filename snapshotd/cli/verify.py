@@ -1,0 +1,41 @@
+"""`snapshotd verify PATH`: every digest, every element there exactly once; exit code 7 when not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from snapshotd.cli.convert import make_progress
+from snapshotd.errors import CorruptionError
+from snapshotd.universal.compare import verify
+from snapshotd.universal.readers import FORMATS
+
+_SHOWN = 50
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
+    parser.add_argument("--from", dest="source_format", default="auto", choices=("auto", *FORMATS), help="of PATH")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    bar = make_progress("verifying")
+    try:
+        found = verify(options.path, options.source_format, bar)
+    finally:
+        bar.close()
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        step = "" if found.step is None else f", step {found.step}"
+        how = f"{found.digests} digests match" if found.digests else "all bytes are there (the format has no digests)"
+        good = "broken" if found.problems else how
+        print(f"{options.path}: {found.format}{step}, {found.tensors} tensors, {found.nbytes} bytes: {good}")
+        for line in found.problems[:_SHOWN]:
+            print(f"  {line}", file=sys.stderr)
+        if len(found.problems) > _SHOWN:
+            print(f"  ... and {len(found.problems) - _SHOWN} more (--json has all)", file=sys.stderr)
+    return CorruptionError.exit_code if found.problems else 0
