@@ -444,10 +444,16 @@ class Cluster:
         code = process.wait(seconds, what)
         assert code == -signal.SIGKILL, f"{what} ended with {code}, not by its failpoint"
 
-    def kill_worker(self, node: str, number: int = signal.SIGKILL, index: int = 0) -> None:
+    def worker(self, node: str) -> int:
+        """The pid of the node's first living worker."""
         pids = self.workers(node)
-        assert len(pids) > index, f"no worker lives on {node}"
-        os.kill(pids[index], number)
+        assert pids, f"no worker lives on {node}"
+        return pids[0]
+
+    def kill_workers(self, *pids: int) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not any(map(_alive, pids)), 5, "killed workers are dead")
 
     def kill_node(self, *nodes: str) -> None:
         """Power off: daemon, launcher and workers at once, and what was in their memory is gone."""

@@ -97,6 +97,8 @@ class Player:
             if len(steps) != 1 or None in steps or len(self._living_notes()) != self._world():
                 return None
             (here,) = steps
+            if here < int(step):
+                return None
             if here != stand:
                 stand, idle_polls = here, 0
             job = self.cluster.job()
@@ -121,14 +123,13 @@ class Player:
             cluster.kill(cluster.coordinator)
             cluster.coordinator.wait(5, "the killed coordinator")
         elif what == "workers":
-            for pid in cluster.workers():
-                os.kill(pid, signal.SIGKILL)
+            cluster.kill_workers(*cluster.workers())
         elif what == "node":
             cluster.kill_node(*names)
         else:
             for name in names:
                 if what == "worker":
-                    cluster.kill_worker(name)
+                    cluster.kill_workers(cluster.worker(name))
                 else:
                     process = {"daemon": cluster.daemons, "launcher": cluster.agents}[what]
                     cluster.kill(process[name])
@@ -138,11 +139,11 @@ class Player:
 
     def _do_pause(self, what: str, name: str) -> None:
         assert what == "worker"
-        self.cluster.kill_worker(name, signal.SIGSTOP)
+        os.kill(self.cluster.worker(name), signal.SIGSTOP)
 
     def _do_resume(self, what: str, name: str) -> None:
         assert what == "worker"
-        self.cluster.kill_worker(name, signal.SIGCONT)
+        os.kill(self.cluster.worker(name), signal.SIGCONT)
 
     def _do_start(self, what: str, *names: str) -> None:
         cluster = self.cluster
@@ -234,18 +235,23 @@ class Player:
         assert dict.fromkeys(codes, 0) == codes, f"exit codes {codes}"
         notes = cluster.notes()
         undisturbed = reference(scenario.options)
-        begun = len(undisturbed)
-        world = scenario.world or begun
+        world = scenario.world or len(undisturbed)
         final = {one.rank: one for one in notes if one.end}
         assert set(range(world)) == set(final), "not every rank reached the end"
         assert {world} == {one.world for one in final.values()}
-        self._judge_losses(notes, undisturbed)
-        if world == begun and all(one.world == begun for one in notes):
-            for rank, one in sorted(final.items()):
-                _assert_equal(undisturbed[rank].end["local"], one.end["local"], f"final state of rank {rank}")
-        self._judge_restores(notes, undisturbed)
+        self.judge_numbers(notes, undisturbed)
         self._judge_outcome(final, decided)
         assert re.search(scenario.says, words), f"no word of {scenario.says!r} in {decided}"
+
+    def judge_numbers(self, notes: list[Notes], undisturbed: list[Notes]) -> None:
+        """Every loss and every byte of state that can be compared."""
+        self._judge_losses(notes, undisturbed)
+        self._judge_restores(notes, undisturbed)
+        if all(one.world == len(undisturbed) for one in notes):
+            for one in notes:
+                if one.end:
+                    expected = undisturbed[one.rank].end["local"]
+                    _assert_equal(expected, one.end["local"], f"final state of rank {one.rank}")
 
     def _judge_losses(self, notes: list[Notes], undisturbed: list[Notes]) -> None:
         """Each step that anybody made, also one that was lost later, on the way of the undisturbed run."""
@@ -282,6 +288,8 @@ class Player:
         if scenario.outcome == "memory":
             told = f"step {self.committed_before} was committed, {first - 1} was restored"
             assert first > self.committed_before, told
+        if scenario.outcome == "durable":
+            assert decided["lost_steps"] == self.held + 1 - first, decided
         if scenario.exact:
             assert first == self.held + 1, f"held at {self.held}, went on from {first}"
 

@@ -7,6 +7,8 @@ FAULTS_KEEP=1 keeps their directories in /dev/shm.
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import threading
 import time
@@ -54,7 +56,7 @@ class Stage:
         trouble: list[str] = []
         try:
             player.play()
-            player.judge(self._reference)
+            player.judge(self.reference)
             trouble = cluster.close(orderly=True)
             assert not trouble, "; ".join(trouble)
         except BaseException as error:
@@ -65,7 +67,8 @@ class Stage:
             cluster.remove()
         return time.monotonic() - begin
 
-    def _reference(self, options: Options) -> list[Notes]:
+    def reference(self, options: Options) -> list[Notes]:
+        """The notes of an undisturbed run of these options, made once."""
         world = options.nodes * options.workers
         with self._lock:  # one at a time: a reference run is used by many scenarios
             key = (*options.script_argv, str(world))
@@ -103,6 +106,26 @@ def test_there_are_enough_distinct_scenarios() -> None:
     assert len(SCENARIOS) >= 60
     assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS)
     assert len({(repr(scenario.options), scenario.story) for scenario in SCENARIOS}) == len(SCENARIOS)
+
+
+def test_the_judge_sees_a_single_wrong_bit(stage: Stage) -> None:
+    """The oracle itself: notes of an undisturbed run pass, and no longer do when one loss or one tensor differs."""
+    scenario = SCENARIOS[0]
+    undisturbed = stage.reference(scenario.options)
+    player = Player(scenario, Cluster.__new__(Cluster))
+    player.judge_numbers(undisturbed, undisturbed)
+    wrong = copy.deepcopy(undisturbed)
+    wrong[1].losses[5] = float.hex(math.nextafter(float.fromhex(wrong[1].losses[5]), 0.0))
+    with pytest.raises(AssertionError, match="losses of rank 1 .* 1 of .* differ: 5"):
+        player.judge_numbers(wrong, undisturbed)
+    wrong = copy.deepcopy(undisturbed)
+    wrong[2].end["local"]["gain"] = "0" * 16
+    with pytest.raises(AssertionError, match="final state of rank 2: 1 of .* differ: gain"):
+        player.judge_numbers(wrong, undisturbed)
+    wrong = copy.deepcopy(undisturbed)
+    wrong[0].first, wrong[0].restored = 6, {"full": {**undisturbed[0].traces[5], "gain": "0" * 16}}
+    with pytest.raises(AssertionError, match="whole state restored at 6: 1 of .* differ: gain"):
+        player.judge_numbers(wrong, undisturbed)
 
 
 def test_scripts_use_the_four_lines_only() -> None:

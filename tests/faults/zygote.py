@@ -39,7 +39,7 @@ KINDS = {
     "snapshotd": ("snapshotd.cli.coordinator", "snapshotd.cli.daemon", "snapshotd.cli.status"),
     "torchrun": ("torch.distributed.run", "snapshotd.coordinator.rendezvous", "torch.distributed.elastic.agent.server"),
     "script": (
-        "torch",
+        "lab",  # first: its exit handler is to run last
         "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
@@ -51,7 +51,9 @@ KINDS = {
         "snapshotd_client",
     ),
 }
-"""What each kind imports before it forks; a module that does not exist yet is left to the child."""
+"""What each kind imports before it forks."""
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_REQUEST = 1 << 20
@@ -258,7 +260,6 @@ def run(kind: str, job: Job) -> None:
         main(job.argv)
         sys.exit(0)
     sys.argv = list(job.argv)
-    sys.path[0] = str(Path(job.argv[0]).absolute().parent)
     if job.env.get("FAULTS_STUB"):
         stub = types.ModuleType("snapshotd_client")
         stub.__dict__.update(runpy.run_path(job.env["FAULTS_STUB"]))
@@ -273,9 +274,9 @@ def run(kind: str, job: Job) -> None:
 def main() -> None:
     kind, path = sys.argv[1:]
     os.environ.pop("SNAPSHOTD_FAILPOINTS", None)
+    sys.path.insert(0, str(SCRIPTS))
     for name in KINDS[kind]:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
+        importlib.import_module(name)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
