@@ -44,10 +44,11 @@ class Failure:
 
 
 class Rebuilds:
-    """The rebuild orders of one job."""
+    """The rebuild orders of one job. decoded: ranks whose slots had to be decoded, by snapshot."""
 
     def __init__(self, ctx: Context, job: Job) -> None:
         self.orders: dict[PartKey, Order] = {}
+        self.decoded: dict[tuple[int, int], set[int]] = {}
         self._failures: dict[PartKey, Failure] = {}
         self._ctx = ctx
         self._job = job
@@ -65,6 +66,8 @@ class Rebuilds:
             else:
                 self._failed(key, order.target, done.reason)
         if done.ok:
+            if done.HasField("slot"):
+                self.decoded.setdefault((done.epoch, done.step), set()).add(done.slot.rank)
             node.add(
                 iter([done.slot] if done.HasField("slot") else []),
                 iter([done.parity] if done.HasField("parity") else []),
@@ -91,6 +94,7 @@ class Rebuilds:
         """Orders and failures of snapshots that nobody needs any more."""
         self.orders = {key: order for key, order in self.orders.items() if (key[0], key[1]) in keep}
         self._failures = {key: one for key, one in self._failures.items() if (key[0], key[1]) in keep}
+        self.decoded = {key: ranks for key, ranks in self.decoded.items() if key in keep}
 
     def drive(self, snapshot: Snapshot, *, parity: bool) -> str:
         """Order what is missing. Return "" while this goes on or is done, else in words why it cannot be done."""

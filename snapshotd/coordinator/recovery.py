@@ -192,9 +192,9 @@ class Recovery:
     def _from_memory(self, epoch: Epoch, snapshot: Snapshot, failures: list[str]) -> Decision:
         lost = self._lost_steps(snapshot.step)
         reason = f"from memory, step {snapshot.step}"
-        missing = snapshot.missing_ranks()
-        if missing:
-            reason += f", rank {', '.join(map(str, missing[:_NODES_IN_REASONS]))} decoded from parity"
+        decoded = sorted({*snapshot.missing_ranks(), *self._rebuilds.decoded.get(snapshot.key, ())})
+        if decoded:
+            reason += f", rank {', '.join(map(str, decoded[:_NODES_IN_REASONS]))} decoded from parity"
         if lost:
             reason += f"; {lost} newer steps are lost"
         if failures:

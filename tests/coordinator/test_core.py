@@ -471,6 +471,7 @@ def test_a_lost_node_is_decoded_onto_the_spare_before_the_plan_goes_out() -> Non
     bench.node("n2", rebuild_done=done)
     plan = bench.to_node("n0", "restore_plan")
     assert list(plan.nodes) == ["n0", "n2"]
+    assert plan.reason == "from memory, step 5, rank 1 decoded from parity"
     # Its parity is rebuilt too, in the background, at the same place.
     assert bench.to_node("n2", "rebuild").parity
 
