@@ -231,15 +231,15 @@ add("two-nodes-gone-shrink-fsdp2-5-to-3-m2", fsdp2(5, 2, least=3), "at 6; kill n
 add("node-gone-shrink-orthogonal-4-to-3", fsdp2(4, 1, "--optimizer", "orthogonal", least=3), NODE, world=3, **DECODED)
 add(
     "node-added-grow-fsdp2-2-to-3", fsdp2(2, least=2, most=3),
-    "at 6; start node n2; go; restarted", world=3, outcome="memory",
+    "at 6; start node n2; restarted; go", world=3, outcome="memory",
 )  # fmt: skip
 add(
     "node-added-grow-ddp-2-to-3", ddp(2, least=2, most=3),
-    "at 6; start node n2; go; restarted", world=3, outcome="memory",
+    "at 6; start node n2; restarted; go", world=3, outcome="memory",
 )  # fmt: skip
 add(
     "node-gone-then-added-fsdp2-3-to-2-to-3", fsdp2(3, least=2),
-    "at 4; kill node n1; go; at 9; start node n3; go; restarted", world=3, outcome="memory",
+    "at 4; kill node n1; go; at 9; start node n3; restarted; go", world=3, outcome="memory",
 )  # fmt: skip
 
 # ---------------------------------------------------------------- more nodes than parity covers
