@@ -1,0 +1,189 @@
+"""
+The optimizer of a run without ZeRO: it is in the model file, and its parameters are numbers, not names.
+
+With 16-bit weights each parameter has a master in the file: it belongs to the weight that it rounds to. In fp32 there
+is no master, and names are found by order and shape (see param_ids.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+
+from snapshotd.errors import FormatError
+from snapshotd.universal.derived import Cast
+from snapshotd.universal.globals import TensorRef
+from snapshotd.universal.readers.deepspeed_files import Saved
+from snapshotd.universal.readers.deepspeed_groups import dict_of
+from snapshotd.universal.readers.deepspeed_weights import Weights
+from snapshotd.universal.readers.deepspeed_zero import MASTER, Group, Optim, number_view
+from snapshotd.universal.readers.param_ids import names_of_ids
+from snapshotd.universal.views import Reshaped, View, flat_part, slabs
+from snapshotd.universal.words import word_dtype
+
+__all__ = ["read_plain"]
+
+_SAMPLE: Final = 4096
+"""Elements that are compared to tell whose master a tensor is: from the begin, and the last ones."""
+
+
+def read_plain(saved: Saved, weights: Weights) -> Optim:
+    """Return the optimizer in the model file ``saved``, whose weights are ``weights``."""
+    outer = dict_of(saved.get("optimizer"), "optimizer", saved)
+    state = outer.get("optimizer_state_dict", outer)
+    state = dict_of(state, "optimizer_state_dict", saved)
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+        raise FormatError(f"{saved.path}: the optimizer has no param_groups: not a file that DeepSpeed wrote")
+    states = dict_of(state.get("state", {}), "state", saved)
+    result = Optim()
+    result.rest = {
+        key: value
+        for key, value in outer.items()
+        if key not in ("optimizer_state_dict", "fp32_groups", "fp32_groups_flat", "state", "param_groups")
+    }
+    flats = outer.get("fp32_groups_flat")
+    masters = outer.get("fp32_groups")
+    if isinstance(flats, (list, tuple)):
+        _read_fused(result, saved, weights, flats, groups, states)
+    elif isinstance(masters, (list, tuple)):
+        _read_masters(result, saved, weights, masters, groups, states)
+    else:
+        _read_by_shape(result, saved, weights, groups, states)
+    return result
+
+
+def _read_masters(
+    result: Optim, saved: Saved, weights: Weights, masters: Sequence[Any], groups: list[Any], states: Mapping[Any, Any]
+) -> None:
+    """FP16_UnfusedOptimizer: a master per parameter, in the groups' order."""
+    finder = _Finder(saved, weights)
+    if len(masters) != len(groups):
+        raise FormatError(f"{saved.path} has {len(masters)} groups of masters and {len(groups)} param_groups")
+    for group, listed in zip(groups, masters, strict=True):
+        ids = group["params"]
+        if len(ids) != len(listed):
+            raise FormatError(f"{saved.path}: a group of {len(ids)} parameters has {len(listed)} masters")
+        names = []
+        for key, master in zip(ids, listed, strict=True):
+            if not isinstance(master, TensorRef):
+                raise FormatError(f"{saved.path}: a master is a {type(master).__name__}, not a tensor")
+            name = finder.find(master.view, 0, master.shape)
+            names.append(name)
+            result.tensors[MASTER, name] = master.view
+            _put_state(result, saved, name, master.shape, states.get(key, {}))
+        result.groups.append(Group(names, _hyper(group)))
+
+
+def _read_fused(
+    result: Optim, saved: Saved, weights: Weights, flats: Sequence[Any], groups: list[Any], states: Mapping[Any, Any]
+) -> None:
+    """FP16_Optimizer: one flat master per group, the parameters one behind the other."""
+    finder = _Finder(saved, weights)
+    for group, master in zip(groups, flats, strict=True):
+        if not isinstance(master, TensorRef) or len(master.shape) != 1:
+            raise FormatError(f"{saved.path}: fp32_groups_flat has something else than flat tensors")
+        state = states.get(group["params"][0], {}) if group["params"] else {}
+        names: list[str] = []
+        at = 0
+        while at < master.numel:
+            name = finder.find(master.view, at, None)
+            shape = weights.model[name].shape
+            names.append(name)
+            result.tensors[MASTER, name] = flat_part(master.view, at, shape)
+            for kind, value in state.items():
+                if isinstance(value, TensorRef) and value.numel == master.numel and value.shape:
+                    result.tensors[kind, name] = flat_part(value.view, at, shape)
+                elif (number := number_view(value)) is not None:
+                    result.tensors[kind, name] = number
+            result.shapes[name] = shape
+            at += max(1, prod(shape))
+        result.groups.append(Group(names, _hyper(group)))
+
+
+def _read_by_shape(
+    result: Optim, saved: Saved, weights: Weights, groups: list[Any], states: Mapping[Any, Any]
+) -> None:
+    """torch's own optimizer on fp32 weights."""
+    shapes: dict[Any, tuple[int, ...] | None] = {}
+    for key, state in states.items():
+        tensors = [value.shape for value in state.values() if isinstance(value, TensorRef) and value.shape]
+        # The state of a parameter with one element is told from the step by the parameter's own dimensions.
+        shapes[key] = tensors[0] if tensors and all(shape == tensors[0] for shape in tensors) else None
+    floating = {name: view.shape for name, view in weights.model.items() if "float" in view.dtype}
+    try:
+        names, warning = names_of_ids(groups, shapes, floating)
+    except FormatError as error:
+        raise FormatError(f"{saved.path}: {error}") from error
+    if warning:
+        result.warnings.append(warning)
+    for group in groups:
+        members = [names[key] for key in group["params"]]
+        for key, name in zip(group["params"], members, strict=True):
+            _put_state(result, saved, name, weights.model[name].shape, states.get(key, {}))
+        result.groups.append(Group(members, _hyper(group)))
+
+
+def _put_state(result: Optim, saved: Saved, name: str, shape: tuple[int, ...], state: Any) -> None:
+    result.shapes[name] = shape
+    for kind, value in dict_of(state, f"the state of {name}", saved).items():
+        if isinstance(value, TensorRef) and value.shape == shape and (kind != "step" or shape):
+            result.tensors[kind, name] = value.view
+        elif (number := number_view(value)) is not None:
+            result.tensors[kind, name] = number
+        elif isinstance(value, TensorRef):
+            result.tensors[kind, name] = value.view
+        elif value is not None:
+            result.odd.setdefault(saved.name, {})[f"{kind} of {name}"] = value
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+class _Finder:
+    """Finds the weight that a master rounds to; each weight once, in the model's order where several would do."""
+
+    def __init__(self, saved: Saved, weights: Weights) -> None:
+        self.saved = saved
+        self.left = [name for name, view in weights.model.items() if view.dtype in ("float16", "bfloat16", "float32")]
+        self.weights = weights
+        self.last = -1
+        self.order = {name: i for i, name in enumerate(self.left)}
+
+    def find(self, master: View, begin: int, shape: tuple[int, ...] | None) -> str:
+        """The weight of ``shape`` (any, where None) that the elements of ``master`` from ``begin`` on are of."""
+        fitting = []
+        for name in self.left:
+            view = self.weights.model[name]
+            if (shape is None or view.shape == shape) and begin + view.numel <= master.numel and view.numel:
+                part = flat_part(Reshaped(master, (master.numel,)), begin, view.shape)
+                if _rounds_to(part, view):
+                    fitting.append(name)
+        after = [name for name in fitting if self.order[name] > self.last]
+        if not fitting:
+            raise FormatError(
+                f"{self.saved.path}: the master at element {begin} of shape {list(shape or ())} rounds to none of the "
+                "model's weights: weights and optimizer are of different steps"
+            )
+        # Among weights that start with equal values (norms of ones) a flat buffer's next one is the longest that fits.
+        found = (after or fitting)[0]
+        self.left.remove(found)
+        self.last = self.order[found]
+        return found
+
+
+def _rounds_to(master: View, weight: View) -> bool:
+    cast = Cast(master, weight.dtype)
+    boxes = list(zip(range(2), slabs(weight.shape, weight.itemsize, _SAMPLE * weight.itemsize), strict=False))
+    for _, (at, lengths) in boxes:
+        mine = np.empty(lengths, dtype=word_dtype(weight.dtype))
+        other = np.empty(lengths, dtype=word_dtype(weight.dtype))
+        cast.read_into(at, mine)
+        weight.read_into(at, other)
+        if not np.array_equal(mine, other):
+            return False
+    return True
