@@ -33,6 +33,10 @@ MAX_ENTRIES: Final = 10_000_000
 _WINDOW: Final = 4096
 """Bytes that are read first from both ends of an archive: DCP's small items fit whole."""
 
+_MAX_KNOWN: Final = 10_000
+_KNOWN_TENSORS: Final[dict[tuple[bytes, tuple[int, ...]], tuple[str, str, int, tuple[int, ...], tuple[int, ...]]]] = {}
+"""(pickle, sizes of the storages) to (storage, dtype, offset, shape, strides) of a tensor that was checked."""
+
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 
@@ -114,8 +118,43 @@ def load_part(source: Source, begin: int, length: int) -> Any:
 
 
 def tensor_of_part(source: Source, begin: int, length: int) -> Stored:
-    """Return a view of the one tensor that torch.save wrote into these bytes; FormatError for anything else."""
-    value = load_part(source, begin, length)
+    """
+    Return a view of the one tensor that torch.save wrote into these bytes; FormatError for anything else.
+
+    A checkpoint has thousands of chunks, and few different pickles among them: what was checked once for the same
+    pickle and the same size of its storage is not checked again.
+    """
+    entries, part = _open(source, begin, length)
+    name = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
+    if name is None or entries[name][1] > _WINDOW:
+        return _single_tensor(load_part(source, begin, length), source, begin)
+    pickled = part.read(*_locate(part, name, entries[name]))
+    prefix = name[: -len("data.pkl")]
+    sizes = tuple(entry[1] for key, entry in entries.items() if key.startswith(f"{prefix}data/"))
+    order_name = prefix + "byteorder"
+    order = _locate(part, order_name, entries[order_name]) if order_name in entries else None
+    known = _KNOWN_TENSORS.get((pickled, sizes))
+    if known is None:
+        value = load_part(source, begin, length)
+        view = _single_tensor(value, source, begin)
+        if len(_KNOWN_TENSORS) < _MAX_KNOWN:
+            key = value.storage.key.partition(":")[2]
+            _KNOWN_TENSORS[pickled, sizes] = (key, value.dtype, value.offset, value.shape, value.strides)
+        return view
+    if order is not None:
+        _check_byte_order(part, order)
+    key, dtype, offset, shape, strides = known
+    entry = entries.get(f"{prefix}data/{key}")
+    if entry is None:
+        raise FormatError(f"{source.label}: the storage {prefix}data/{key} is missing")
+    at, nbytes = _locate(part, f"{prefix}data/{key}", entry)
+    view = Stored(source, begin + at + offset * DTYPES[dtype].itemsize, dtype, shape, strides)
+    if view.end > begin + at + nbytes:
+        raise FormatError(f"{source.label}: a tensor of {dtype} {list(shape)} is larger than its storage {key}")
+    return view
+
+
+def _single_tensor(value: Any, source: Source, begin: int) -> Stored:
     if not isinstance(value, TensorRef):
         raise FormatError(f"{source.label}: byte {begin} should begin a tensor, but there is a {type(value).__name__}")
     return value.view

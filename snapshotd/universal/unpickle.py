@@ -20,7 +20,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from snapshotd.errors import FormatError
+from snapshotd.errors import FormatError, LayoutError
 
 __all__ = ["Global", "Persistent", "Record", "UnsafePickle", "unpickle", "unpickle_with_end", "walk"]
 
@@ -127,6 +127,7 @@ def unpickle_with_end(
     except (
         ArithmeticError,
         AttributeError,
+        LayoutError,
         LookupError,
         RecursionError,
         TypeError,

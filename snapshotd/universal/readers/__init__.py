@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import Final, Protocol, cast
 
-from snapshotd.errors import UsageError
+from snapshotd.errors import FormatError, LayoutError, UsageError
 from snapshotd.universal.state import State
 
 __all__ = ["FORMATS", "detect", "read"]
@@ -57,7 +57,10 @@ def read(path: Path, format_name: str = "auto") -> State:
     reader = _reader(format_name)
     if reader is None:
         raise UsageError(f"this version has no reader for {format_name}")
-    return reader.read(path)
+    try:
+        return reader.read(path)
+    except LayoutError as error:  # sizes that a file tells, and that cannot be
+        raise FormatError(f"{path}: {error}") from error
 
 
 def _reader(name: str) -> Reader | None:
