@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from snapshotd.settings import ToolSettings, add_flags, load
 from snapshotd.v1 import control_pb2 as control
 
 EVENTS_SHOWN = 12
+PLAIN_WIDTH = 160
+"""Columns when the output is no terminal: nobody wants a table that is cut to 80 in a log."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(fetch(settings), indent=2, sort_keys=True))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     if not options.watch:
         console.print(render(fetch(settings)))
         return 0
@@ -79,10 +82,10 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
             str(node["state"]),
             str(node.get("bulk", "")),
             used,
-            str(counters.get("sealed", 0)),
+            str(counters.get("sealed_slots", 0)),
             str(skipped),
             str(counters.get("corrupt", 0)),
-            str(counters.get("rebuilt", 0)),
+            str(counters.get("rebuilt_slots", 0) + counters.get("rebuilt_parities", 0)),
         )
     return table
 
