@@ -73,6 +73,7 @@ class Commits:
         self._skipped: dict[int, set[int]] = {}
         self._streak = 0
         self._adopted = False
+        self._adopting_since: float | None = None
         self._abandon: control.Abandon | None = None
         self._ctx = ctx
         self._job = job
@@ -183,6 +184,8 @@ class Commits:
         if not self._adopted:
             self._adopted = True
             self._adopt(epoch)
+        if self._is_adopting(epoch):
+            return False
         whole = [step for step, shards in self.sealed.items() if self._is_whole(epoch, step, shards)]
         if whole:
             self._begin(epoch, max(whole))
@@ -200,16 +203,41 @@ class Commits:
         """
         Learn from the nodes what was committed: the store may have forgotten the newest commits of this epoch.
 
-        A step of which everything is there may have been committed; to commit it (again) is right in any case.
+        A protected step of which everything is there may have been committed; to commit it (again) is right in any
+        case. One that lacks a part, but can be had, is kept beside the older commit until it is whole again.
         """
-        nodes = [node for node_id in epoch.node_ids if (node := self._ctx.nodes.get(node_id)) is not None]
-        name, number = self._job.name, epoch.number
-        found = collect(name, nodes, lambda key: key[0] == number and not self._is_committed(*key))
+        job, number = self._job, epoch.number
+        nodes = self._ctx.nodes.connected()
+        found = collect(job.name, nodes, lambda key: key[0] == number and not self._is_committed(*key))
         for key in sorted(found, reverse=True):
             snapshot = found[key]
-            if snapshot.redundant() if epoch.m else snapshot.world_size and not snapshot.missing_ranks():
-                self._commit(epoch, key[1], PROTECTED if epoch.m else SEALED)
+            if not snapshot.verdict()[0] or (epoch.m and not snapshot.sets):
+                continue
+            older = job.committed
+            if epoch.m == 0 or snapshot.redundant() or older is None or not self._can_be_had(older):
+                self._commit(epoch, key[1], PROTECTED if epoch.m and snapshot.redundant() else SEALED)
                 return
+            job.committed = Sealed(epoch=number, step=key[1], level=SEALED, world_size=snapshot.world_size)
+            job.fallback = older
+            self._ctx.out.put(job.name, "commit", job.commit_json(), sync=True)
+            return
+
+    def _can_be_had(self, sealed: Sealed) -> bool:
+        found = collect(self._job.name, self._ctx.nodes.connected(), lambda key: key == sealed.key).get(sealed.key)
+        return found is not None and found.verdict()[0]
+
+    def _is_adopting(self, epoch: Epoch) -> bool:
+        """Whether an adopted step is still being made whole; after protect_timeout_s it is taken as it is."""
+        adopted = self._job.committed
+        if self._job.fallback is None or adopted is None or adopted.epoch != epoch.number:
+            self._adopting_since = None
+            return False
+        if self._adopting_since is None:
+            self._adopting_since = self._ctx.now
+        if self._ctx.now - self._adopting_since < self._ctx.settings.protect_timeout_s:
+            return True
+        self._commit(epoch, adopted.step, SEALED)
+        return False
 
     def _is_whole(self, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]) -> bool:
         return all(rank in shards for rank in range(epoch.world_size))

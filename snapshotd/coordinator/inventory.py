@@ -149,6 +149,10 @@ class Inventory:
             if node.alive and not node.connected and (not node.heard or node.node_id in node_ids or node.holds_job(job))
         )
 
+    def unheard(self) -> bool:
+        """Whether a remembered node may still come and say what it holds."""
+        return any(node.alive and not node.heard for node in self.nodes.values())
+
     def peers(self, node_ids: Iterator[str] | list[str]) -> list[control.PeerAddress]:
         found = []
         for node_id in dict.fromkeys(node_ids):

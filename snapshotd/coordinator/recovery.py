@@ -261,12 +261,29 @@ class Recovery:
         level: int = PROTECTED if snapshot.redundant() else SEALED
         if old is not None and old.key == snapshot.key:
             level = max(level, old.level)
-        job.fallback = None
-        if old is not None and old.key < snapshot.key and old.level > level and old.level != PERSISTED:
-            held = collect(job.name, self._ctx.nodes.connected(), lambda key: key == old.key).get(old.key)
-            if held is not None and held.verdict()[0]:
-                job.fallback = old
+        job.fallback = None if level >= PROTECTED else self._better_than(snapshot, level)
         job.committed = Sealed(epoch=snapshot.epoch, step=snapshot.step, level=level, world_size=snapshot.world_size)
+
+    def _better_than(self, snapshot: Snapshot, level: int) -> Sealed | None:
+        """
+        An older snapshot that is protected, while the chosen one is not: it stays.
+
+        What the nodes hold counts before what is remembered: the newest commits may have been forgotten.
+        """
+        nodes = self._ctx.nodes.connected()
+        found = collect(self._job.name, nodes, lambda key: self._counts(key) and key < snapshot.key)
+        whole = [key for key, one in found.items() if one.redundant()]
+        known = [
+            one.key
+            for one in (self._job.committed, self._job.fallback)
+            if one is not None and one.key in found and level < one.level < PERSISTED and found[one.key].verdict()[0]
+        ]
+        some = [key for key, one in found.items() if one.sets and one.verdict()[0]]
+        for keys in (whole, known, some):
+            if keys:
+                best = max(keys)
+                return Sealed(epoch=best[0], step=best[1], level=PROTECTED, world_size=found[best].world_size)
+        return None
 
     def _answer_asked(self, decision: Decision) -> None:
         """Send the plan to the nodes that asked; a plan whose slots are not all there is rebuilt first."""
@@ -358,13 +375,10 @@ class Recovery:
             self._rebuilds.forget_but(needed)
         if committed is None or job.finished or committed.level == PERSISTED:
             return
-        alive = [node for node in self._ctx.nodes.nodes.values() if node.alive]
-        snapshot = collect(job.name, alive, lambda key: key == committed.key).get(committed.key)
-        if snapshot is None or not snapshot.sets or not snapshot.verdict()[0]:
-            return
-        if not snapshot.redundant():
-            self._rebuilds.drive(snapshot, parity=True)
-        elif committed.level == SEALED:
+        whole = self._make_whole(committed)
+        if job.fallback is not None:
+            self._make_whole(job.fallback)
+        if whole and committed.level == SEALED:
             job.committed = Sealed(
                 epoch=committed.epoch, step=committed.step, level=PROTECTED, world_size=committed.world_size
             )
@@ -373,6 +387,18 @@ class Recovery:
             message = control.Committed(job=job.name, epoch=committed.epoch, step=committed.step, level=PROTECTED)
             for node in self._ctx.nodes.connected():
                 self._ctx.out.to_node(node.session, committed=message)
+
+    def _make_whole(self, sealed: Sealed) -> bool:
+        """Order what a snapshot lacks. Return whether it lacks nothing, parity included."""
+        alive = [node for node in self._ctx.nodes.nodes.values() if node.alive]
+        snapshot = collect(self._job.name, alive, lambda key: key == sealed.key).get(sealed.key)
+        if snapshot is None or not snapshot.sets or not snapshot.verdict()[0]:
+            return False
+        if snapshot.redundant():
+            return True
+        if not self._ctx.nodes.unheard():  # after a restart, a part that nobody has named yet is not a lost part
+            self._rebuilds.drive(snapshot, parity=True)
+        return False
 
     # ------------------------------------------------------------ tools
 

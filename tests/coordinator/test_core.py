@@ -552,6 +552,46 @@ def test_after_a_restart_of_the_coordinator_remembered_nodes_are_waited_for() ->
     assert after.to_node("n1", "restore_plan").source_step == 5
 
 
+def forgotten_commit(*, old_is_there: bool) -> Bench:
+    """The power failed: the store knows step 4, the daemons know that step 5 was committed, and a slot of it rotted."""
+    before = running()
+    before.commit(4)
+    sets = [before.protect.sets[0]]
+    store = dict(before.store)
+    before.commit(5)
+    sets.append(before.protect.sets[0])
+    after = Bench(remembered=store)
+    for position, node in enumerate(("n0", "n1")):
+        kept = [one for one in sets if old_is_there or one.step == 5]
+        slots = [slot_ref(one.step, position) for one in kept if (one.step, position) != (5, 1)]
+        parities = [control.ParityRef(set=one, position=position, file_bytes=64) for one in kept]
+        worker = control.WorkerAttached(job=JOB, epoch=1, rank=position, world_size=2, nonce=f"w1.{position}")
+        after.hello(node, slots=slots, parities=parities, workers=[worker], epochs={JOB: 1})
+    return after
+
+
+def test_a_commit_that_the_store_forgot_is_learned_from_the_daemons() -> None:
+    bench = forgotten_commit(old_is_there=False)
+    assert bench.to_node("n0", "committed").step == 5
+    assert bench.job["committed"]["step"] == 5
+
+
+def test_a_forgotten_commit_that_lacks_a_part_is_made_whole_before_the_older_one_is_given_up() -> None:
+    bench = forgotten_commit(old_is_there=True)
+    assert bench.to_node("n0", "committed") is None
+    assert (bench.job["committed"]["step"], bench.job["fallback"]["step"]) == (5, 4)
+    # Meanwhile nothing is abandoned: to one of the daemons step 5 is still uncommitted.
+    bench.sealed("n0", 7, 0)
+    bench.node("n1", skipped=control.NodeSkipped(job=JOB, epoch=1, step=7, rank=1, reason="NO_SLOT"))
+    assert bench.to_node("n0", "abandon") is None
+    bench.tick(0.5)
+    done = control.RebuildDone(job=JOB, epoch=1, step=5, position=1, ok=True, slot=slot_ref(5, 1))
+    bench.node("n1", rebuild_done=done)
+    assert bench.to_node("n0", "committed").level == control.Committed.LEVEL_PROTECTED
+    bench.tick(0.5)
+    assert bench.to_node("n0", "abandon").min_step == 8
+
+
 def test_a_rotten_slot_is_rebuilt_on_its_own_node_without_a_new_epoch() -> None:
     bench = running()
     bench.commit(5)
@@ -619,3 +659,42 @@ def test_the_phases_of_a_recovery_are_timed() -> None:
         "first_step": 1.5,
     }
     assert phases == pytest.approx(expected)
+
+
+def test_after_a_restart_of_the_coordinator_nothing_is_rebuilt_before_all_have_been_heard() -> None:
+    """A node that only reconnects a moment later than the others is no loss: its slot must not be decoded elsewhere."""
+    before = running()
+    before.commit(5)
+    one = before.protect.sets[0]
+    after = Bench(remembered=before.store)
+
+    def hello(position: int) -> None:
+        worker = control.WorkerAttached(job=JOB, epoch=1, rank=position, world_size=2, nonce=f"w1.{position}")
+        parity = control.ParityRef(set=one, position=position, file_bytes=64)
+        slots = [slot_ref(5, position)]
+        after.hello(f"n{position}", slots=slots, parities=[parity], workers=[worker], epochs={JOB: 1})
+
+    hello(0)
+    assert after.to_node("n0", "rebuild") is None
+    after.tick(0.5)
+    assert after.to_node("n0", "rebuild") is None
+    hello(1)
+    assert after.to_node("n0", "rebuild") is None
+    after.tick(0.5)
+    assert after.to_node("n0", "rebuild") is None
+    assert 0 == after.job["counts"].get("rebuilt_slots", 0)
+
+
+def test_after_a_restart_what_a_node_that_never_comes_held_is_rebuilt() -> None:
+    before = running()
+    before.commit(5)
+    one = before.protect.sets[0]
+    after = Bench(remembered=before.store)
+    worker = control.WorkerAttached(job=JOB, epoch=1, rank=0, world_size=2, nonce="w1.0")
+    parity = control.ParityRef(set=one, position=0, file_bytes=64)
+    after.hello("n0", slots=[slot_ref(5, 0)], parities=[parity], workers=[worker], epochs={JOB: 1})
+    orders = []
+    for _ in range(20):
+        after.tick(0.5)
+        orders.append(after.to_node("n0", "rebuild"))
+    assert any(orders)

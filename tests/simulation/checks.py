@@ -50,6 +50,7 @@ class Checks:
         self._built: dict[tuple[int, int], set[str]] = {}
         self._formed: dict[int, control.EpochFormed] = {}
         self._decided: dict[str, tuple[int, int, int]] = {}
+        self._adopted: tuple[int, ...] | None = None
         self._agents: dict[tuple[int, int], str] = {}
 
     def fail(self, text: str) -> None:
@@ -132,7 +133,12 @@ class Checks:
         if choice is not None:
             self._on_choice(choice, values.get("commit"))
         elif "commit" in values and values["commit"]["committed"] is not None:
-            self._on_commit(values["commit"]["committed"])
+            if values["commit"]["fallback"] is not None:
+                # A forgotten commit is adopted beside an older one: nothing is given up by that.
+                self._world.probe("adopted")
+                self._adopted = tuple(values["commit"]["committed"][:2])
+            else:
+                self._on_commit(values["commit"]["committed"])
 
     def _on_commit(self, committed: list[int]) -> None:
         epoch, step, level, world_size = committed
@@ -143,7 +149,7 @@ class Checks:
                     one.level = level
             self.relied = {k: one for k, one in self.relied.items() if k == key}
             return
-        if epoch != self.newest_epoch:
+        if epoch != self.newest_epoch and key != self._adopted:
             self.fail(f"step {step} of epoch {epoch} is committed, but the job is at epoch {self.newest_epoch}")
         if self.committed is not None and key < self.committed:
             self.fail(f"the commit goes back from {self.committed} to {key}")
@@ -156,9 +162,12 @@ class Checks:
         assert formed is not None
         if level >= control.Committed.LEVEL_PROTECTED:
             late = set(formed.nodes) - self._built.get(key, set())
-            if late:
+            # The parity of an adopted step may have been completed by rebuild orders instead.
+            alive = [node for node in self._world.nodes.values() if not node.lost]
+            if late and not (key == self._adopted and truth(alive, key).rebuildable()):
                 self.fail(f"step {step} is committed as protected, but {sorted(late)} have not built parity")
-        elif formed.m:
+        elif formed.m and not (self._built.get(key) and self._world.coordinator.incarnation > 1):
+            # Only a restarted coordinator that finds a step half protected may take it as it is.
             self.fail(f"step {step} is committed without parity, though the epoch has m={formed.m}")
         m = formed.m if level >= control.Committed.LEVEL_PROTECTED else 0
         self.commits += 1
@@ -205,6 +214,7 @@ class Checks:
             if kind != control.RESTORE_KIND_REFUSED:
                 self.relied, self.committed = {}, None
             return
+        better = [one for one in self.relied.values() if one.level >= control.Committed.LEVEL_PROTECTED]
         self.relied = {}
         for entry in (commit["committed"], commit["fallback"]):
             if entry is not None and kind == control.RESTORE_KIND_MEMORY:
@@ -213,6 +223,13 @@ class Checks:
                 m = max((s.m for s in there.sets.values()), default=0) if there.whole() else 0
                 self.relied[key] = Relied(key=key, level=entry[2], m=m, budget=m if there.rebuildable() else -1)
         self.committed = (commit["committed"][0], commit["committed"][1])
+        if kind == control.RESTORE_KIND_MEMORY and commit["committed"][2] < control.Committed.LEVEL_PROTECTED:
+            # One at least as new that is whole with its parity, known or not as committed, may stand in for it.
+            newest = max((key for key, one in self.relied.items() if one.m > 0), default=(0, 0))
+            for one in better:
+                kept = one.key in self.relied or one.key <= newest
+                if one.key < self.committed and not kept and truth(connected, one.key).rebuildable():
+                    self.fail(f"the protected {one.key} is given up for {self.committed}, which is only sealed")
 
     def _was_tried(self, key: tuple[int, int]) -> bool:
         """Whether the coordinator knows of failed rebuilds of it (sources that went away while it was decoded)."""
