@@ -219,7 +219,7 @@ class Joined(View):
             if common is None:
                 continue
             begins, ends = common
-            place = out[tuple(slice(b - a, e - a) for b, e, a in zip(begins, ends, at, strict=True))]
+            place = _part(out, tuple(slice(b - a, e - a) for b, e, a in zip(begins, ends, at, strict=True)))
             view.read_into(tuple(b - o for b, o in zip(begins, region[0], strict=True)), place)
             left -= place.size
         if left:  # check() says it better; but never give out memory that nobody wrote
@@ -306,7 +306,7 @@ class Reshaped(View):
         for outer in product(*(range(n) for n in out.shape[:d])):
             index = (*(a + i for a, i in zip(at, outer, strict=False)), *at[d:])
             begin = sum(i * s for i, s in zip(index, strides, strict=True))
-            place = out[outer]
+            place = _part(out, outer)
             if place.flags.c_contiguous:
                 _read_flat(self.base, begin, place.reshape(-1))
             else:
@@ -439,6 +439,12 @@ def _is_row_major(shape: Sequence[int], strides: Index) -> bool:
 def _extent(shape: Sequence[int], strides: Index) -> int:
     """The distance of the last element from the first, in elements."""
     return sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def _part(out: Words, index: tuple[int | slice, ...]) -> Words:
+    """Return ``out[index]``, but ``out`` itself where it has no dimensions: numpy would give a number, no view."""
+    part: Words = out[index] if index else out
+    return part
 
 
 def _split(out: Words, d: int, at: int) -> tuple[Words, Words]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
@@ -156,10 +157,8 @@ def test_flipped_and_cut_pickles_never_raise_anything_else() -> None:
             data[dice.randrange(len(data))] = dice.randrange(256)
         if dice.random() < 0.5:
             del data[dice.randrange(len(data)) :]
-        try:
+        with contextlib.suppress(FormatError):
             unpickle(bytes(data), what="f")
-        except FormatError:
-            pass
 
 
 def test_plain_values_are_what_pickle_gives() -> None:

@@ -219,7 +219,7 @@ def _is_weight(item: Item, prefix: str, listed: set[str]) -> bool:
 
 def _put_rest(state: State, items: Sequence[Item]) -> None:
     """Everything that is neither model nor optimizer: random generators, and the tree of the rest."""
-    tree: dict[Any, Any] = {}
+    tree = _Node()
     ranks: set[str] = set()
     for item in items:
         path = item.path or (item.key,)
@@ -231,20 +231,24 @@ def _put_rest(state: State, items: Sequence[Item]) -> None:
                 continue
         node = tree
         for part in path[:-1]:
-            inner = node.setdefault(part, {})
-            if not isinstance(inner, dict):
+            inner = node.setdefault(part, _Node())
+            if not isinstance(inner, _Node):
                 raise FormatError(f"the keys contradict each other at {item.key}")
             node = inner
         node[path[-1]] = item.view if item.view is not None else item.value
-    for key, value in _lists(tree).items():
-        state.extra[str(key)] = to_json(value, str(key), state.tensors)
+    for key, value in tree.items():
+        state.extra[str(key)] = to_json(_lists(value), str(key), state.tensors)
+
+
+class _Node(dict[Any, Any]):
+    """A dict that was flattened, as opposed to a value that is a dict."""
 
 
 def _lists(node: Any) -> Any:
-    """A dict with the keys 0, 1, 2 ... was a list."""
-    if not isinstance(node, dict):
+    """Undo the flattening: what had the keys 0, 1, 2 ... was a list."""
+    if not isinstance(node, _Node):
         return node
     result = {key: _lists(value) for key, value in node.items()}
-    if result and all(type(key) is int for key in result):
-        return [result[key] for key in sorted(result)]
+    if result and all(type(key) is int for key in result) and set(result) == set(range(len(result))):
+        return [result[key] for key in range(len(result))]
     return result

@@ -8,7 +8,7 @@ names to tensors. The optimizer's ids become names (param_ids.py); what shares a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,7 +68,7 @@ def assemble(value: Any, label: str) -> State:
     if not isinstance(value, Mapping):
         raise FormatError(f"{label} holds a {type(value).__name__}, not a dict: save state dicts")
     optimizers = list(_find_optimizers(value))
-    path, weights = _find_model(value, label)
+    path, weights = _find_model(value, label, [place for place, _ in optimizers])
     tied = _tied(weights)
     views: dict[str, View] = {name: tensor.view for name, tensor in weights.items()}
     found = [Optimizer(list(map(dict, item["param_groups"])), item["state"]) for _, item in optimizers]
@@ -165,10 +165,12 @@ def _find_optimizers(value: Any) -> Iterator[tuple[Path_, Mapping[str, Any]]]:
             yield path, node
 
 
-def _find_model(value: Mapping[str, Any], label: str) -> tuple[Path_, dict[str, TensorRef]]:
+def _find_model(
+    value: Mapping[str, Any], label: str, optimizers: Sequence[Path_]
+) -> tuple[Path_, dict[str, TensorRef]]:
     best: tuple[tuple[int, int], Path_, dict[str, TensorRef]] | None = None
     for path, node in _nodes(value):
-        if "param_groups" in path or "state" in path or "param_groups" in node:
+        if any(path[: len(place)] == place for place in optimizers if place or path):
             continue
         tensors = {name: item for name, item in node.items() if isinstance(item, TensorRef) and isinstance(name, str)}
         if not tensors or (not path and any(isinstance(item, Mapping) and item for item in node.values())):
