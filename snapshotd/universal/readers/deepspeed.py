@@ -13,7 +13,7 @@ from typing import Any
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast, Merged
-from snapshotd.universal.readers.deepspeed_extra import add_extra, check_steps, plain_groups
+from snapshotd.universal.readers.deepspeed_extra import add_extra, check_model_step, check_steps, plain_groups
 from snapshotd.universal.readers.deepspeed_files import (
     Folder,
     Saved,
@@ -24,7 +24,7 @@ from snapshotd.universal.readers.deepspeed_files import (
     require_ranks,
     same_everywhere,
 )
-from snapshotd.universal.readers.deepspeed_groups import stage_of
+from snapshotd.universal.readers.deepspeed_groups import mapped_shapes, stage_of
 from snapshotd.universal.readers.deepspeed_plain import read_plain
 from snapshotd.universal.readers.deepspeed_tp import Shards
 from snapshotd.universal.readers.deepspeed_weights import (
@@ -37,7 +37,7 @@ from snapshotd.universal.readers.deepspeed_weights import (
 )
 from snapshotd.universal.readers.deepspeed_zero import MASTER, Optim, read_flat, read_stage3
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import View
+from snapshotd.universal.views import Reshaped, View
 
 __all__ = ["detect", "read"]
 
@@ -155,7 +155,9 @@ class _Checkpoint:
                 f"{self.folder.path} has no *_optim_states.pt, expected those of {topology.dp} ranks ({first.name} was "
                 "saved with ZeRO): copy them from the nodes that wrote them, or take an older checkpoint"
             )
-        if not zero and self.folder.optim:
+        bf16_pipeline = topology.is_pipeline and isinstance(first.get("optimizer"), dict)
+        bf16_pipeline = bf16_pipeline and "single_partition_of_fp32_groups" in first.get("optimizer")
+        if not zero and self.folder.optim and not bf16_pipeline:
             path = next(iter(self.folder.optim.values()))
             raise FormatError(
                 f"{self.folder.path}: {path.name} is of a run with ZeRO, but {first.name} of one without: they are of "
@@ -166,7 +168,7 @@ class _Checkpoint:
                 f"{self.folder.path}: {next(iter(self.folder.expp.values())).name} is of experts without ZeRO on "
                 "several ranks, which is not read: their optimizer has no names. Save with ZeRO stage 1"
             )
-        optims, weights = self._zero() if zero else self._plain()
+        optims, weights = self._zero() if zero or bf16_pipeline else self._plain()
         return assemble(topology, optims, weights, self.stage, self.warnings)
 
     def _zero(self) -> tuple[list[Optim], list[Weights]]:
@@ -190,13 +192,21 @@ class _Checkpoint:
                     "runs with the same tag; move away the files of the older one"
                 )
             self.stage = 1 if stage is None else stage
-            optims.append(read_stage3(models, files) if topology.stage3 else read_flat(models[0], files, dp_before_ep))
+            if topology.stage3:
+                optims.append(read_stage3(models, files))
+            elif models[0].get("param_shapes") is not None:
+                optims.append(read_flat(models[0], files, dp_before_ep))
+            else:
+                self.stage = 0
+                optims.append(read_flat(models[0], files, dp_before_ep, mapped_shapes(files)))
         check_steps(optims, rows)
         weights: list[Weights] = []
         for t in range(topology.tp if topology.is_pipeline else 0):
             stages_of_t = list(range(t, topology.pp * topology.tp, topology.tp))
             shapes = {name: shape for mp in stages_of_t for name, shape in optims[mp].shapes.items()}
             weights.append(pipeline_weights(self.folder, t, [topology.models[mp][0] for mp in stages_of_t], shapes))
+            for mp in stages_of_t:
+                shape_as(optims[mp], weights[t].model)
         if not topology.is_pipeline:
             for mp, (models, optim) in enumerate(zip(topology.models, optims, strict=True)):
                 found = module_weights(models[0], optim.shapes)
@@ -237,6 +247,15 @@ class _Checkpoint:
             weights.append(found)
             optims.append(Optim() if saved.get("optimizer") is None else read_plain(saved, found))
         return optims, weights
+
+
+def shape_as(optim: Optim, model: Mapping[str, View]) -> None:
+    """Give states that are known as flat vectors only the shape of their weights."""
+    for key, view in optim.tensors.items():
+        weight = model.get(key[1])
+        if weight is not None and len(view.shape) == 1 and view.shape != weight.shape and view.numel == weight.numel:
+            optim.tensors[key] = Reshaped(view, weight.shape)
+            optim.shapes[key[1]] = weight.shape
 
 
 def fill_stage3(found: Weights, models: Sequence[Saved], optim: Optim, warnings: list[str]) -> None:
@@ -311,6 +330,7 @@ def assemble(
         state.tied.update({alias: name for alias, name in found.tied.items() if name in model or name in buffers})
     for optim in optims:
         state.warnings += [line for line in optim.warnings if line not in state.warnings]
+    check_model_step(topology.folder.path, first, state, states)
     _mark_frozen(topology, state, model, trained)
     state.param_groups = plain_groups(topology.folder.path, optims, state)
     if merger is not None and merger.averaged:

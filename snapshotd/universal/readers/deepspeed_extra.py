@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from snapshotd.errors import FormatError
+from snapshotd.universal.derived import Cast
 from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.deepspeed_files import Saved
 from snapshotd.universal.readers.deepspeed_weights import Weights
-from snapshotd.universal.readers.deepspeed_zero import Optim
+from snapshotd.universal.readers.deepspeed_zero import MASTER, Optim
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import View, read_all
-from snapshotd.universal.words import to_float
+from snapshotd.universal.views import View, read_all, slabs
+from snapshotd.universal.words import to_float, word_dtype
 
-__all__ = ["add_extra", "check_steps", "plain_groups"]
+__all__ = ["add_extra", "check_model_step", "check_steps", "plain_groups"]
 
 _ENGINE: Final = frozenset(
     {
@@ -35,6 +38,9 @@ _KEPT: Final = (
     *("num_experts", "ds_autoep_layers", "autoep_layers", "folding", "universal_checkpoint_info"),
 )
 """Keys of the engine that go into ``extra["deepspeed"]``."""
+
+_SAMPLES: Final = 16
+_SAMPLE_BYTES: Final = 4096
 
 _CPU_RNG_BYTES: Final = 5056
 """The state of torch's CPU generator."""
@@ -125,6 +131,45 @@ def check_steps(optims: Sequence[Optim], rows: Sequence[Sequence[Saved]]) -> Non
                 f"{files[0].path} is of step {newest:g}, but {first[2]} is of step {first[1]}: the files are of "
                 "different saves. Take all files of one step, or an older checkpoint that is whole"
             )
+
+
+def check_model_step(where: Path, first: Saved, state: State, states: Mapping[tuple[str, str], View]) -> None:
+    """
+    Raise FormatError when the weights are of another step than the optimizer. The counters alone do not prove it: who
+    starts with a fresh optimizer has them apart for ever. So weights are compared with what the masters round to.
+    """
+    steps = {id(view): view for (kind, _), view in states.items() if kind == "step" and view.shape == ()}
+    newest = max((_number(view) for view in steps.values()), default=None)
+    counted = (first.count("global_steps") or 0) - (first.count("skipped_steps") or 0)
+    if newest is None or not counted or newest == counted:
+        return
+    checked = 0
+    for tensor in state.tensors:
+        master = states.get((MASTER, tensor.name))
+        is_stored = tensor.view is not master and not isinstance(tensor.view, Cast)
+        if tensor.kind != "model" or master is None or not tensor.view.numel or not is_stored:
+            continue
+        box = next(slabs(tensor.shape, tensor.view.itemsize, _SAMPLE_BYTES))
+        mine, other = (_read_box(view, *box) for view in (tensor.view, Cast(master, tensor.dtype)))
+        if mine != other:
+            raise FormatError(
+                f"{first.path} is of global step {first.count('global_steps')}, the optimizer's files beside it are of "
+                f"step {newest:g}, and {tensor.name} is not what its master rounds to: the files are of different "
+                f"saves. Take all files of one step, or an older checkpoint that is whole ({where})"
+            )
+        checked += 1
+        if checked >= _SAMPLES:
+            return
+    if not checked:
+        state.warnings.append(
+            f"{first.name} counts {counted} steps that were not skipped, the optimizer {newest:g}: are they of one save?"
+        )
+
+
+def _read_box(view: View, at: tuple[int, ...], lengths: tuple[int, ...]) -> bytes:
+    out = np.empty(lengths, dtype=word_dtype(view.dtype))
+    view.read_into(at, out)
+    return out.tobytes()
 
 
 def _add_client_state(state: State, models: Sequence[Sequence[Saved]], *, tp: int, dp: int) -> None:

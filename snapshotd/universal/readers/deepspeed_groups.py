@@ -18,6 +18,7 @@ __all__ = [
     "hyperparameters",
     "inner_of",
     "list_of",
+    "mapped_shapes",
     "padding",
     "param_shapes",
     "partitions",
@@ -45,6 +46,24 @@ def param_shapes(model: Saved) -> Shapes:
         {str(name): tuple(shape) if isinstance(shape, (tuple, list)) else (shape,) for name, shape in group.items()}
         for group in shapes
     ]
+
+
+def mapped_shapes(files: Sequence[Saved]) -> Shapes:
+    """
+    Return what ``param_shapes`` would be, flat, from ``param_slice_mappings``: a pipeline in bf16 without ZeRO has the
+    files of BF16_Optimizer (which does not shuffle), and no ``param_shapes``.
+    """
+    found: Shapes = []
+    for saved in files:
+        for g, mapping in enumerate(list_of(inner_of(saved), "param_slice_mappings", saved)):
+            if g == len(found):
+                found.append({})
+            for name, fragment in dict_of(mapping, "param_slice_mappings", saved).items():
+                numel = fragment.get("numel") if isinstance(fragment, Record) else None
+                if type(numel) is not int or numel < 0:
+                    raise FormatError(f"{saved.path}: param_slice_mappings has {fragment!r:.80} for {name}")
+                found[g][str(name)] = (sum(found[g].get(str(name), ())) + numel,)
+    return found
 
 
 def stage_of(optim: Saved) -> int | None:

@@ -7,7 +7,7 @@ is no master, and names are found by order and shape (see param_ids.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
@@ -21,13 +21,16 @@ from snapshotd.universal.readers.deepspeed_groups import dict_of
 from snapshotd.universal.readers.deepspeed_weights import Weights
 from snapshotd.universal.readers.deepspeed_zero import MASTER, Group, Optim, number_view
 from snapshotd.universal.readers.param_ids import names_of_ids
-from snapshotd.universal.views import Reshaped, View, flat_part, slabs
-from snapshotd.universal.words import word_dtype
+from snapshotd.universal.views import Cut, Reshaped, View, flat_part
+from snapshotd.universal.words import Words, word_dtype
 
 __all__ = ["read_plain"]
 
+_PREFIX: Final = 16
 _SAMPLE: Final = 4096
 """Elements that are compared to tell whose master a tensor is: from the begin, and the last ones."""
+
+_TRIES_MAX: Final = 100_000
 
 
 def read_plain(saved: Saved, weights: Weights) -> Optim:
@@ -61,6 +64,7 @@ def _read_masters(
 ) -> None:
     """FP16_UnfusedOptimizer: a master per parameter, in the groups' order."""
     finder = _Finder(saved, weights)
+    last: str | None = None
     if len(masters) != len(groups):
         raise FormatError(f"{saved.path} has {len(masters)} groups of masters and {len(groups)} param_groups")
     for group, listed in zip(groups, masters, strict=True):
@@ -71,7 +75,7 @@ def _read_masters(
         for key, master in zip(ids, listed, strict=True):
             if not isinstance(master, TensorRef):
                 raise FormatError(f"{saved.path}: a master is a {type(master).__name__}, not a tensor")
-            name = finder.find(master.view, 0, master.shape)
+            name = last = finder.find(master.view, last)
             names.append(name)
             result.tensors[MASTER, name] = master.view
             _put_state(result, saved, name, master.shape, states.get(key, {}))
@@ -87,12 +91,10 @@ def _read_fused(
         if not isinstance(master, TensorRef) or len(master.shape) != 1:
             raise FormatError(f"{saved.path}: fp32_groups_flat has something else than flat tensors")
         state = states.get(group["params"][0], {}) if group["params"] else {}
-        names: list[str] = []
+        names = finder.split(master.view)
         at = 0
-        while at < master.numel:
-            name = finder.find(master.view, at, None)
+        for name in names:
             shape = weights.model[name].shape
-            names.append(name)
             result.tensors[MASTER, name] = flat_part(master.view, at, shape)
             for kind, value in state.items():
                 if isinstance(value, TensorRef) and value.numel == master.numel and value.shape:
@@ -100,7 +102,7 @@ def _read_fused(
                 elif (number := number_view(value)) is not None:
                     result.tensors[kind, name] = number
             result.shapes[name] = shape
-            at += max(1, prod(shape))
+            at += prod(shape)
         result.groups.append(Group(names, _hyper(group)))
 
 
@@ -149,41 +151,85 @@ class _Finder:
 
     def __init__(self, saved: Saved, weights: Weights) -> None:
         self.saved = saved
-        self.left = [name for name, view in weights.model.items() if view.dtype in ("float16", "bfloat16", "float32")]
-        self.weights = weights
-        self.last = -1
-        self.order = {name: i for i, name in enumerate(self.left)}
+        self.model = {
+            name: view
+            for name, view in weights.model.items()
+            if view.dtype in ("float16", "bfloat16", "float32") and view.numel
+        }
+        self.order = {name: i for i, name in enumerate(self.model)}
+        self.begins = {name: _words(view, 0, min(view.numel, _PREFIX)) for name, view in self.model.items()}
+        self.used: set[str] = set()
 
-    def find(self, master: View, begin: int, shape: tuple[int, ...] | None) -> str:
-        """The weight of ``shape`` (any, where None) that the elements of ``master`` from ``begin`` on are of."""
-        fitting = []
-        for name in self.left:
-            view = self.weights.model[name]
-            if (shape is None or view.shape == shape) and begin + view.numel <= master.numel and view.numel:
-                part = flat_part(Reshaped(master, (master.numel,)), begin, view.shape)
-                if _rounds_to(part, view):
-                    fitting.append(name)
-        after = [name for name in fitting if self.order[name] > self.last]
-        if not fitting:
-            raise FormatError(
-                f"{self.saved.path}: the master at element {begin} of shape {list(shape or ())} rounds to none of the "
-                "model's weights: weights and optimizer are of different steps"
-            )
-        # Among weights that start with equal values (norms of ones) a flat buffer's next one is the longest that fits.
-        found = (after or fitting)[0]
-        self.left.remove(found)
-        self.last = self.order[found]
-        return found
+    def find(self, master: View, last: str | None) -> str:
+        """The weight of the master's shape that it rounds to, the first behind ``last`` if there is one."""
+        for name in self._fitting(_flat(master), 0, last):
+            if self.model[name].shape == master.shape:
+                self.used.add(name)
+                return name
+        raise self._error(f"the master of shape {list(master.shape)}")
+
+    def split(self, master: View) -> list[str]:
+        """The weights that lie one behind the other in a flat master: all of it, with a way back from wrong turns."""
+        names: list[str] = []
+        at, tries = 0, 0
+        stack = [self._fitting(master, 0, None)]
+        while at < master.numel:
+            tries += 1
+            name = next(stack[-1], None)
+            if name is not None:
+                names.append(name)
+                self.used.add(name)
+                at += self.model[name].numel
+                stack.append(self._fitting(master, at, name))
+                continue
+            stack.pop()
+            if not names or tries > _TRIES_MAX:
+                raise self._error(f"the flat master of {master.numel} elements")
+            name = names.pop()
+            self.used.discard(name)
+            at -= self.model[name].numel
+        return names
+
+    def _fitting(self, master: View, begin: int, last: str | None) -> Iterator[str]:
+        """The weights that a flat master's elements from ``begin`` on round to."""
+        if begin >= master.numel:
+            return
+        start = 0 if last is None else self.order[last] + 1
+        listed = list(self.model)
+        for name in (*listed[start:], *listed[:start]):
+            view = self.model[name]
+            if name in self.used or begin + view.numel > master.numel:
+                continue
+            known = self.begins[name]
+            part = Cast(Cut(master, (begin,), (len(known),)), view.dtype)
+            if np.array_equal(_words(part, 0, len(known)), known) and _rounds_to(
+                flat_part(master, begin, view.shape), view
+            ):
+                yield name
+
+    def _error(self, what: str) -> FormatError:
+        return FormatError(
+            f"{self.saved.path}: {what} rounds to none of the model's weights: weights and optimizer are of different "
+            "steps; take all files of one step"
+        )
+
+
+def _flat(view: View) -> View:
+    return Reshaped(view, (view.numel,)) if view.shape else flat_part(view, 0, (1,))
+
+
+def _words(view: View, begin: int, count: int) -> Words:
+    out = np.empty(count, dtype=word_dtype(view.dtype))
+    flat = view if len(view.shape) == 1 else _flat(view)
+    flat.read_into((begin,), out)
+    return out
 
 
 def _rounds_to(master: View, weight: View) -> bool:
+    """Whether the first elements of ``master`` and the last ones are those of ``weight``, rounded."""
     cast = Cast(master, weight.dtype)
-    boxes = list(zip(range(2), slabs(weight.shape, weight.itemsize, _SAMPLE * weight.itemsize), strict=False))
-    for _, (at, lengths) in boxes:
-        mine = np.empty(lengths, dtype=word_dtype(weight.dtype))
-        other = np.empty(lengths, dtype=word_dtype(weight.dtype))
-        cast.read_into(at, mine)
-        weight.read_into(at, other)
-        if not np.array_equal(mine, other):
-            return False
-    return True
+    count = min(weight.numel, _SAMPLE)
+    return all(
+        np.array_equal(_words(cast, begin, count), _words(weight, begin, count))
+        for begin in {0, weight.numel - count}
+    )

@@ -101,7 +101,8 @@ def frozen_parts(models: Sequence[Saved]) -> dict[str, View]:
                     f"{len(models)} ranks: it is damaged or of another world size; take all files of one run"
                 )
             if r * k < numel:
-                parts.append(flat_part(Reshaped(fragment.view, (fragment.numel,)), 0, (min(k, numel - r * k),)))
+                flat = fragment.view if len(fragment.shape) == 1 else Reshaped(fragment.view, (fragment.numel,))
+                parts.append(flat_part(flat, 0, shape if k >= numel else (min(k, numel - r * k),)))
         whole = concat(parts) if parts else Reshaped(fragment.view, (0,))
         found[name] = whole if whole.shape == shape else Reshaped(whole, shape)
     return found
@@ -197,7 +198,8 @@ def _tied_key(
         key
         for key in keys
         if all(
-            f"tied_modules.{key}.{name}" in buffers or trained.get(f"tied_modules.{key}.{name}") == value.shape
+            f"tied_modules.{key}.{name}" in buffers
+            or trained.get(f"tied_modules.{key}.{name}") in (value.shape, (value.numel,))
             for name, value in tensors.items()
         )
     ]

@@ -25,6 +25,7 @@ from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.readers.deepspeed_experts import Experts, rank_sets
 from snapshotd.universal.readers.deepspeed_files import Saved
 from snapshotd.universal.readers.deepspeed_groups import (
+    Shapes,
     alignment,
     dict_of,
     hyperparameters,
@@ -68,13 +69,16 @@ class Optim:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_flat(model: Saved, files: Sequence[Saved], dp_before_ep: bool = False) -> Optim:
+def read_flat(
+    model: Saved, files: Sequence[Saved], dp_before_ep: bool = False, shapes: Shapes | None = None
+) -> Optim:
     """
     Return what the files of stage 1 or 2 (and BF16_Optimizer) hold; ``files`` by data-parallel rank.
 
-    ``dp_before_ep``: ``use_data_before_expert_parallelism`` of the configuration.
+    ``dp_before_ep``: ``use_data_before_expert_parallelism`` of the configuration. ``shapes``: instead of those in the
+    model file.
     """
-    shapes = param_shapes(model)
+    shapes = param_shapes(model) if shapes is None else shapes
     result = Optim()
     values = [inner_of(saved) for saved in files]
     for saved, value in zip(files, values, strict=True):
@@ -147,7 +151,7 @@ def number_view(value: Any) -> View | None:
     if isinstance(value, float):
         return scalar(value, "float64")
     if isinstance(value, TensorRef) and value.numel == 1:
-        return value.view if not value.shape else Reshaped(value.view, ())
+        return value.view if not value.shape else flat_part(value.view, 0, ())
     return None
 
 
@@ -220,7 +224,7 @@ class _Unit:
             numel = prod(shape)
             k = -(-numel // ranks)
             parts = [
-                flat_part(views[r], at, shape if ranks == 1 else (min(k, numel - r * k),))
+                flat_part(views[r], at, shape if k >= numel else (min(k, numel - r * k),))
                 for r in range(ranks)
                 if r * k < numel
             ]

@@ -27,7 +27,7 @@ from snapshotd.universal.readers.deepspeed_zero import MASTER, Group, Optim, num
 from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State
 from snapshotd.universal.torchzip import load as load_any
-from snapshotd.universal.views import Reshaped, View
+from snapshotd.universal.views import Reshaped, View, flat_part
 
 __all__ = ["read_folder"]
 
@@ -186,7 +186,7 @@ def _shaped(path: Path, value: TensorRef, shape: tuple[int, ...] | None, name: s
             f"{path} has {value.numel} elements, but param_shapes says {list(shape)} for {name}: they are of different "
             "runs; convert the checkpoint again"
         )
-    return Reshaped(value.view, shape)
+    return flat_part(value.view, 0, shape) if len(value.shape) == 1 else Reshaped(value.view, shape)
 
 
 def _weights(topology: Topology, optim: Optim, warnings: list[str]) -> list[Weights]:
