@@ -33,9 +33,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.faults.cluster import ROOT, Cluster, Notes, Options, flip_bit
+from tests.faults.cluster import PATIENCE_S, ROOT, Cluster, Notes, Options, flip_bit
 
-ENDS_S = 60
+ENDS_S = 120.0
 KINDS = {1: "fresh", 2: "memory", 3: "durable", 4: "refused"}
 EXIT_LOST = 6
 
@@ -111,7 +111,9 @@ class Player:
                 idle_polls = 0
             return None
 
-        self.held = self.cluster.until(stands, 30, lambda: f"a committed step to hold at (stand at {stand})") - 1
+        self.held = (
+            self.cluster.until(stands, PATIENCE_S, lambda: f"a committed step to hold at (stand at {stand})") - 1
+        )
         self.committed_before = max(self.committed_before, self.held)
 
     def _do_go(self) -> None:
@@ -164,10 +166,10 @@ class Player:
             cluster.expect_death(cluster.daemons[name], f"daemon {name}")
         else:
             what = f"launch {launch} of the worker on {name} dies"
-            cluster.until(lambda: cluster.has_died(name, int(launch)), 20, what)
+            cluster.until(lambda: cluster.has_died(name, int(launch)), PATIENCE_S, what)
 
     def _do_reached(self, name: str) -> None:
-        self.cluster.until((self.cluster.directory / name).exists, 20, f"a failpoint touches {name}")
+        self.cluster.until((self.cluster.directory / name).exists, PATIENCE_S, f"a failpoint touches {name}")
 
     def _do_flip(self, what: str, name: str) -> None:
         files = sorted((self.cluster.directory / name / "arena").rglob(f"*.{what}"))
@@ -178,18 +180,22 @@ class Player:
 
     def _do_restarted(self) -> None:
         def go_on() -> bool:
-            return any(notes.first and notes.losses for notes in self._living_notes())
+            return any((notes.first or 0) > max(self.held, 0) and notes.losses for notes in self._living_notes())
 
-        self.cluster.until(go_on, 30, "workers go on from a restore")
+        self.cluster.until(go_on, PATIENCE_S, "workers go on from a restore")
 
     def _do_redundant(self) -> None:
         parity = self.scenario.options.parity
         self.cluster.until(
-            lambda: (self.cluster.job().get("margin") or -1) >= parity, 20, lambda: f"redundancy: {self.cluster.job()}"
+            lambda: (self.cluster.job().get("margin") or -1) >= parity,
+            PATIENCE_S,
+            lambda: f"redundancy: {self.cluster.job()}",
         )
 
     def _do_persisted(self) -> None:
-        self.cluster.until(lambda: self.cluster.job().get("durables"), 20, lambda: f"persisted: {self.cluster.job()}")
+        self.cluster.until(
+            lambda: self.cluster.job().get("durables"), PATIENCE_S, lambda: f"persisted: {self.cluster.job()}"
+        )
 
     def _do_counted(self, name: str) -> None:
         def count() -> int:
@@ -197,18 +203,18 @@ class Player:
             nodes = sum(node["counters"].get(name, 0) for node in status.get("nodes", []))
             return nodes + sum(job["counts"].get(name, 0) for job in status.get("jobs", []))
 
-        self.cluster.until(count, 20, lambda: f"{name} is counted: {self.cluster.status()}")
+        self.cluster.until(count, PATIENCE_S, lambda: f"{name} is counted: {self.cluster.status()}")
 
     def _do_away(self) -> None:
         def lost() -> bool:
             return any(node["state"] == "dead" for node in self.cluster.status().get("nodes", []))
 
-        self.cluster.until(lost, 20, "a node is lost")
+        self.cluster.until(lost, PATIENCE_S, "a node is lost")
 
     def _do_cli(self) -> None:
         """The real command, as a process of its own."""
         command = [sys.executable, "-m", "snapshotd", "status", "--json", "--coordinator", self.cluster.address]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["jobs"], done.stdout
 

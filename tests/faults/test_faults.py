@@ -96,7 +96,7 @@ def _params(item: pytest.Item) -> dict[str, object]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[scenario.name for scenario in SCENARIOS])
 def test_fault(scenario: Scenario, stage: Stage, record_property: Callable[[str, object], None]) -> None:
     record_property("seconds", round(stage.result(scenario), 2))
