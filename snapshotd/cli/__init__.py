@@ -24,6 +24,9 @@ _COMMANDS = {
     "restore": "write a job's snapshot into a directory",
     "inspect": "say what a snapshot or slot file is and holds",
     "forget": "forget a job and free its snapshots",
+    "convert": "convert a checkpoint of any framework into another format",
+    "verify": "check every digest and the coverage of a checkpoint",
+    "diff": "compare two checkpoints tensor by tensor, bit by bit",
 }
 
 
