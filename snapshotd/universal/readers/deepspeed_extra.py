@@ -162,7 +162,7 @@ def check_model_step(where: Path, first: Saved, state: State, states: Mapping[tu
             return
     if not checked:
         state.warnings.append(
-            f"{first.name} counts {counted} steps that were not skipped, the optimizer {newest:g}: are they of one save?"
+            f"{first.name} counts {counted} steps, less those skipped, the optimizer {newest:g}: are they of one save?"
         )
 
 

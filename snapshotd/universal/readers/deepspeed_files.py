@@ -95,6 +95,8 @@ class Folder:
             elif match := _EXPP.match(name):
                 _put(folder.expp, (int(match[1]), int(match[2])), file)
         folder.universal = (path / "zero").is_dir()
+        if folder.universal and folder.model:
+            folder.model3.clear()  # a Universal folder may serve all stages
         if folder.model and folder.model3:
             raise FormatError(
                 f"{path} has {folder.model[min(folder.model)].name} (ZeRO stage 0 to 2) and "

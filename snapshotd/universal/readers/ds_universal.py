@@ -13,23 +13,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast
 from snapshotd.universal.globals import TensorRef
+from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.deepspeed import Topology, assemble, fill_stage3
 from snapshotd.universal.readers.deepspeed_files import Folder, Saved, listed, load
-from snapshotd.universal.readers.deepspeed_groups import param_shapes, stage_of
+from snapshotd.universal.readers.deepspeed_groups import dict_of, param_shapes, stage_of
 from snapshotd.universal.readers.deepspeed_tp import Shards
 from snapshotd.universal.readers.deepspeed_weights import Weights, module_weights
 from snapshotd.universal.readers.deepspeed_zero import MASTER, Group, Optim, number_view
 from snapshotd.universal.sources import FileSource
-from snapshotd.universal.state import State
+from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.torchzip import load as load_any
 from snapshotd.universal.views import Reshaped, View, flat_part
 
-__all__ = ["read_folder"]
+__all__ = ["NOTE_KEY", "read_folder"]
+
+NOTE_KEY: Final = "snapshotd"
+"""The key under which our own writer notes what DeepSpeed has no place for."""
 
 
 def read_folder(folder: Folder) -> State:
@@ -48,7 +52,31 @@ def read_folder(folder: Folder) -> State:
     weights = _weights(topology, optim, warnings)
     state = assemble(topology, [optim], weights, stage, warnings, format_name="deepspeed")
     state.source["universal"] = True
+    note = topology.first.get(NOTE_KEY)
+    if isinstance(note, dict) and note.get("version") == 1:
+        _restore(state, note, topology.first)
     return state
+
+
+def _restore(state: State, note: dict[str, Any], saved: Saved) -> None:
+    """Put back what our writer noted, since DeepSpeed has no place for it."""
+    tensors = {key: dict_of(note.get(key), f"{NOTE_KEY}.{key}", saved) for key in ("tensors", "rng", "states")}
+    if any(not isinstance(value, TensorRef) for found in tensors.values() for value in found.values()):
+        raise FormatError(f"{saved.path}: {NOTE_KEY} has something else than tensors")
+    derived = set(note.get("derived") or ())
+    kept = [t for t in state.tensors if t.kind not in ("rng", "extra") and not (t.kind == "fp32" and t.name in derived)]
+    kept += [Tensor("rng", name, value.view) for name, value in tensors["rng"].items()]
+    kept += [Tensor("extra", name, value.view) for name, value in tensors["tensors"].items()]
+    for key, value in tensors["states"].items():
+        kind, _, name = key.partition("/")
+        kept.append(Tensor(kind, name, value.view))
+    state.tensors = kept
+    state.step = note["step"] if type(note.get("step")) is int else None
+    state.extra = dict_of(note.get("extra"), f"{NOTE_KEY}.extra", saved)
+    groups, frozen = note.get("param_groups"), note.get("frozen")
+    if isinstance(groups, list) and isinstance(frozen, list):
+        state.param_groups, state.frozen = to_json(groups, "param_groups"), [str(name) for name in frozen]
+    state.warnings.clear()
 
 
 class _Reader:
