@@ -568,7 +568,9 @@ class Cluster:
     def _stray_files(self) -> list[str]:
         """Shared memory outside of the scenario's directory that carries the pid of one of its processes."""
         pids = {str(process.pid) for process in self._started} | {str(pid) for pid, _, _ in self._forked()}
-        return [name for name in os.listdir("/dev/shm") if pids & set(re.split(r"[^0-9]+", name))]
+        # As torch and Python name theirs; a number in anybody else's name is as likely a port of another program.
+        ours = (re.match(r"(?:torch|psm|pymp|sem\.mp|snapshotd)\D*([0-9]+)", name) for name in os.listdir("/dev/shm"))
+        return [found.string for found in ours if found is not None and found[1] in pids]
 
     def logs(self, lines: int = 40) -> str:
         """The tails of all logs, for a failure's report."""
