@@ -66,6 +66,7 @@ class Recovery:
         self._pending: Decision | None = None
         self._excluded: dict[SnapshotKey, str] = {}
         self._asked: set[str] = set()
+        self._told: control.RestorePlan | None = None
         self._wanted: list[Wanted] = []
 
     # ------------------------------------------------------------ messages
@@ -75,6 +76,7 @@ class Recovery:
         self._pending, self.waiting_reason = None, ""
         self._excluded.clear()
         self._asked.clear()
+        self._told = None
 
     def on_asked(self, node: Node, message: control.RestoreAsked) -> None:
         if message.epoch != self._job.number:
@@ -110,8 +112,10 @@ class Recovery:
             elif self._asked and self._is_new():
                 self._release(Decision(epoch=job.number, kind=FRESH, reason="a new job: nothing was ever captured"))
         decided = self._decided()
-        if decided is not None and self._asked:
-            self._answer_asked(decided)
+        if decided is not None:
+            self._notice_moves(decided)
+            if self._asked:
+                self._answer_asked(decided)
         self._maintain()
         for wanted in list(self._wanted):
             if self._serve(wanted):
@@ -315,6 +319,19 @@ class Recovery:
             if plan is not None:
                 self._ctx.out.to_node(self._ctx.nodes.session_of(node_id), restore_plan=plan)
         self._asked.clear()
+        self._told = plan
+
+    def _notice_moves(self, decision: Decision) -> None:
+        """A source came back elsewhere, or was rebuilt elsewhere: whoever still restores from it has to hear of it."""
+        job, told = self._job, self._told
+        if told is None or told.kind != MEMORY or decision.source is None or self._source_is_past(decision):
+            return
+        source = decision.source
+        snapshot = collect(job.name, self._ctx.nodes.connected(), lambda key: key == source).get(source)
+        if snapshot is None or snapshot.missing_ranks() or job.current is None or job.current.number != decision.epoch:
+            return
+        if self._plan(decision, snapshot) != told:
+            self._asked.update(job.current.node_ids)
 
     def _source_is_past(self, decision: Decision) -> bool:
         """The epoch has committed since: each of its ranks has restored long ago."""

@@ -2,8 +2,8 @@
 The node's work orders, bound to its arena, peers, codec and durable directory. Called in threads.
 
 Rule 1: what an order finds rotten is reported on the spot, whatever becomes of the order.
-Rule 2: a restore that meets a rotten or unreachable source waits (bounded) for it to be rebuilt: the coordinator
-has heard of it, and the worker has nothing better to do.
+Rule 2: a restore that meets a rotten or unreachable source waits (bounded) for it to be rebuilt or to come back: the
+coordinator has heard of it, and the worker has nothing better to do. A newer plan says where it is then.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ class Orders:
         self._persist_root = persist_root
         self._persist_keep = persist_keep
         self._lock = threading.Lock()
-        self._restores: dict[bytes, Restore] = {}
-        self._users: dict[events.WorkerConn, bytes] = {}
+        self._restores: dict[tuple[object, ...], Restore] = {}
+        self._users: dict[events.WorkerConn, tuple[object, ...]] = {}
+        self._newest: dict[str, control.RestorePlan] = {}
         self._manifests: dict[events.WorkerConn, int] = {}
         self.cancel = threading.Event()
         self.on_corruption: Callable[[events.CorruptionFound], None] = lambda found: None
@@ -158,6 +159,14 @@ class Orders:
             except SnapshotdError as error:
                 return self._refusal(plan, frame, error)
 
+    def follow(self, plan: control.RestorePlan) -> None:
+        """The coordinator's newest word on where the sources of a restore are; restores that wait go on with it."""
+        with self._lock:
+            self._newest[plan.job] = plan
+            restore = self._restores.get(_restore_key(plan))
+        if restore is not None:
+            restore.follow(plan)
+
     def release_restore(self, conn: events.WorkerConn, batch_id: int | None) -> None:
         with self._lock:
             key = self._users.get(conn)
@@ -203,10 +212,13 @@ class Orders:
         return worker.Frame(request_id=frame.request_id, restore_decision=decision)
 
     def _open(self, conn: events.WorkerConn, world_size: int, plan: control.RestorePlan) -> Restore:
-        key = plan.SerializeToString(deterministic=True)
+        key = _restore_key(plan)
         with self._lock:
             self._users[conn] = key
             restore = self._restores.get(key)
+            newest = self._newest.get(plan.job)
+        if newest is not None and _restore_key(newest) == key:
+            plan = newest
         if restore is not None:
             return restore
         fresh = Restore(plan, world_size, self._arena, self._sources)
@@ -232,6 +244,11 @@ class Orders:
             self.on_corruption(
                 events.CorruptionFound(slot=None, ref=found.slot, parity=found.parity, detail=found.detail)
             )
+
+
+def _restore_key(plan: control.RestorePlan) -> tuple[object, ...]:
+    """What makes two plans the same restore, wherever its sources are."""
+    return (plan.job, plan.epoch, plan.kind, plan.source_epoch, plan.source_step, plan.durable_path)
 
 
 def _decision(plan: control.RestorePlan) -> worker.RestoreDecision:

@@ -72,6 +72,11 @@ class PlanSources:
             if last:
                 opened.close()
 
+    def follow(self, order: control.RestorePlan) -> None:
+        """Sources have moved: what is opened anew is opened where this newer plan for the same snapshot says."""
+        with self._lock:
+            self._order = order
+
     def close(self) -> None:
         """Close the sources when the last block ends. May be called twice."""
         with self._lock:

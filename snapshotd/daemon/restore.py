@@ -115,6 +115,10 @@ class Restore:
                     SourceShard(source=rank, tensor=shard.tensor, begin=shard.begin)
                 )
 
+    def follow(self, order: control.RestorePlan) -> None:
+        """Sources have moved: go on with this newer plan for the same snapshot."""
+        self._plan.follow(order)
+
     # ------------------------------------------------------------------------------------------ the manifest
 
     def source_rank(self, rank: int) -> int:

@@ -125,6 +125,8 @@ class DaemonService:
         self._handle(events.CoordinatorDown())
 
     def _coordinator_said(self, message: Any) -> None:
+        if message.HasField("restore_plan"):
+            self._orders.follow(message.restore_plan)
         self._handle(events.CoordinatorSaid(message=message))
 
     def _corruption_from_thread(self, found: events.CorruptionFound) -> None:
