@@ -45,8 +45,6 @@ class Orders:
         if body == "welcome":
             for committed in message.welcome.committed:
                 self._on_committed(committed)
-            for job in self._state.jobs.values():
-                job.unsure.clear()
             return
         if body == "rebuild":
             self._on_rebuild(message.rebuild)
@@ -460,7 +458,7 @@ class Orders:
         self._state.send(one.conn, worker.Frame(request_id=request_id, restore_decision=decision))
 
     def give_up_queries(self, job: JobState) -> None:
-        """Answer "not decided" to workers that have waited for too long (they ask again), and those of an older epoch."""
+        """Answer "not decided" to workers that have waited for too long (they ask again); turn older epochs away."""
         for one in self._state.workers_of(job.name):
             if one.query is not None and one.epoch and one.epoch < job.epoch:
                 text = f"epoch {one.epoch} of job {job.name} is over, it is at {job.epoch}: start this worker again"

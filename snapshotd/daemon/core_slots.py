@@ -295,6 +295,7 @@ class Slots:
             self._state.do(DeleteParity(parity=ref))
         job.built = {key for key in job.built if not gone(key)}
         job.reported = {key for key in job.reported if not gone(key)}
+        job.unsure = {key for key in job.unsure if not gone(key)}
         if removed:
             change = control.InventoryChange(parities_removed=removed, reason="freed")
             self._state.tell(control.NodeMessage(inventory_change=change))

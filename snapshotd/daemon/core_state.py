@@ -126,7 +126,7 @@ class JobState:
     One job on this node.
 
     progress: the highest step that each rank sealed or skipped in the epoch. unsure: snapshots found at the start of
-    the daemon; until the coordinator is heard, each of them may be the committed one.
+    the daemon; until the coordinator commits or abandons it, each of them may be the committed one.
     """
 
     name: str

@@ -428,6 +428,15 @@ def test_what_was_found_at_the_start_is_not_overwritten_before_the_coordinator_i
     for step in (7, 8):
         bench.seal(1, step)
     assert {5, 6} <= set(bench.steps())
+    # A coordinator that knows of no commit (its store may have forgotten it) settles nothing by its welcome alone.
+    bench.handle(events.CoordinatorUp())
+    bench.said(welcome=control.NodeWelcome())
+    bench.handle(events.CoordinatorDown())
+    for step in (9, 10):
+        bench.seal(1, step)
+    assert {5, 6} <= set(bench.steps())
+    bench.committed(6)
+    assert 5 not in bench.steps()
 
 
 # ---------------------------------------------------------------- restore, rebuild, corruption
