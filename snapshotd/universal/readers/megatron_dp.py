@@ -38,12 +38,13 @@ from snapshotd.universal.readers.megatron_rules import (
 from snapshotd.universal.readers.megatron_whole import step_view
 from snapshotd.universal.views import Cut, Joined, View
 
-__all__ = ["Objects", "put_dp_reshardable"]
+__all__ = ["Objects", "put_dp_reshardable", "rank_parts"]
 
 Objects = dict[str, dict[tuple[int, ...], tuple[tuple[int, ...], Any]]]
 """Key to offsets to (sizes, object)."""
 
 _GROUP: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.(.+)\Z")
+_EXPERT: Final = re.compile(r"\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.[a-z]+(\d+)$)")
 _BUCKET: Final = re.compile(r"gbuf_idx_(\d+)\.dtype_(.+)\.bucket_idx_(\d+)\.([A-Za-z_0-9]+)\Z")
 
 
@@ -67,7 +68,7 @@ def put_dp_reshardable(
     if chains != list(range(len(chains))) or not chains:
         raise FormatError(f"{folder}: the optimizer is said to be in flat buckets, but there are none")
     warnings: list[str] = []
-    ranks = {place: _rank_parts(parts, facts, place) for place in sorted(_places(facts))}
+    ranks = {place: rank_parts(parts, facts, place) for place in sorted(_places(facts))}
     for chain in chains:
         for place, chunks in ranks.items():
             spread = facts.ep > 1 and chain == len(chains) - 1 and len(chains) > 1
@@ -130,8 +131,11 @@ def _group_index(facts: Facts, place: Place, spread: bool) -> int:
     return place.tp + facts.tp * place.pp
 
 
-def _rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place) -> list[list[Part]]:
-    """The parameters that one rank had, chunk by chunk, in its order, each cut out of the whole."""
+def rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place, *, buffers: bool = False) -> list[list[Part]]:
+    """
+    Return what one rank has of the whole model's ``parts``, chunk by chunk, in the rank's own order: parameters and
+    their states, with ``buffers`` those too. Under tied embeddings the last stage has a copy under its own name.
+    """
     layers = facts.layers_of()
     result: list[list[Part]] = []
     per_rank = facts.experts_per_rank
@@ -143,22 +147,19 @@ def _rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place) -> list[l
         found: list[Part] = []
         for name in sorted(parts, key=list_order):
             part = parts[name]
-            if is_buffer(name, part.view):
-                continue
             at = layer_of(name)
+            if is_buffer(name, part.view) and not buffers:
+                continue
             if at is not None and not name.startswith("mtp."):
                 if at[1] not in mine:
                     continue
-            elif name.startswith("embedding."):
-                if not is_first:
-                    continue
-            elif not is_last:
+            elif not (is_first if name.startswith("embedding.") else is_last):
                 continue
-            expert = re.search(r"\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.[a-z]+(\d+)$)", name)
+            expert = _EXPERT.search(name)
             if expert and per_rank and int(expert[1] or expert[2]) // per_rank != place.ep:
                 continue
             found.append(_cut(name, part, facts, place))
-        if is_last and facts.tied and facts.pp > 1 and EMBEDDING in parts and not is_first:
+        if is_last and facts.tied and facts.pp > 1 and EMBEDDING in parts:
             found.append(_cut(OUTPUT, parts[EMBEDDING], facts, place))
         result.append(found)
     return result
@@ -166,10 +167,13 @@ def _rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place) -> list[l
 
 def _cut(name: str, part: Part, facts: Facts, place: Place) -> Part:
     ranks = facts.etp if is_expert(name) else facts.tp
-    rule = rule_of(name, facts.gated is True) or ("replicated" if ranks == 1 else None)
+    rule = rule_of(name, facts.gated is True)
+    if rule is None and (ranks == 1 or is_buffer(name, part.view)):
+        rule = "replicated"
     if rule is None:
         raise FormatError(f"no rule says how {name} is shared by {ranks} tensor ranks")
-    return Part(name, split(name, rule, part.view, place.tp % ranks, ranks), name)
+    states = {kind: split(name, rule, view, place.tp % ranks, ranks) for kind, view in part.states.items()}
+    return Part(name, split(name, rule, part.view, place.tp % ranks, ranks), name, states)
 
 
 def _put_rank(

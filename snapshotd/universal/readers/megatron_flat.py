@@ -25,7 +25,7 @@ from snapshotd.universal.readers.megatron_rules import EMBEDDING, OUTPUT
 from snapshotd.universal.views import Cut, View, concat, flat_part, read_all
 from snapshotd.universal.words import cast
 
-__all__ = ["Bucket", "Part", "bucket_places", "buffers_of", "put_coalesced", "put_places"]
+__all__ = ["Bucket", "Part", "bucket_places", "buffers_of", "layouts", "put_coalesced", "put_places"]
 
 ALIGN: Final = 64
 """Parameters begin at 128 bytes of 16-bit elements (param_and_grad_buffer.py)."""
@@ -86,7 +86,7 @@ def put_coalesced(
     for i, parts in enumerate(buffers):
         tensors, total = _flat_tensors(found.get(i), bool(saved.get("buckets_coalesced")), f"{label}, buffer {i}")
         best: tuple[int, list[int]] | None = None
-        for layout in _layouts(parts, facts, pp):
+        for layout in layouts(parts, facts, pp):
             offsets, numel = layout
             if numel != total:
                 continue
@@ -96,7 +96,7 @@ def put_coalesced(
             if right == len(parts):
                 break
         if best is None:
-            expected = next(_layouts(parts, facts, pp))[1]
+            expected = next(layouts(parts, facts, pp))[1]
             raise FormatError(
                 f"{label}, buffer {i}: {total} elements, but the model's {len(parts)} parameters take {expected}: "
                 "the file is of another model or another iteration"
@@ -189,7 +189,7 @@ def _flat_tensors(saved: Any, coalesced: bool, label: str) -> tuple[dict[str, Vi
     return tensors, sizes.pop()
 
 
-def _layouts(parts: Sequence[Part], facts: Facts, pp: int) -> Iterator[tuple[list[int], int]]:
+def layouts(parts: Sequence[Part], facts: Facts, pp: int) -> Iterator[tuple[list[int], int]]:
     """All layouts that Megatron's versions and options make: (element of each part, reversed; elements in all)."""
 
     def shared(part: Part) -> bool:

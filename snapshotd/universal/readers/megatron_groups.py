@@ -3,8 +3,9 @@ Which parameter is in which group of the optimizer, and at which place: Megatron
 
 Groups are made by a rule that has not changed in years: vectors and biases have no weight decay, experts that are
 spread over expert ranks stand apart, and so do embeddings under a learning rate of their own; inside a group, the
-order is that of ``named_parameters()``. What comes out is compared with the numbers and shapes that the file has. Where that does not
-fit (frozen parameters, a user's own groups), all assignments by order and shape are searched (param_ids.py).
+order is that of ``named_parameters()``. What comes out is compared with the numbers and shapes that the file has. Where
+that does not fit (frozen parameters, a user's own groups), all assignments by order and shape are searched
+(param_ids.py).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ __all__ = [
     "EMBEDDING",
     "OUTPUT",
     "cut_rows",
+    "in_list_order",
     "is_buffer",
     "is_expert",
     "layer_of",
@@ -139,6 +140,11 @@ def list_order(name: str) -> tuple[tuple[int, int, str], ...]:
         number = int(part[len(stem) :] or 0) if stem in _ORDER else 0
         key.append((_ORDER.get(stem, len(_ORDER)), number, part))
     return tuple(key)
+
+
+def in_list_order(name: str) -> bool:
+    """Whether the place of a parameter in ``named_parameters()`` is known."""
+    return all(place < len(_ORDER) for place, _, _ in list_order(name))
 
 
 def merge(name: str, rule: str, views: Sequence[View]) -> View:

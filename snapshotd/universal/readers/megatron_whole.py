@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Merged
-from snapshotd.universal.globals import TensorRef
+from snapshotd.universal.globals import NumpyArray, TensorRef
 from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
@@ -196,10 +196,17 @@ def put_rng(state: State, rank: int, saved: Any) -> None:
                 else:
                     others.setdefault(key, {})[name] = item
         elif value is not None:
-            others[key] = value
+            others[key] = _numbers(value)
     if others:
         kept = state.extra.setdefault("rng_state", {})
         kept[str(rank)] = to_json(others, f"rng_state.{rank}", state.tensors)
+
+
+def _numbers(value: Any) -> Any:
+    """numpy's generator as plain numbers: its array has 624 of them, and set_state takes a list."""
+    if isinstance(value, NumpyArray):
+        return value.value.tolist()
+    return [_numbers(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def step_view(value: Any) -> View | None:
