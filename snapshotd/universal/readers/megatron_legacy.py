@@ -24,7 +24,7 @@ from snapshotd.universal.readers.megatron_optim import Optimizers
 from snapshotd.universal.readers.megatron_rules import layer_of, renumbered
 from snapshotd.universal.readers.megatron_whole import Whole, put_rng, put_vocabulary
 from snapshotd.universal.sources import FileSource
-from snapshotd.universal.state import State
+from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import Reshaped, View
 
 __all__ = ["is_legacy", "read_legacy"]
@@ -34,7 +34,8 @@ OPTIM_FILE: Final = "distrib_optim.pt"
 VERSIONS: Final = (0, 1.0, 2.0, 3.0)
 _RANK: Final = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?\Z")
 _MODEL: Final = re.compile(r"model(\d*)\Z")
-_TAKEN: Final = frozenset({"optimizer", "rng_state", "iteration"})
+NOTE_KEY: Final = "snapshotd"
+_TAKEN: Final = frozenset({"optimizer", "rng_state", "iteration", NOTE_KEY})
 _WHOLE_LISTS: Final = ("decoder.layers", "encoder.layers", "language_model.encoder.layers")
 
 
@@ -78,6 +79,7 @@ def read_legacy(folder: Path) -> State:
     if extra_states:
         state.extra["extra_state"] = to_json(extra_states, "extra_state", state.tensors)
     put_vocabulary(state, facts)
+    _put_note(state, ranks[0].values.get(NOTE_KEY))
     return state
 
 
@@ -314,8 +316,29 @@ def _put_rest(state: State, ranks: Sequence[_Rank], facts: Facts) -> None:
         if key not in _TAKEN and not _MODEL.match(str(key)):
             state.extra[str(key)] = to_json(value, str(key), state.tensors)
     saved = first.values.get("optimizer")
-    scalers = [
-        item.get("grad_scaler") for item in (saved if isinstance(saved, list) else [saved]) if isinstance(item, dict)
-    ]
-    if any(scaler is not None for scaler in scalers):
-        state.extra["grad_scaler"] = to_json(scalers[0], "grad_scaler", state.tensors)
+    for one in saved if isinstance(saved, list) else [saved]:
+        if isinstance(one, dict) and one.get("grad_scaler") is not None and "grad_scaler" not in state.extra:
+            state.extra["grad_scaler"] = to_json(one["grad_scaler"], "grad_scaler", state.tensors)
+
+
+def _put_note(state: State, note: Any) -> None:
+    """What our own writer noted, because Megatron-LM has no place for it; gone once Megatron has saved again."""
+    if not isinstance(note, dict):
+        return
+    for name, value in (note.get("rng") or {}).items():
+        if isinstance(value, TensorRef):
+            state.tensors.append(Tensor("rng", str(name), value.view))
+    if others := note.get("rng_state"):
+        state.extra.setdefault("rng_state", {}).update(to_json(others, "rng_state", state.tensors))
+    groups = to_json(note.get("param_groups"), "param_groups")
+    named = sorted(name for group in state.param_groups for name in group["names"])
+    if groups and sorted(name for group in groups for name in group.get("names", [])) == named:
+        state.param_groups = groups
+    fields = state.extra.get("args", {}).get("fields", {})
+    fields.update(to_json(note.get("args") or {}, "args", state.tensors))
+    for name in note.get("args_added") or ():
+        fields.pop(name, None)
+    if not fields:
+        state.extra.pop("args", None)
+    if note.get("step") is None:
+        state.step = None

@@ -1,0 +1,494 @@
+"""
+Write Megatron-LM's own format (``--ckpt-format torch``) for any tensor, pipeline, virtual and expert size.
+
+The state must have Megatron-core's names. Padding of the vocabulary is made anew, as the target size wants it (zeros),
+tied embeddings get their copy on the last stage, groups are laid out by position as Megatron makes them. The optimizer
+is written as the run had it: distributed (``distrib_optim.pt``), or whole on each rank. torch is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import lcm
+from pathlib import Path
+from typing import Any, Final
+
+from snapshotd.errors import UsageError
+from snapshotd.universal.derived import Filled
+from snapshotd.universal.pickling import Call, Instance, Name, Ordered, dumps, tensor_call
+from snapshotd.universal.plain import from_json
+from snapshotd.universal.readers.megatron_dp import rank_parts
+from snapshotd.universal.readers.megatron_facts import Facts, Place
+from snapshotd.universal.readers.megatron_flat import Part, buffers_of, layouts
+from snapshotd.universal.readers.megatron_groups import Member, by_rule
+from snapshotd.universal.readers.megatron_rules import (
+    EMBEDDING,
+    OUTPUT,
+    in_list_order,
+    is_buffer,
+    is_expert,
+    layer_of,
+    pad_rows,
+    renumbered,
+    rule_of,
+)
+from snapshotd.universal.state import State
+from snapshotd.universal.stream import OutFile, Settings, remove_journal, write_files
+from snapshotd.universal.torchfile import lay_out
+from snapshotd.universal.views import Joined, Reshaped, View
+from snapshotd.universal.writers.torch_tree import NOTE_KEY, plain_value
+from snapshotd.universal.writers.universal import write_whole
+
+__all__ = ["losses", "write"]
+
+_NAMESPACE: Final = "argparse.Namespace"
+_TUPLES: Final = frozenset({"betas"})
+_OWN_KEYS: Final = frozenset(
+    {"args", "rng_state", "grad_scaler", "extra_state", "checkpoint_version", "optimizer", "model"}
+)
+_FLAT_KINDS: Final = ("fp32", "exp_avg", "exp_avg_sq")
+_GROUP_DEFAULTS: Final = {"lr_mult": 1.0, "is_decoupled_lr": False}
+
+
+def losses(state: State) -> list[str]:
+    """Return what the format can not hold; UsageError where the names are not Megatron-core's."""
+    _check_names(state)
+    lost: list[str] = []
+    if state.extra.get("extra_state"):
+        lost.append("extra states of modules (Transformer Engine's fp8 scales)")
+    if not isinstance(state.extra.get("args"), dict):
+        lost.append("args: the source has none, so Megatron-LM can not compare them with the command line")
+    odd = [kind for kind in state.optimizer_kinds if kind != "step" and any(_is_odd(state, kind))]
+    if odd:
+        lost.append(f"optimizer states that are not of their parameter's shape: {', '.join(odd)}")
+    return lost
+
+
+def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
+    """Write ``state`` into the run's folder ``target``: one iteration, and the tracker file that names it."""
+    _check_names(state)
+    plan = _Plan(state, options.get("layout", {}))
+    iteration = state.step or 0
+    folder = f"iter_{iteration:07d}"
+    files: list[OutFile] = []
+    for place in plan.places:
+        name = f"{folder}/{_rank_name(plan.facts, place)}"
+        files += plan.rank_files(place, name)
+    write_files(target, files, settings, identity=identity)
+    write_whole(target / "latest_checkpointed_iteration.txt", str(iteration).encode())
+    remove_journal(target)
+
+
+def _rank_name(facts: Facts, place: Place) -> str:
+    name = f"mp_rank_{place.tp:02d}"
+    name += f"_{place.pp:03d}" if facts.pp > 1 else ""
+    return name + (f"_{place.ep:03d}" if facts.ep > 1 else "")
+
+
+def _is_odd(state: State, kind: str) -> Iterable[bool]:
+    weights = state.of_kind("model")
+    return (t.name not in weights or t.shape not in ((), weights[t.name].shape) for t in state.of_kind(kind).values())
+
+
+def _check_names(state: State) -> None:
+    names = [name for name, tensor in state.of_kind("model").items() if not is_buffer(name, tensor.view)]
+    unknown = [name for name in names if rule_of(name, False) is None or not in_list_order(name)]
+    if EMBEDDING not in names or unknown:
+        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise UsageError(
+            "the parameters are not those of a Megatron-core GPT model: "
+            + (f"nothing is known of {listed}" if unknown else f"{EMBEDDING} is missing")
+        )
+
+
+@dataclass(slots=True)
+class _File:
+    """A torch.save file while it is put together: its storages so far."""
+
+    storages: list[tuple[str, str, View]] = field(default_factory=list)
+
+    def put(self, view: View) -> Call:
+        key = str(len(self.storages))
+        self.storages.append((key, key, view))
+        return tensor_call(key, view.dtype, view.shape, view.nbytes)
+
+    def finish(self, name: str, tree: Any) -> OutFile:
+        archive = lay_out(dumps(tree), self.storages, prefix=Path(name).stem)
+        return OutFile(
+            name=name,
+            nbytes=archive.nbytes,
+            blocks=archive.blocks,
+            tensors=archive.tensors,
+            crc=True,
+            finish=archive.finish,
+        )
+
+
+class _Plan:
+    """The whole model's parts with the target's padding, and what each rank's files hold of them."""
+
+    def __init__(self, state: State, layout: Mapping[str, int]) -> None:
+        self.state = state
+        self.extra = {name: tensor.view for name, tensor in state.of_kind("extra").items()}
+        self.scalars: dict[str, Any] = {}
+        saved = state.extra.get("args")
+        fields = saved.get("fields", {}) if isinstance(saved, dict) else {}
+        self.kinds = [kind for kind in (*state.optimizer_kinds, "fp32") if state.of_kind(kind)]
+        self.old_args = fields
+        self.args = self._args(fields, layout)
+        self.facts = Facts({key: _thin(value) for key, value in self.args.items()}, "the target's args")
+        self.places = sorted(self.facts.places())
+        self.parts = self._parts()
+        self.chains = self._chains()
+        self.flat = self.facts.flag("use_distributed_optimizer")
+
+    def _args(self, fields: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
+        """The source's args, with what the target's layout changes; without them, what the tensors show."""
+        weights = self.state.of_kind("model")
+        source = Facts(dict(fields), "args")
+        tp, pp = layout.get("tp", source.tp), layout.get("pp", source.pp)
+        vp, ep = layout.get("vpp", source.vp if pp == source.pp else 1), layout.get("ep", source.ep)
+        same = (tp, pp, vp, ep) == (source.tp, source.pp, source.vp, source.ep)
+        dp = layout.get("dp", (source.data_parallel_size or 1) if same else ep)
+        args = dict(fields)
+        layers = [at[1] for name in weights if (at := layer_of(name)) and not name.startswith("mtp.")]
+        args.setdefault("num_layers", max(layers, default=-1) + 1)
+        if "swiglu" not in args:
+            args["swiglu"] = _looks_gated(weights)
+        if "untie_embeddings_and_output_weights" not in args:
+            args["untie_embeddings_and_output_weights"] = OUTPUT not in self.state.tied
+        rows = weights[EMBEDDING].shape[0]
+        step = lcm((source.count("make_vocab_size_divisible_by") or 128) * tp, tp)
+        padded = -(-rows // step) * step
+        if source.count("vocab_size") is None and rows % tp == 0 and source.known:
+            padded = rows  # the padding is still on: how much of it there is, is not known
+        kept = source.count("padded_vocab_size")
+        if same and kept is not None and kept >= rows:
+            padded = kept
+        args["padded_vocab_size"] = padded
+        if not source.known:
+            args["vocab_size"] = rows
+        changes: dict[str, Any] = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "virtual_pipeline_model_parallel_size": vp if vp > 1 else None,
+            "expert_model_parallel_size": ep,
+            "ckpt_format": "torch",
+            "use_distributed_optimizer": source.flag("use_distributed_optimizer") and self._can_be_flat(),
+        }
+        if not same or not source.known:
+            etp = layout.get("tp", source.etp) if source.num_experts else tp
+            changes.update(expert_tensor_parallel_size=min(etp, tp), data_parallel_size=dp, world_size=tp * pp * dp)
+            changes.update(transformer_pipeline_model_parallel_size=pp, context_parallel_size=1)
+        if (pp, vp) != (source.pp, source.vp):
+            for key in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+                changes[key] = None
+            changes["pipeline_model_parallel_layout"] = None
+            changes["num_layers_per_virtual_pipeline_stage"] = None
+        return {**args, **changes}
+
+    def _can_be_flat(self) -> bool:
+        names = {name for group in self.state.param_groups for name in group["names"]}
+        wanted = [kind for kind in _FLAT_KINDS if kind != "fp32" or self.state.of_kind("fp32")]
+        return set(self.kinds) <= {*_FLAT_KINDS, "step"} and all(
+            set(self.state.of_kind(kind)) >= names or kind == "fp32" for kind in wanted
+        )
+
+    def _parts(self) -> dict[str, Part]:
+        rows = self.facts.count("padded_vocab_size") or 0
+        states: dict[str, dict[str, View]] = {}
+        for kind in self.kinds:
+            for name, tensor in self.state.of_kind(kind).items():
+                states.setdefault(name, {})[kind] = tensor.view
+        parts: dict[str, Part] = {}
+        for kind in ("model", "buffer"):
+            for name, tensor in self.state.of_kind(kind).items():
+                part = Part(name, tensor.view, name, states.get(name, {}))
+                rule = rule_of(name, False)
+                if rule == "vocabulary":
+                    padded = {key: pad_rows(view, rows) for key, view in part.states.items()}
+                    part = Part(name, pad_rows(part.view, rows), name, padded)
+                elif rule in ("fused_in", "fused_out") and self.facts.etp * self.facts.ep > 1:
+                    raise UsageError(f"{name} holds all experts in one matrix; it is not cut for other expert ranks")
+                parts[name] = part
+        return parts
+
+    def _chains(self) -> list[list[dict[str, Any]]]:
+        """The groups of each chained optimizer: dense ones, and those of experts where expert ranks share them."""
+        spread = self.facts.ep > 1 and any(map(is_expert, self.parts))
+        chains: list[list[dict[str, Any]]] = [[], []] if spread else [[]]
+        for group in self.state.param_groups:
+            plain = group.get("wd_mult", 1.0 if group.get("weight_decay", 0.0) else 0.0)
+            for experts in (False, True) if spread else (False,):
+                names = [name for name in group["names"] if not spread or is_expert(name) == experts]
+                values = {"wd_mult": plain, **_GROUP_DEFAULTS, **group, "is_expert_parallel": experts, "names": names}
+                chain = chains[int(experts)]
+                twin = next((g for g in chain if _values(g) == _values(values)), None)
+                if twin is not None:
+                    twin["names"] = [*twin["names"], *names]
+                elif names or experts == group.get("is_expert_parallel", False):
+                    chain.append(values)
+        for i, chain in enumerate(chains):
+            self._check_chain(chain, i == 1, spread)
+        return chains if self.state.param_groups else []
+
+    def _check_chain(self, chain: Sequence[Mapping[str, Any]], experts: bool, spread: bool) -> None:
+        """Positions are all that ties the optimizer to parameters, so groups must be those that Megatron makes."""
+        listed = {name for group in chain for name in group["names"]}
+        members = [
+            Member(name, part.view.shape)
+            for name, part in self.parts.items()
+            if name in listed and (not spread or is_expert(name) == experts)
+        ]
+        found = by_rule(members, chain, self.facts) if chain else []
+        if found is None or any(
+            {member.name for member in mine} != set(group["names"]) for mine, group in zip(found, chain, strict=True)
+        ):
+            raise UsageError(
+                "the parameter groups are not those that Megatron-LM makes (matrices with weight decay, vectors and "
+                "biases without): it could not load them; convert with --only model"
+            )
+
+    def rank_files(self, place: Place, folder: str) -> list[OutFile]:
+        """Return the files of one rank."""
+        facts = self.facts
+        file = _File()
+        number = facts.rank_of(place)
+        chunks = rank_parts(self.parts, facts, place, buffers=True)
+        tree: dict[str, Any] = {"args": self._pickled({"$object": _NAMESPACE, "fields": self.args}, file)}
+        version = self.state.extra.get("checkpoint_version")
+        tree["checkpoint_version"] = version if isinstance(version, (int, float)) and version >= 2 else 3.0
+        tree["iteration"] = self.state.step or 0
+        layers = facts.layers_of()
+        for i, chunk in enumerate(chunks):
+            first = sum(map(sum, layers[:i])) + sum(layers[i][: place.pp])
+            tree["model" if len(chunks) == 1 else f"model{i}"] = self._model(chunk, first, place, file)
+        trained = [[part for part in chunk if not is_buffer(part.name, part.view)] for chunk in chunks]
+        flat: list[Any] = []
+        if self.chains:
+            optimizers = []
+            for i, groups in enumerate(self.chains):
+                mine = [self._of_chain(chunk, i) for chunk in trained]
+                optimizers.append(self._optimizer(groups, mine, file))
+                flat.append(mine if i or not place.ep else None)
+            tree["optimizer"] = optimizers if len(optimizers) > 1 else optimizers[0]
+        tree["rng_state"] = [self._rng(number, file)]
+        for key, value in self.state.extra.items():
+            if key not in _OWN_KEYS:
+                tree[key] = self._pickled(value, file)
+        if place == self.places[0]:
+            tree[NOTE_KEY] = self._note(file)
+        files = [file.finish(f"{folder}/model_optim_rng.pt", tree)]
+        if self.flat and self.chains:
+            files.append(self._flat_file(flat, place, f"{folder}/distrib_optim.pt"))
+        return files
+
+    def _of_chain(self, chunk: Sequence[Part], chain: int) -> list[Part]:
+        listed = {name for group in self.chains[chain] for name in group["names"]}
+        return [part for part in chunk if part.name in listed or (part.name == OUTPUT and EMBEDDING in listed)]
+
+    def _model(self, chunk: Sequence[Part], first: int, place: Place, file: _File) -> Ordered:
+        items: dict[str, Any] = {}
+        experts = place.ep * self.facts.experts_per_rank
+        for i, part in enumerate(chunk):
+            at = layer_of(part.name)
+            local = renumbered(part.name, {at[0]: -first} if at else {}, -experts)
+            items[local] = file.put(part.view)
+            module = local.rpartition(".")[0]
+            following = chunk[i + 1].name if i + 1 < len(chunk) else ""
+            if module.rpartition(".")[2].startswith(("linear_", "output_layer")) and (
+                part.name.rpartition(".")[0] != following.rpartition(".")[0]
+            ):
+                items[f"{module}._extra_state"] = None
+        last = place.pp == self.facts.pp - 1 and any(name.startswith("decoder.final") for name in items)
+        if last and self.facts.tied and OUTPUT not in items:
+            items["output_layer._extra_state"] = None
+        return Ordered(items)
+
+    def _optimizer(self, groups: Sequence[Mapping[str, Any]], chunks: Sequence[Sequence[Part]], file: _File) -> Any:
+        parts = {part.name: part for chunk in chunks for part in chunk}
+        scaler = self.state.extra.get("grad_scaler")
+        wrapper = {} if scaler is None else {"grad_scaler": self._pickled(scaler, file)}
+        members = self._members(groups, parts)
+        pickled: list[dict[str, Any]] = []
+        states: dict[int, dict[str, Any]] = {}
+        masters: list[list[Any]] = []
+        count = 0
+        for group, mine in zip(groups, members, strict=True):
+            values = self._hyperparameters(group, file)
+            step = self._group_step(group["names"])
+            if step is not None:
+                values["step"] = step
+            if not self.flat:
+                values["params"] = list(range(count, count + len(mine)))
+                masters.append([file.put(part.states["fp32"]) for part in mine if "fp32" in part.states])
+                for part in mine:
+                    fields = {
+                        kind: file.put(view)
+                        for kind, view in part.states.items()
+                        if kind != "fp32" and not (kind == "step" and step is not None)
+                    }
+                    if fields:
+                        states[count] = fields
+                    count += 1
+            pickled.append(values)
+        inner: dict[str, Any] = {"param_groups": pickled} if self.flat else {"state": states, "param_groups": pickled}
+        if self.flat:
+            return {"optimizer": inner, **wrapper}
+        if self.state.of_kind("fp32"):
+            return {"optimizer": inner, "fp32_from_fp16_params": masters, **wrapper}
+        return {"optimizer": inner, **wrapper} if wrapper else inner
+
+    def _members(self, groups: Sequence[Mapping[str, Any]], parts: Mapping[str, Part]) -> list[list[Part]]:
+        result: list[list[Part]] = []
+        for group in groups:
+            names = set(group["names"])
+            names |= {OUTPUT} if EMBEDDING in names and OUTPUT in self.state.tied else set()
+            result.append([part for name, part in parts.items() if name in names])
+        return result
+
+    def _hyperparameters(self, group: Mapping[str, Any], file: _File) -> dict[str, Any]:
+        values = {key: self._pickled(value, file) for key, value in group.items() if key != "names"}
+        return {key: tuple(v) if key in _TUPLES and isinstance(v, list) else v for key, v in values.items()}
+
+    def _group_step(self, names: Sequence[str]) -> Any:
+        """FusedAdam and the distributed optimizer keep the step in the group; torch's AdamW in each state."""
+        steps = self.state.of_kind("step")
+        mine = [steps[name] for name in names if name in steps] or list(steps.values())
+        if not mine or not (self.flat or all(step.dtype == "int64" for step in mine)):
+            return None
+        values = {self._value(step.view, step.name) for step in mine}
+        if len(values) > 1:
+            raise UsageError("parameters of one group have different steps, which Megatron's optimizer can not hold")
+        return values.pop()
+
+    def _value(self, view: View, name: str) -> Any:
+        if name not in self.scalars:
+            self.scalars[name] = plain_value(view)
+        return self.scalars[name]
+
+    def _rng(self, rank: int, file: _File) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in self._other_generators().get(str(rank), {}).items():
+            pickled = self._pickled(value, file)
+            result[key] = _tuples(pickled) if key in ("random_rng_state", "np_rng_state") else pickled
+        for name, tensor in self.state.of_kind("rng").items():
+            owner, _, device = name.partition("/")
+            if owner == str(rank) and not device:
+                result["torch_rng_state"] = file.put(tensor.view)
+            elif owner == str(rank) and device == "cuda":
+                result["cuda_rng_state"] = file.put(tensor.view)
+            elif owner == str(rank) and device.startswith("cuda/"):
+                result.setdefault("rng_tracker_states", {})[device[5:]] = file.put(tensor.view)
+        return result
+
+    def _other_generators(self) -> dict[str, Any]:
+        kept = self.state.extra.get("rng_state")
+        return kept if isinstance(kept, dict) else {}
+
+    def _note(self, file: _File) -> dict[str, Any]:
+        """What Megatron has no place for: generators of ranks that the target has not, and args that were changed."""
+        ranks = {str(self.facts.rank_of(place)) for place in self.places}
+        generators: dict[str, Any] = {}
+        for name, tensor in self.state.of_kind("rng").items():
+            owner, _, device = name.partition("/")
+            if owner not in ranks or not (device in ("", "cuda") or device.startswith("cuda/")):
+                generators[name] = file.put(tensor.view)
+        others = {key: self._pickled(v, file) for key, v in self._other_generators().items() if key not in ranks}
+        old = self.old_args
+        return {
+            "version": 1,
+            "step": self.state.step,
+            "rng": generators,
+            "rng_state": others,
+            "args": {key: self._pickled(old[key], file) for key in old if old[key] != self.args[key]},
+            "args_added": [key for key in self.args if key not in old],
+            "param_groups": [
+                {k: self._pickled(v, file) for k, v in group.items()} for group in self.state.param_groups
+            ],
+            "source": self._pickled(self.state.source, file),
+        }
+
+    def _flat_file(self, chains: Sequence[Any], place: Place, name: str) -> OutFile:
+        file = _File()
+        trees = [None if chunks is None else self._flat(chunks, place, file) for chunks in chains]
+        return file.finish(name, trees if len(trees) > 1 else trees[0])
+
+    def _flat(self, chunks: Sequence[Sequence[Part]], place: Place, file: _File) -> dict[Any, Any]:
+        tree: dict[Any, Any] = {"buckets_coalesced": True}
+        for i, parts in enumerate(buffers_of(chunks)):
+            offsets, total = next(layouts(parts, self.facts, place.pp))
+            dtype = parts[0].view.dtype
+            grads = "float32" if self.facts.flag("accumulate_allreduce_grads_in_fp32") else dtype
+            values: dict[str, Any] = {}
+            for saved, kind in (("param", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+                flats = [part.states.get(kind, part.view) if kind == "fp32" else part.states[kind] for part in parts]
+                values[saved] = file.put(_flat_view(flats[::-1], offsets, total))
+            values["numel_unpadded"] = total
+            tree[i] = {(Name("torch", dtype), Name("torch", grads)): values}
+        return tree
+
+    def _pickled(self, value: Any, file: _File) -> Any:
+        """JSON of plain.py as values for a pickle; frameworks' objects under their own names again."""
+        if isinstance(value, list):
+            return [self._pickled(item, file) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$object" in value:
+            return self._object(value, file)
+        if len(value) == 1:
+            ((key, item),) = value.items()
+            if key == "$tensor":
+                return file.put(self.extra[item])
+            if key == "$dtype":
+                return Name("torch", item)
+            if key == "$items":
+                return {_key(self._pickled(k, file)): self._pickled(v, file) for k, v in item}
+            if key.startswith("$"):
+                return from_json(value, {})
+        return {key: self._pickled(item, file) for key, item in value.items()}
+
+    def _object(self, value: Mapping[str, Any], file: _File) -> Any:
+        module, _, name = str(value["$object"]).rpartition(".")
+        target = Name(module, name)
+        if "fields" in value or name == "Namespace":
+            fields = value.get("fields", {})
+            return Instance(target, {key: self._pickled(item, file) for key, item in fields.items()})
+        return Call(target, tuple(self._pickled(item, file) for item in value["args"])) if "args" in value else target
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "names"}
+
+
+def _thin(value: Any) -> Any:
+    return None if isinstance(value, (dict, list)) else value
+
+
+def _key(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    """random.setstate wants tuples where JSON has lists."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _looks_gated(weights: Mapping[str, Any]) -> bool:
+    first = next((name for name in weights if name.endswith("linear_fc1.weight")), None)
+    second = first.replace("linear_fc1", "linear_fc2") if first else ""
+    return bool(first) and second in weights and weights[first or ""].shape[0] == 2 * weights[second].shape[1]
+
+
+def _flat_view(flats: Sequence[View], offsets: Sequence[int], total: int) -> View:
+    pieces: list[tuple[Sequence[int], View]] = []
+    at = 0
+    for view, begin in zip(flats, offsets, strict=True):
+        if begin > at:
+            pieces.append(((at,), Filled(view.dtype, (begin - at,))))
+        pieces.append(((begin,), Reshaped(view, (view.numel,))))
+        at = begin + view.numel
+    if total > at:
+        pieces.append(((at,), Filled(flats[0].dtype, (total - at,))))
+    return Joined(flats[0].dtype, (total,), pieces)

@@ -1,0 +1,93 @@
+"""Universal -> Megatron-LM -> universal, for other sizes too, is the identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from snapshotd.errors import UsageError
+from snapshotd.universal import readers
+from snapshotd.universal.convert import convert
+from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.views import read_all, stored_bytes
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+CASES = ("megatron_tp2_pp2", "megatron_dist_tp2_pp2")
+
+
+def words_of(state: State) -> dict[tuple[str, str], Any]:
+    return {tensor.key: read_all(tensor.view) for tensor in state.tensors}
+
+
+def assert_same(one: State, other: State) -> None:
+    first, second = words_of(one), words_of(other)
+    assert sorted(first) == sorted(second)
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    for part in ("step", "param_groups", "tied", "frozen", "extra"):
+        assert getattr(one, part) == getattr(other, part), part
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", [{}, {"tp": 1, "pp": 1}, {"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"dp": 2}])
+def test_any_layout_and_back(case: str, layout: dict[str, int], tmp_path: Path) -> None:
+    convert(FIXTURES / case / "ckpt", tmp_path / "universal", to="universal")
+    convert(tmp_path / "universal", tmp_path / "run", to="megatron", layout=layout)
+    convert(tmp_path / "run", tmp_path / "again", to="universal")
+    assert readers.detect(tmp_path / "run") == "megatron"
+    assert_same(readers.read(tmp_path / "universal"), readers.read(tmp_path / "again"))
+
+
+def test_virtual_stages_and_back(tmp_path: Path) -> None:
+    convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"tp": 1, "pp": 2, "vpp": 2})
+    names = sorted(entry.name for entry in (tmp_path / "run" / "iter_0000004").iterdir())
+    assert names == ["mp_rank_00_000", "mp_rank_00_001"]
+    assert_same(readers.read(FIXTURES / CASES[0] / "ckpt"), readers.read(tmp_path / "run"))
+
+
+def test_padding_is_made_anew(tmp_path: Path) -> None:
+    """97 tokens are 112 rows for two tensor ranks, 104 for one; a loader with the wrong size refuses the file."""
+    convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"tp": 1, "pp": 1})
+    state = readers.read(tmp_path / "run")
+    assert state.source["padded_vocab_size"] == 104
+    assert state.of_kind("model")["embedding.word_embeddings.weight"].shape == (97, 32)
+
+
+def test_layers_that_cannot_be_divided(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="4 layers cannot be on 3 pipeline stages"):
+        convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"pp": 3})
+
+
+def test_names_that_are_not_megatrons(tmp_path: Path) -> None:
+    from snapshotd.universal.writers import megatron
+
+    view = stored_bytes(bytes(8), "float32", (2,))
+    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv"):
+        megatron.losses(State(format="torch", tensors=[Tensor("model", "blocks.0.attn.qkv.weight", view)]))
+    with pytest.raises(UsageError, match=r"embedding.word_embeddings.weight is missing"):
+        megatron.losses(State(format="torch", tensors=[]))
+
+
+def test_torch_reads_what_was_written(tmp_path: Path) -> None:
+    """The file is one that torch.save could have written, with classes of argparse and enums only."""
+    import argparse
+    import signal
+
+    torch = pytest.importorskip("torch")
+    convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron")
+    path = tmp_path / "run" / "iter_0000004" / "mp_rank_01_001" / "model_optim_rng.pt"
+    stand_in = type("AttnBackend", (), {"__init__": lambda self, value: None})
+    allowed = [
+        argparse.Namespace,
+        signal.Signals,
+        (stand_in, "megatron.core.transformer.enums.AttnBackend"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        ours = torch.load(path, weights_only=True)
+    assert ours["args"].tensor_model_parallel_size == 2
+    assert ours["model"]["output_layer._extra_state"] is None
+    assert ours["optimizer"]["optimizer"]["param_groups"][1]["params"] == [9, 10, 11, 12, 13]
+    assert ours["rng_state"][0]["random_rng_state"][0] == 3
+    assert ours["optimizer"]["optimizer"]["state"][0]["step"].item() == 4.0
