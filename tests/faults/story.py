@@ -248,6 +248,8 @@ class Player:
         self.judge_numbers(notes, undisturbed)
         self._judge_outcome(final, decided)
         assert re.search(scenario.says, words), f"no word of {scenario.says!r} in {decided}"
+        # It came out right, but on the way a restore may have waited for nothing until it gave up.
+        assert "could not restore" not in words, re.findall(".*could not restore.*", words)
 
     def judge_numbers(self, notes: list[Notes], undisturbed: list[Notes]) -> None:
         """Every loss and every byte of state that can be compared."""

@@ -55,6 +55,7 @@ KINDS = {
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_REQUEST = 1 << 20
 
@@ -277,7 +278,9 @@ def main() -> None:
     sys.path.insert(0, str(SCRIPTS))
     for name in KINDS[kind]:
         importlib.import_module(name)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # also when the tests themselves are killed, nothing stays behind
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
     listener.listen(64)
