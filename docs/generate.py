@@ -27,8 +27,8 @@ def settings_page() -> str:
         "Made by `python docs/generate.py`; do not edit.",
         "",
         "Every setting has a flag, an environment variable and a TOML key. The flag wins over the variable, the",
-        "variable over the file (`--config FILE` or `SNAPSHOTD_CONFIG`), the file over the default. Sizes are bytes, or",
-        "`4GiB`, `512MiB`, `64K`.",
+        "variable over the file (`--config FILE` or `SNAPSHOTD_CONFIG`), the file over the default. Sizes are bytes,",
+        "or `4GiB`, `512MiB`, `64K`.",
     ]
     for title, section, kind in COMMANDS:
         lines += ["", f"## {title}", "", f"TOML table `[{section}]`.", ""]
@@ -56,8 +56,8 @@ def settings_page() -> str:
         "",
         "## Failpoints",
         "",
-        'For tests: `SNAPSHOTD_FAILPOINTS="name=action@N;..."`. Actions: off, raise, delay(ms), exit(code), kill, hang,',
-        "corrupt, touch(path), wait(path). `@N`: at the N-th time only. They cost nothing when off.",
+        'For tests: `SNAPSHOTD_FAILPOINTS="name=action@N;..."`. Actions: off, raise, delay(ms), exit(code), kill,',
+        "hang, corrupt, touch(path), wait(path). `@N`: at the N-th time only. They cost nothing when off.",
         "",
         "| site | where |",
         "| --- | --- |",

@@ -176,6 +176,10 @@ class Job:
             epoch, limit = source
         return False
 
+    def counts_on_line(self, key: SnapshotKey) -> bool:
+        """Whether a snapshot may be gone on from: on the line, or nothing is known of any line."""
+        return not self.lineage or self.on_line(key)
+
     def descend(self, number: int, source: SnapshotKey | None) -> None:
         """The line goes on in epoch `number` from `source`."""
         self.lineage[number] = source

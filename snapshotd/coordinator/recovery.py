@@ -12,14 +12,13 @@ Rule 4: what is chosen is committed by that. An older snapshot at a better level
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from snapshotd.coordinator.events import Answer
 from snapshotd.coordinator.inventory import Node, SnapshotKey
 from snapshotd.coordinator.job import Context, Decision, Job, Sealed
 from snapshotd.coordinator.membership import Epoch
 from snapshotd.coordinator.rebuilds import Rebuilds
 from snapshotd.coordinator.snapshots import Snapshot, collect
+from snapshotd.coordinator.wanted import Wanted, restore_plan
 from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["Recovery"]
@@ -34,15 +33,6 @@ PROTECTED = control.Committed.LEVEL_PROTECTED
 PERSISTED = control.Committed.LEVEL_PERSISTED
 
 _NODES_IN_REASONS = 8
-
-
-@dataclass(slots=True)
-class Wanted:
-    """A tool's request to read a snapshot. excluded: candidates that could not be rebuilt, and why."""
-
-    request_id: str
-    step: int | None
-    excluded: dict[SnapshotKey, str] = field(default_factory=dict)
 
 
 class Recovery:
@@ -67,7 +57,7 @@ class Recovery:
         self._excluded: dict[SnapshotKey, str] = {}
         self._asked: set[str] = set()
         self._told: control.RestorePlan | None = None
-        self._wanted: list[Wanted] = []
+        self._wanted = Wanted(ctx, job, rebuilds)
 
     # ------------------------------------------------------------ messages
 
@@ -86,7 +76,7 @@ class Recovery:
         self.advance()
 
     def want(self, request_id: str, step: int | None) -> None:
-        self._wanted.append(Wanted(request_id=request_id, step=step))
+        self._wanted.add(request_id, step)
         self.advance()
 
     def resync(self, node: Node) -> None:
@@ -117,9 +107,7 @@ class Recovery:
             if self._asked:
                 self._answer_asked(decided)
         self._maintain()
-        for wanted in list(self._wanted):
-            if self._serve(wanted):
-                self._wanted.remove(wanted)
+        self._wanted.advance()
 
     def _decided(self) -> Decision | None:
         decision = self._job.decision
@@ -161,7 +149,8 @@ class Recovery:
         if job.learned and self._runs_already(epoch):
             reason = "this epoch was running before the coordinator knew of it"
             return Decision(epoch=epoch.number, kind=control.RESTORE_KIND_UNSPECIFIED, reason=reason), None
-        found = collect(job.name, self._ctx.nodes.connected(), lambda key: self._counts(key) and key[0] < epoch.number)
+        nodes = self._ctx.nodes.connected()
+        found = collect(job.name, nodes, lambda key: key[0] < epoch.number and job.counts_on_line(key))
         failures = list(self._excluded.values())
         for key in sorted(found, reverse=True):
             if key in self._excluded:
@@ -170,7 +159,7 @@ class Recovery:
             if possible:
                 return self._from_memory(epoch, found[key], failures), found[key]
             failures.append(reason)
-        durable = max((key for key in job.durables if self._counts(key)), default=None)
+        durable = max((key for key in job.durables if self._job.counts_on_line(key)), default=None)
         why = self._why_not(failures)
         if durable is not None:
             source = job.durables[durable]
@@ -275,7 +264,7 @@ class Recovery:
         What the nodes hold counts before what is remembered: the newest commits may have been forgotten.
         """
         nodes = self._ctx.nodes.connected()
-        found = collect(self._job.name, nodes, lambda key: self._counts(key) and key < snapshot.key)
+        found = collect(self._job.name, nodes, lambda key: self._job.counts_on_line(key) and key < snapshot.key)
         whole = [key for key, one in found.items() if one.redundant()]
         known = [
             one.key
@@ -310,11 +299,11 @@ class Recovery:
                 self._rebuilds.drive(snapshot, parity=False)
                 return
             else:
-                plan = self._plan(decision, snapshot)
+                plan = restore_plan(self._ctx, job, decision, snapshot)
         elif decision.kind == control.RESTORE_KIND_UNSPECIFIED:
             plan = None
         else:
-            plan = self._plan(decision, None)
+            plan = restore_plan(self._ctx, job, decision, None)
         for node_id in sorted(self._asked):
             if plan is not None:
                 self._ctx.out.to_node(self._ctx.nodes.session_of(node_id), restore_plan=plan)
@@ -330,40 +319,13 @@ class Recovery:
         snapshot = collect(job.name, self._ctx.nodes.connected(), lambda key: key == source).get(source)
         if snapshot is None or snapshot.missing_ranks() or job.current is None or job.current.number != decision.epoch:
             return
-        if self._plan(decision, snapshot) != told:
+        if restore_plan(self._ctx, job, decision, snapshot) != told:
             self._asked.update(job.current.node_ids)
 
     def _source_is_past(self, decision: Decision) -> bool:
         """The epoch has committed since: each of its ranks has restored long ago."""
         committed = self._job.committed
         return committed is not None and committed.epoch == decision.epoch
-
-    def _plan(self, decision: Decision, snapshot: Snapshot | None) -> control.RestorePlan:
-        job = self._job
-        plan = control.RestorePlan(
-            job=job.name,
-            epoch=decision.epoch,
-            kind=control.RestoreKind.ValueType(decision.kind),
-            reason=decision.reason,
-            lost_steps=decision.lost_steps,
-            source_world_size=decision.world_size,
-            durable_path=decision.path,
-        )
-        if decision.source is not None:
-            plan.source_epoch, plan.source_step = decision.source
-        if snapshot is not None:
-            for rank in range(snapshot.world_size):
-                plan.nodes.append(self._place(snapshot, rank))
-                plan.slots.append(snapshot.slots[rank])
-            plan.peers.extend(self._ctx.nodes.peers(list(plan.nodes)))
-        return plan
-
-    def _place(self, snapshot: Snapshot, rank: int) -> str:
-        """The holder where the same rank runs now, else any."""
-        epoch, holders = self._job.current, snapshot.holders[rank]
-        if epoch is not None and rank in epoch.ranks and epoch.ranks[rank].node_id in holders:
-            return epoch.ranks[rank].node_id
-        return holders[0]
 
     def _drop(self, decision: Decision) -> control.DropSnapshots:
         """Of epochs before the decision's, only what the line still rests on is kept."""
@@ -417,72 +379,7 @@ class Recovery:
             self._rebuilds.drive(snapshot, parity=True)
         return False
 
-    # ------------------------------------------------------------ tools
-
-    def _serve(self, wanted: Wanted) -> bool:
-        """Answer a tool's request if that is possible now; False: something is being rebuilt for it."""
-        job = self._job
-        found = collect(job.name, self._ctx.nodes.connected(), self._counts)
-        reasons = []
-        for key in sorted(found, reverse=True):
-            if wanted.step is not None and key[1] != wanted.step:
-                continue
-            snapshot = found[key]
-            possible, reason = snapshot.verdict()
-            reason = wanted.excluded.get(key, reason)
-            if key in wanted.excluded or not possible:
-                reasons.append(reason)
-                continue
-            if snapshot.missing_ranks():
-                trouble = self._rebuilds.drive(snapshot, parity=False)
-                if not trouble:
-                    return False
-                wanted.excluded[key] = trouble
-                reasons.append(trouble)
-                continue
-            decision = Decision(
-                epoch=job.number,
-                kind=MEMORY,
-                source=key,
-                world_size=snapshot.world_size,
-                reason=f"from memory, step {key[1]}",
-            )
-            self._located(wanted, self._plan(decision, snapshot))
-            return True
-        if absent := self._absent():
-            self.waiting_reason = f"waiting for {', '.join(absent[:_NODES_IN_REASONS])}"
-            return False
-        for key in sorted(job.durables, reverse=True):
-            if wanted.step is None or key[1] == wanted.step:
-                source = job.durables[key]
-                decision = Decision(
-                    epoch=job.number,
-                    kind=DURABLE,
-                    source=key,
-                    world_size=source.world_size,
-                    path=source.path,
-                    reason=f"from the durable tier, step {key[1]}",
-                )
-                self._located(wanted, self._plan(decision, None))
-                return True
-        steps = sorted({key[1] for key in found if found[key].verdict()[0]} | {key[1] for key in job.durables})
-        there = f"there are steps {', '.join(map(str, steps[-16:]))}" if steps else "there is no other either"
-        if wanted.step is not None and not reasons:
-            text, code = f"job {job.name} has no snapshot of step {wanted.step}; {there}", "INVALID_ARGUMENT"
-        else:
-            text = f"no snapshot of job {job.name} can be had: {'; '.join(reasons[:4]) or 'nothing is held'}; {there}"
-            code = "UNRECOVERABLE"
-        self._ctx.out.answer(Answer(request_id=wanted.request_id, error_code=code, error=text))
-        return True
-
-    def _located(self, wanted: Wanted, plan: control.RestorePlan) -> None:
-        located = control.LocateSnapshotResponse(plan=plan)
-        self._ctx.out.answer(Answer(request_id=wanted.request_id, located=located))
-
     # ------------------------------------------------------------ small ones
-
-    def _counts(self, key: SnapshotKey) -> bool:
-        return not self._job.lineage or self._job.on_line(key)
 
     def _runs_already(self, epoch: Epoch) -> bool:
         return any(

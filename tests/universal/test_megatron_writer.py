@@ -56,7 +56,7 @@ def test_padding_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_layers_that_cannot_be_divided(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="4 layers cannot be on 3 pipeline stages"):
+    with pytest.raises(UsageError, match="4 layers cannot be on 3 pipeline stages"):
         convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"pp": 3})
 
 

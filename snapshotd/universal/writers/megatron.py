@@ -14,7 +14,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any, Final
 
-from snapshotd.errors import UsageError
+from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal.derived import Filled
 from snapshotd.universal.pickling import Call, Instance, Name, Ordered, dumps, tensor_call
 from snapshotd.universal.plain import from_json
@@ -68,13 +68,14 @@ def losses(state: State) -> list[str]:
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the run's folder ``target``: one iteration, and the tracker file that names it."""
     _check_names(state)
-    plan = _Plan(state, options.get("layout", {}))
     iteration = state.step or 0
-    folder = f"iter_{iteration:07d}"
     files: list[OutFile] = []
-    for place in plan.places:
-        name = f"{folder}/{_rank_name(plan.facts, place)}"
-        files += plan.rank_files(place, name)
+    try:
+        plan = _Plan(state, options.get("layout", {}))
+        for place in plan.places:
+            files += plan.rank_files(place, f"iter_{iteration:07d}/{_rank_name(plan.facts, place)}")
+    except FormatError as error:  # sizes that the model can not be cut into
+        raise UsageError(f"the layout does not fit the model: {error}") from error
     write_files(target, files, settings, identity=identity)
     write_whole(target / "latest_checkpointed_iteration.txt", str(iteration).encode())
     remove_journal(target)
@@ -138,6 +139,8 @@ class _Plan:
         self.old_args = fields
         self.args = self._args(fields, layout)
         self.facts = Facts({key: _thin(value) for key, value in self.args.items()}, "the target's args")
+        if self.facts.ep > 1 and not self.facts.num_experts:
+            raise UsageError(f"--layout ep={self.facts.ep}: the model has no experts to spread")
         self.places = sorted(self.facts.places())
         self.parts = self._parts()
         self.chains = self._chains()
