@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FAULTS ?= all
 
-.PHONY: demo test check fmt sim faults proto clean
+ONLY ?=
+CHECK ?=
+
+.PHONY: demo test check fmt sim faults bench proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -32,6 +35,10 @@ sim: $(READY)
 # Real kills only.
 faults: $(READY)
 	$(BIN)/python -m pytest tests/faults
+
+# What snapshotd costs, beside its floors and what people use instead. ONLY=part,... CHECK=1 (exit 1 when a goal is missed)
+bench: $(READY)
+	$(BIN)/snapshotd bench --out benchmarks/results $(if $(ONLY),--only $(ONLY)) $(if $(CHECK),--check)
 
 # Generated code of the wire contract.
 proto: $(READY)

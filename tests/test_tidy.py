@@ -29,7 +29,7 @@ ORDER = ["v1", "layout", "erasure", "reshard", "arena", "transfer", "durable", "
 
 
 def modules() -> Iterator[Path]:
-    for top in ("snapshotd", "client"):
+    for top in ("snapshotd", "client", "benchmarks"):
         for path in sorted((ROOT / top).rglob("*.py")):
             if "_pb2" not in path.name:
                 yield path

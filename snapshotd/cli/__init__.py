@@ -26,6 +26,7 @@ _COMMANDS = {
     "forget": "forget a job and free its snapshots",
     "convert": "convert a checkpoint of any framework into another format",
     "verify": "check every digest and the coverage of a checkpoint",
+    "bench": "measure what snapshotd costs on this machine, beside its floors",
     "diff": "compare two checkpoints tensor by tensor, bit by bit",
 }
 

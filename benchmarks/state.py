@@ -1,0 +1,114 @@
+"""A GPT with AdamW whose whole state has a given size and number of tensors, and its training step."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Training"]
+
+_PER_LAYER, _OUTSIDE = 12, 4
+"""Parameters; AdamW keeps two moments and a step for each, so the state has four times as many tensors."""
+
+_HEAD_DIM = 64
+_CONTEXT = 128
+_TOKENS_PER_STEP = 128
+
+
+class Training:
+    """
+    Model and optimizer, with all optimizer state there; `step` is a real one.
+
+    592 tensors are 12 layers, 10,000 are 208. The width follows from the bytes, the vocabulary takes up the rest.
+    """
+
+    def __init__(self, nbytes: int, *, tensors: int = 592, threads: int = 0, seed: int = 0) -> None:
+        layers = (tensors // 4 - _OUTSIDE) // _PER_LAYER
+        if layers < 1 or tensors != 4 * (layers * _PER_LAYER + _OUTSIDE):
+            raise ValueError(f"{tensors} tensors cannot be: 4 * (12 * layers + 4) can, as 592 or 10000")
+        torch.set_num_threads(threads or os.cpu_count() or 1)
+        torch.manual_seed(seed)
+        width, vocabulary = _shape(nbytes // 12, layers)
+        self.model = _GPT(layers, width, vocabulary)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.tokens = torch.randint(vocabulary, (_TOKENS_PER_STEP // _CONTEXT, _CONTEXT + 1))
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self) -> float:
+        """Forward and backward; returns the loss."""
+        logits = self.model(self.tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
+        loss.backward()
+        return loss.item()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self) -> float:
+        """A whole step; returns the loss."""
+        loss = self.backward()
+        self.update()
+        return loss
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state: parameters, then the optimizer's."""
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*parameters, *kept]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        heads = max(1, width // _HEAD_DIM)
+        q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.project(y)
+        return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
+
+
+class _GPT(nn.Module):
+    def __init__(self, layers: int, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(_CONTEXT, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.token.weight.T
+
+
+def _shape(parameters: int, layers: int) -> tuple[int, int]:
+    """The width (a multiple of the head) and the vocabulary that come to that many parameters."""
+    width = 8
+    step = 8 if _blocks(_HEAD_DIM, layers) > parameters else _HEAD_DIM
+    width = step
+    while _blocks(width + step, layers) < parameters * 7 // 8:
+        width += step
+    rest = parameters - _blocks(width, layers) - (_CONTEXT + 2) * width
+    return width, max(256, rest // width)
+
+
+def _blocks(width: int, layers: int) -> int:
+    return layers * (12 * width * width + 13 * width)
