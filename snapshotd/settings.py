@@ -117,6 +117,16 @@ _COORDINATOR_TABLE: dict[str, Setting] = {
     "startup_grace": Setting(
         parse=_at_least(0, float), default=5.0, doc="seconds that nodes have to return after a restart", metavar="S"
     ),
+    "hang_factor": Setting(
+        parse=_at_least(0, float),
+        default=30.0,
+        doc="a job that ends no step for so many times its median step counts as hung; 0: never",
+        metavar="X",
+    ),
+    "hang_least": Setting(parse=_at_least(0, float), default=60.0, doc="but not before so many seconds", metavar="S"),
+    "hang_restart": Setting(
+        parse=_flag, default=False, doc="restart the workers of a job that counts as hung", metavar="BOOL"
+    ),
     "address_file": Setting(parse=str, default="", doc="write the address served on into this file", metavar="FILE"),
     "tls_cert": _TLS_CERT,
     "tls_key": _TLS_KEY,
@@ -222,6 +232,9 @@ class CoordinatorSettings(_Secured):
     protect_timeout: float
     restore_wait: float
     startup_grace: float
+    hang_factor: float
+    hang_least: float
+    hang_restart: bool
     address_file: str
     log_level: str
 

@@ -7,7 +7,7 @@ epochs, the line, what was committed, what is durable.
 Rule 3: every message may come twice, late, or of an older epoch; none of that changes anything but a counter.
 
 The parts: `inventory` (nodes and what they hold), `rendezvous_core` (launchers), `membership` (epochs), `commits`,
-`persists`, `recovery` with `rebuilds` and `snapshots`. This file connects them.
+`hangs`, `persists`, `recovery` with `rebuilds` and `snapshots`. This file connects them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from snapshotd.coordinator.events import (
     SnapshotWanted,
     Ticked,
 )
+from snapshotd.coordinator.hangs import HangWatch
 from snapshotd.coordinator.inventory import Inventory, Node
 from snapshotd.coordinator.job import Context, Decision, Job
 from snapshotd.coordinator.membership import Epoch
@@ -123,15 +124,17 @@ class CoordinatorCore:
             job = Job(name=name)
             rebuilds = Rebuilds(self.ctx, job)
             persists = Persists(self.ctx, job)
+            launchers = Launchers(self.ctx, job, self._mint)
             parts = self.jobs[name] = JobParts(
                 job=job,
-                launchers=Launchers(self.ctx, job, self._mint),
+                launchers=launchers,
                 commits=Commits(self.ctx, job, lambda _: persists.maybe_begin()),
                 persists=persists,
                 rebuilds=rebuilds,
                 recovery=Recovery(
                     self.ctx, job, rebuilds, on_refused=self._on_refused, on_plan_lost=self._on_plan_lost
                 ),
+                hangs=HangWatch(self.ctx, job, launchers.restart),
             )
         return parts
 
@@ -173,8 +176,10 @@ class CoordinatorCore:
             self.epochs.on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
             parts.commits.on_sealed(node, message.sealed)
+            parts.hangs.advance(parts.commits.progress)
         elif body == "skipped":
             parts.commits.on_skipped(node, message.skipped)
+            parts.hangs.advance(parts.commits.progress)
         elif body == "parity_built":
             parts.commits.on_parity_built(node, message.parity_built)
         elif body == "parity_failed":
@@ -351,4 +356,5 @@ class CoordinatorCore:
             parts.rebuilds.tick()
             parts.commits.tick()
             parts.recovery.advance()
+            parts.hangs.advance(parts.commits.progress)
             self.epochs.note_late(parts)

@@ -161,6 +161,8 @@ class CoreSettings:
     group_size: most nodes in one parity group; groups are balanced (10 nodes, size 8: 5 + 5).
     node_lease_s: a node without a session for longer is dead. agent_lease_s: the same for launchers.
     A stream that breaks starts the lease; a reconnect ends it.
+    hang_factor: a job none of whose ranks ends a step for so many median steps, and hang_least_s, counts as hung
+    (0: never); with hang_restart its workers are started again.
     """
 
     parity: int = 1
@@ -173,4 +175,7 @@ class CoreSettings:
     attach_timeout_s: float = 60.0
     restore_wait_s: float = 30.0
     startup_grace_s: float = 5.0
+    hang_factor: float = 30.0
+    hang_least_s: float = 60.0
+    hang_restart: bool = False
     nodes_expected: frozenset[str] = field(default_factory=frozenset)

@@ -61,4 +61,7 @@ def core_settings(settings: CoordinatorSettings) -> CoreSettings:
         protect_timeout_s=settings.protect_timeout,
         restore_wait_s=settings.restore_wait,
         startup_grace_s=settings.startup_grace,
+        hang_factor=settings.hang_factor,
+        hang_least_s=settings.hang_least,
+        hang_restart=settings.hang_restart,
     )

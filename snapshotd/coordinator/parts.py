@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snapshotd.coordinator.commits import Commits
+from snapshotd.coordinator.hangs import HangWatch
 from snapshotd.coordinator.job import Job
 from snapshotd.coordinator.persists import Persists
 from snapshotd.coordinator.rebuilds import Rebuilds
@@ -24,4 +25,5 @@ class JobParts:
     persists: Persists
     rebuilds: Rebuilds
     recovery: Recovery
+    hangs: HangWatch
     attach_noted: bool = False

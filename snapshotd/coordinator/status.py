@@ -56,6 +56,7 @@ def _job(ctx: Context, parts: JobParts) -> dict[str, object]:
         "m": epoch.m if epoch is not None else 0,
         "m_reason": epoch.reason if epoch is not None else "",
         "finished": job.finished,
+        "hung": parts.hangs.reason,
         "launchers": {
             "state": parts.launchers.state,
             "reason": parts.launchers.reason,
