@@ -103,7 +103,7 @@ class SnapshotdRendezvous(RendezvousHandler):
         return self._link.closed is not None
 
     def set_closed(self) -> None:
-        self._link.leave(close=True, reason="closed by the launcher")
+        self._link.leave(reason="closed by the launcher")
 
     def num_nodes_waiting(self) -> int:
         return 1 if self._link.restart_wanted else 0
@@ -111,7 +111,7 @@ class SnapshotdRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         failure = sys.exc_info()[1]
         reason = "finished" if failure is None else f"failed: {type(failure).__name__}"
-        self._link.leave(close=True, reason=reason)
+        self._link.leave(reason=reason, failed=failure is not None)
         self._link.stop()
         return True
 
@@ -121,7 +121,7 @@ class SnapshotdRendezvous(RendezvousHandler):
 
         Raises RendezvousTimeoutError after the join timeout, RendezvousClosedError when the job was
         closed; exits with the coordinator's code when the job's state is lost (6) or, as a spare,
-        when the job has finished (0).
+        when the job has finished (0) or another launcher has given it up (1).
         """
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -258,8 +258,11 @@ class _Link:
             raise SystemExit(0)
         raise RendezvousClosedError(closed.reason)
 
-    def leave(self, *, close: bool, reason: str) -> None:
-        leave = control.AgentLeave(job=self._join.job, agent=self._join.agent, close=close, reason=reason)
+    def leave(self, *, reason: str, failed: bool = False) -> None:
+        """The job is over, for all of its launchers."""
+        leave = control.AgentLeave(
+            job=self._join.job, agent=self._join.agent, close=True, reason=reason, failed=failed
+        )
         self._outbox.put(control.AgentMessage(leave=leave))
 
     def stop(self) -> None:

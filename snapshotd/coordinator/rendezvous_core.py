@@ -20,6 +20,7 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["EXIT_LOST", "Launcher", "Launchers"]
 
+EXIT_FAILED = 1
 EXIT_LOST = 6
 """Exit code of launchers whose job's state is lost."""
 
@@ -134,7 +135,7 @@ class Launchers:
         member = self.members.pop(leave.agent, None) is not None
         why = f"the launcher on {where} left" + (f": {leave.reason}" if leave.reason else "")
         if leave.close and self.state != "closed":
-            self.close(why, 0)
+            self.close(why, EXIT_FAILED if leave.failed else 0)
         elif member and self.state == "running":
             self._break(why)
         self._maybe_reopen()

@@ -661,16 +661,18 @@ class AgentResume(_message.Message):
     def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., epoch: _Optional[int] = ..., node_id: _Optional[str] = ..., group_rank: _Optional[int] = ..., group_world_size: _Optional[int] = ...) -> None: ...
 
 class AgentLeave(_message.Message):
-    __slots__ = ("job", "agent", "close", "reason")
+    __slots__ = ("job", "agent", "close", "reason", "failed")
     JOB_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     job: str
     agent: str
     close: bool
     reason: str
-    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., close: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+    failed: bool
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., close: _Optional[bool] = ..., reason: _Optional[str] = ..., failed: _Optional[bool] = ...) -> None: ...
 
 class AgentPing(_message.Message):
     __slots__ = ()

@@ -255,6 +255,16 @@ def test_leaving_for_good_closes_the_others_and_a_new_launch_opens_it_again() ->
     assert bench.to_agent("a9", "formed").epoch == 2
 
 
+def test_a_job_that_failed_is_a_failure_for_all_of_its_launchers() -> None:
+    """A scheduler that looks at one launcher's exit code must not take a failed job for a finished one."""
+    codes = []
+    for failed in (False, True):
+        bench = running()
+        bench.agent("a0", leave=control.AgentLeave(job=JOB, agent="a0", close=True, reason="over", failed=failed))
+        codes.append(bench.to_agent("a1", "closed").exit_code)
+    assert [0, 1] == codes
+
+
 def test_epochs_do_not_go_back_over_a_restart() -> None:
     before = running()
     after = Bench(remembered=before.store)
