@@ -79,7 +79,12 @@ _TLS_CERT = Setting(parse=str, default="", doc="PEM certificate of this process,
 _TLS_KEY = Setting(parse=str, default="", doc="PEM key of the certificate", metavar="FILE")
 _TLS_CA = Setting(parse=str, default="", doc="PEM certificate of the authority that signs all nodes", metavar="FILE")
 _LOG_LEVEL = Setting(parse=str.upper, default="INFO", doc="DEBUG, INFO, WARNING or ERROR", metavar="LEVEL")
-_COORDINATOR = Setting(parse=str, default="127.0.0.1:7070", doc="the coordinator's address", metavar="HOST:PORT")
+_COORDINATOR = Setting(
+    parse=str,
+    default="",
+    doc="the coordinator's address; none: that of this node's daemon, else 127.0.0.1:7070",
+    metavar="HOST:PORT",
+)
 
 _COORDINATOR_TABLE: dict[str, Setting] = {
     "listen": Setting(parse=str, default="127.0.0.1:7070", doc="address to serve on", metavar="HOST:PORT"),

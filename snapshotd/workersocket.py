@@ -65,8 +65,8 @@ async def read_frame(reader: asyncio.StreamReader) -> worker.Frame | None:
         raise RemoteProtocolError(f"not a frame: {error}") from error
 
 
-def ask_who(path: Path | None = None, timeout_s: float = 2.0) -> str | None:
-    """The node id of the daemon at `path`, or None when none answers in time."""
+def ask_who(path: Path | None = None, timeout_s: float = 2.0) -> worker.IAm | None:
+    """The name and the coordinator of the daemon at `path`, or None when none answers in time."""
     try:
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(timeout_s)
@@ -75,7 +75,8 @@ def ask_who(path: Path | None = None, timeout_s: float = 2.0) -> str | None:
             (length,) = _LENGTH.unpack(_read_exactly(link, _LENGTH.size))
             if length > MAX_FRAME_BYTES:
                 return None
-            return worker.Frame.FromString(_read_exactly(link, length)).i_am.node_id or None
+            frame = worker.Frame.FromString(_read_exactly(link, length))
+            return frame.i_am if frame.i_am.node_id else None
     except (OSError, EOFError, DecodeError):
         return None
 

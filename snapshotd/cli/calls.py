@@ -18,8 +18,11 @@ from snapshotd.errors import (
 from snapshotd.rpc import open_channel
 from snapshotd.settings import ToolSettings
 from snapshotd.v1 import control_pb2_grpc as control_grpc
+from snapshotd.workersocket import ask_who
 
 __all__ = ["ask"]
+
+_DEFAULT = "127.0.0.1:7070"
 
 T = TypeVar("T")
 
@@ -35,12 +38,19 @@ _ERRORS: dict[grpc.StatusCode, type[SnapshotdError]] = {
 
 def ask(settings: ToolSettings, call: Callable[[control_grpc.CoordinatorServiceStub], T]) -> T:
     """The answer to one call; PeerUnreachable names the address that did not answer."""
-    with open_channel(settings.coordinator, tls=settings.tls, insecure=settings.insecure) as channel:
+    address = settings.coordinator or _nearest()
+    with open_channel(address, tls=settings.tls, insecure=settings.insecure) as channel:
         try:
             return call(control_grpc.CoordinatorServiceStub(channel))
         except grpc.RpcError as error:
             kind = _ERRORS.get(error.code(), RemoteProtocolError)
             words = error.details() or str(error.code())
             if kind is PeerUnreachable:
-                words = f"no coordinator answers at {settings.coordinator} ({words})"
+                words = f"no coordinator answers at {address} ({words})"
             raise kind(words) from error
+
+
+def _nearest() -> str:
+    """The coordinator of this node's daemon; where there is no daemon, the default address."""
+    daemon = ask_who()
+    return _DEFAULT if daemon is None or not daemon.coordinator else daemon.coordinator

@@ -77,6 +77,7 @@ class SnapshotdRendezvous(RendezvousHandler):
         self._timeout_s = float(params.get("join_timeout", params.get("timeout", 600)))
         tls = tls_files(*(_setting(params, name) for name in ("tls_cert", "tls_key", "tls_ca")))
         insecure = _setting(params, "insecure").lower() in ("1", "true", "yes", "on")
+        daemon = ask_who()
         self._host = str(params.get("host") or params.local_addr or _address_towards(host, port))
         self._link = _Link(
             open_channel(f"{host}:{port}", tls=tls, insecure=insecure),
@@ -84,7 +85,7 @@ class SnapshotdRendezvous(RendezvousHandler):
             join=control.AgentJoin(
                 job=params.run_id,
                 agent=secrets.token_hex(8),
-                node_id=str(params.get("node_id") or ask_who() or ""),
+                node_id=str(params.get("node_id") or (daemon.node_id if daemon is not None else "")),
                 min_nodes=params.min_nodes,
                 max_nodes=params.max_nodes,
                 host=self._host,

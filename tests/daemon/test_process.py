@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,14 @@ def daemon(directory: Path, *flags: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "SNAPSHOTD_SOCKET": str(directory / "run" / "d.sock")},
     )
+
+
+def status(directory: Path) -> Any:
+    """What `snapshotd status` shows to somebody who gives no address."""
+    environment = {key: value for key, value in os.environ.items() if key != "SNAPSHOTD_COORDINATOR"}
+    environment["SNAPSHOTD_SOCKET"] = str(directory / "run" / "d.sock")
+    command = [sys.executable, "-m", "snapshotd", "status", "--json"]
+    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60).stdout)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,7 @@ def test_one_node_alone_needs_no_coordinator_and_ends_cleanly(shared_memory: Pat
     _, errors = second.communicate(timeout=60)
     assert 2 == second.returncode
     assert "Traceback" not in errors
+    assert ["n0"] == [node["node_id"] for node in status(shared_memory)["nodes"]]
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert (0, False) == (process.returncode, "Traceback" in errors), errors
