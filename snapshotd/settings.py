@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from snapshotd.arena.budget import parse_bytes
 from snapshotd.errors import UsageError
 from snapshotd.rpc import tls_files
 from snapshotd.security import TlsFiles
+from snapshotd.sizes import parse_bytes
 from snapshotd.workersocket import default_socket_path
 
 if sys.version_info >= (3, 11):

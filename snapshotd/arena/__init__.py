@@ -7,10 +7,8 @@ from snapshotd.arena.budget import (
     cgroup_headroom,
     check,
     default_budget,
-    format_bytes,
     headroom,
     page_bytes,
-    parse_bytes,
 )
 from snapshotd.arena.files import AnyFile, BufferFile, ParityFile, SealableFile, SlotFile, State
 from snapshotd.arena.keys import KeyId, describe, key_id, parity_key, ref_key, slot_key
@@ -32,12 +30,10 @@ __all__ = [
     "check",
     "default_budget",
     "describe",
-    "format_bytes",
     "headroom",
     "key_id",
     "page_bytes",
     "parity_key",
-    "parse_bytes",
     "ref_key",
     "slot_key",
 ]

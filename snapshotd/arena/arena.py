@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 from snapshotd.arena import records
-from snapshotd.arena.budget import format_bytes, headroom, page_bytes
+from snapshotd.arena.budget import headroom, page_bytes
 from snapshotd.arena.files import (
     AnyFile,
     BufferFile,
@@ -49,6 +49,7 @@ from snapshotd.errors import BudgetError, LocalProtocolError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import digest
 from snapshotd.security import private_directory
+from snapshotd.sizes import format_bytes
 from snapshotd.v1.bulk_pb2 import ObjectKey
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
 

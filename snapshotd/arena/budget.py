@@ -9,13 +9,13 @@ a check is a promise to nobody: it refuses early, in words, what would otherwise
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from snapshotd.errors import BudgetError, UsageError
+from snapshotd.sizes import format_bytes
 
 __all__ = [
     "Headroom",
@@ -23,14 +23,10 @@ __all__ = [
     "cgroup_headroom",
     "check",
     "default_budget",
-    "format_bytes",
     "headroom",
     "page_bytes",
-    "parse_bytes",
 ]
 
-_UNITS: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
-_SIZE: Final = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGTP]?)(|B|IB)\s*", re.IGNORECASE | re.ASCII)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _UNLIMITED: Final = 1 << 60  # version 1 control groups say 2**63 - 4096 when they mean no limit
 
@@ -167,34 +163,6 @@ def default_budget(root: Path) -> int:
         except OSError:  # no arena yet, or a file vanished: a guess stays a guess
             continue
     return (headroom(root).least + held) // 2
-
-
-def parse_bytes(text: str) -> int:
-    """
-    Return the number of bytes that ``text`` says: ``4GiB``, ``512 MiB``, ``1.5T``, ``4GB``, ``1048576``.
-
-    KiB, MiB ... and the bare letters K, M, G, T, P are powers of 1024; KB, MB ... are powers of 1000.
-    UsageError for anything else.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None or (not match[2] and match[3].upper() == "IB"):
-        raise UsageError(f"{text!r} is no size; write it like 4GiB, 512MiB or a number of bytes")
-    base: int = 1000 if match[2] and match[3].upper() == "B" else 1024
-    factor: int = base ** _UNITS[match[2].upper()]
-    whole, _, fraction = match[1].partition(".")
-    return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
-
-
-def format_bytes(nbytes: int) -> str:
-    """Return ``nbytes`` for people: ``4 GiB``, ``1.5 MiB``, ``17 B``; rounded to a tenth, up at the half."""
-    if abs(nbytes) < 1024:
-        return f"{nbytes} B"
-    size = float(nbytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        size /= 1024
-        if abs(round(size, 1)) < 1024:
-            return f"{size:.1f}".removesuffix(".0") + f" {unit}"
-    return f"{size / 1024:.1f}".removesuffix(".0") + " PiB"
 
 
 def cgroup_headroom(*, proc: Path = Path("/proc/self"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:

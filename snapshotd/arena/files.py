@@ -19,10 +19,10 @@ import stat
 from pathlib import Path
 from typing import Final, Generic, Literal, TypeVar
 
-from snapshotd.arena.budget import format_bytes
 from snapshotd.arena.keys import KeyId, ref_key
 from snapshotd.errors import BudgetError, FormatError, LocalProtocolError, UsageError
 from snapshotd.layout import digest
+from snapshotd.sizes import format_bytes
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
 
 __all__ = [

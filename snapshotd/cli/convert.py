@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from snapshotd.arena.budget import parse_bytes
 from snapshotd.errors import UsageError
+from snapshotd.sizes import parse_bytes
 from snapshotd.universal.convert import DTYPE_NAMES, Report, convert, parse_layout
 from snapshotd.universal.readers import FORMATS as SOURCES
 from snapshotd.universal.stream import DEFAULT_MEMORY, Progress, Settings

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snapshotd.arena.budget import format_bytes
 from snapshotd.durable import DurableSnapshot, open_snapshot, scan_durable
 from snapshotd.durable.format import MARKER_NAME
 from snapshotd.errors import FormatError, UsageError
 from snapshotd.layout import Layout, header_length
+from snapshotd.sizes import format_bytes
 
 TENSORS_SHOWN = 40
 

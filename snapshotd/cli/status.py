@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from snapshotd.arena.budget import format_bytes
 from snapshotd.cli.calls import ask
 from snapshotd.errors import PeerUnreachable
 from snapshotd.settings import ToolSettings, add_flags, load
+from snapshotd.sizes import format_bytes
 from snapshotd.v1 import control_pb2 as control
 
 EVENTS_SHOWN = 12

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from snapshotd import __version__
-from snapshotd.arena import Arena, ParityFile, SlotFile, check, default_budget, format_bytes
+from snapshotd.arena import Arena, ParityFile, SlotFile, check, default_budget
 from snapshotd.coordinator.node import CoordinatorNode
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
@@ -23,6 +23,7 @@ from snapshotd.erasure import load_codec
 from snapshotd.rpc import parse_address
 from snapshotd.security import PeerGuard, private_directory, require_secure
 from snapshotd.settings import CoordinatorSettings, DaemonSettings, defaults
+from snapshotd.sizes import format_bytes
 from snapshotd.transfer import BulkClient, BulkServer
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -20,6 +22,19 @@ FORMATS: Final = ("universal", "snapshot", "megatron", "deepspeed", "dcp", "hf",
 """What ``--from`` knows, in the order of detection. Megatron's torch_dist lies in DCP files, so it comes before."""
 
 _MODULES: Final = {"torch": "torch_save"}
+
+_HINTS: Final = {
+    "universal": re.compile(r"universal\.json$|\.snapshotd-convert\.jsonl$"),
+    "snapshot": re.compile(r"snapshot\.json$"),
+    "megatron": re.compile(r"latest_checkpointed_iteration\.txt$|(iter_\d+|release)/$|mp_rank_\d|metadata\.json$"),
+    "deepspeed": re.compile(r"latest(_universal)?$|.*_states\.pt$|.*/$"),
+    "dcp": re.compile(r"\.metadata$|__|.*/$|.*\.safetensors$"),
+    "hf": re.compile(r".*\.safetensors$|.*\.safetensors\.index\.json$"),
+}
+"""
+What at least one name in a folder must match (folders end in "/"), else the format is out of the question. It saves
+the import of readers that have nothing to do here; ``detect`` decides.
+"""
 
 
 class Reader(Protocol):
@@ -36,7 +51,10 @@ def detect(path: Path) -> str:
     """Return the name of the format of ``path``; UsageError when none of them is recognised."""
     if not path.exists():
         raise UsageError(f"{path} does not exist")
+    names = _names(path)
     for name in FORMATS:
+        if name in _HINTS and not any(map(_HINTS[name].match, names)):
+            continue
         reader = _reader(name)
         if reader is not None and reader.detect(path):
             return name
@@ -68,3 +86,12 @@ def _reader(name: str) -> Reader | None:
     if importlib.util.find_spec(module) is None:
         return None
     return cast("Reader", importlib.import_module(module))
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_dir():
+        return [path.name]
+    try:
+        return [entry.name + "/" * entry.is_dir() for entry in os.scandir(path)]
+    except OSError:
+        return []
