@@ -15,7 +15,7 @@ from snapshotd_client.errors import CannotExpress
 from snapshotd_client.extras import Extras
 from snapshotd_client.leaves import Leaf
 from snapshotd_client.models import ModelTree, Param
-from snapshotd_client.optim import Change, OptimizerView, named_optimizers
+from snapshotd_client.optim import Change, OptimizerView, named_optimizers, unseen_state
 from snapshotd_client.placement import Placement, place_dtensor, place_plain
 from snapshotd_client.plan import Plan, Planned, build_plan, meta_capacity_for, plan_leaf
 from snapshotd_client.rng import accelerators_of, rng_json
@@ -101,6 +101,10 @@ class Inventory:
         """Let go of optimizer state that is replaced each step; says whether there was any."""
         forgotten = [view.forget_moving() for view in self.optimizers]
         return True in forgotten
+
+    def unseen(self) -> list[str]:
+        """Return the paths of what looks like state, but is not captured."""
+        return unseen_state(self.optimizers)
 
     def strays(self) -> list[Param]:
         return [param for view in self.optimizers for param in view.strays]

@@ -2,7 +2,7 @@
 What is inside an optimizer: no names of any algorithm, just what is really there.
 
 Rule 1: the state is whatever ``optimizer.state`` holds: tensors become leaves, all else JSON. It may appear late, nest,
-or be replaced by new objects each step.
+or be replaced by new objects each step. An optimizer inside another one (an attribute of it) is one of its own.
 Rule 2: looking again is cheap. Each parameter's state is an ``_Entry`` that is scanned again only if one of its values
 is another object than before.
 Rule 3: ids are compared only while we hold the objects, so an id never stands for two of them.
@@ -23,7 +23,7 @@ from snapshotd_client.errors import CannotExpress
 from snapshotd_client.leaves import Leaf, LeafSink, Names
 from snapshotd_client.models import ModelTree, Param, check_tensor
 
-__all__ = ["Change", "OptimizerView", "named_optimizers"]
+__all__ = ["Change", "OptimizerView", "named_optimizers", "unseen_state"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _MAPPINGS = (dict, OrderedDict, defaultdict)
@@ -218,7 +218,37 @@ def named_optimizers(optimizer: object) -> list[OptimizerView]:
     for key, item in items:
         if not _is_optimizer(item):
             raise TypeError(f"{key}: a {type(item).__name__} lacks .param_groups, .state or .step of an optimizer")
-    return [OptimizerView(key, item) for key, item in items]
+    views: list[OptimizerView] = []
+    for key, item in items:
+        _add_with_inner(key, item, views)
+    return views
+
+
+def _add_with_inner(key: str, optimizer: Any, views: list[OptimizerView]) -> None:
+    """Take an optimizer and those inside it (as ZeRO's, Lookahead's or SAM's have), which hold the real state."""
+    if any(optimizer is view.optimizer or optimizer.state is view.optimizer.state for view in views):
+        return  # given twice, or a wrapper that only passes on what is seen already
+    views.append(OptimizerView(key, optimizer))
+    for name, value in getattr(optimizer, "__dict__", {}).items():
+        many = value if isinstance(value, (list, tuple)) else [value]
+        for number, inner in enumerate(many):
+            if _is_optimizer(inner):
+                _add_with_inner(f"{key}.{name}" if inner is value else f"{key}.{name}.{number}", inner, views)
+
+
+def unseen_state(views: Sequence[OptimizerView]) -> list[str]:
+    """Return the paths of tensors that optimizers keep where nobody looks: not in state, group or inner optimizer."""
+    known = {id(tensor) for view in views for group in view.optimizer.param_groups for tensor in group["params"]}
+    found: list[str] = []
+    for view in views:
+        for name, value in getattr(view.optimizer, "__dict__", {}).items():
+            if name in ("state", "param_groups", "defaults"):
+                continue
+            items = value.values() if isinstance(value, Mapping) else value
+            many = list(items) if isinstance(items, (list, tuple, type({}.values()))) else [value]
+            if any(isinstance(item, torch.Tensor) and id(item) not in known for item in many):
+                found.append(f"{view.key}.{name}")
+    return found
 
 
 def _is_optimizer(value: object) -> bool:

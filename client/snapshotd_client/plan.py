@@ -108,7 +108,8 @@ def build_plan(
             replace(item, placement=place_plain(item.local_shape, "rank")) if item.placement.replicas else item
             for item in items
         )
-    main = max(groups, key=lambda ranks: (sum(_nbytes(items[i]) for i in groups[ranks]), ranks), default=())
+    shared = groups if split else {}
+    main = max(shared, key=lambda ranks: (sum(_nbytes(items[i]) for i in shared[ranks]), ranks), default=())
     pieces = [list(item.placement.pieces) for item in items]
     if split:
         for ranks, members in groups.items():

@@ -95,6 +95,12 @@ class Snapshotter:
         self._link.start()
         self._pipeline.start()
         _alive.add(self)
+        if unseen := self._inventory.unseen():
+            self._warner.warn(
+                "unseen",
+                f"snapshotd: {', '.join(unseen[:5])}: tensors outside the optimizer's .state are not captured; "
+                "pass what has to survive as extra",
+            )
 
     # ------------------------------------------------------------------ what users call
 

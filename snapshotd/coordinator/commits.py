@@ -420,4 +420,13 @@ class Commits:
                     return (
                         f"replicated values differ between ranks {first} and {rank}: each rank captures all of its own"
                     )
+        for group, (first, _) in groups.items():
+            if sum(shard.replica_group == group for shard in shards.values()) != _group_size(group):
+                return f"rank {first} splits its replicated state with ranks that do not: each rank captures all of it"
         return ""
+
+
+def _group_size(group: str) -> int:
+    """How many ranks a replica group has: it lists them, or, where there are many, begins with their number."""
+    words = group.split()
+    return int(words[0]) if len(words) > 1 else group.count(",") + 1

@@ -400,12 +400,18 @@ def test_of_several_whole_steps_the_latest_wins() -> None:
 
 def test_replicas_that_differ_are_not_committed_and_capture_all_from_then_on() -> None:
     bench = running()
-    bench.sealed("n0", 5, 0, replica_group="all", replica_hash="h", replica_digest="one")
-    bench.sealed("n1", 5, 1, replica_group="all", replica_hash="h", replica_digest="two")
+    bench.sealed("n0", 5, 0, replica_group="0,1", replica_hash="h", replica_digest="one")
+    bench.sealed("n1", 5, 1, replica_group="0,1", replica_hash="h", replica_digest="two")
     mode = bench.to_node("n0", "set_replica_mode")
     assert not mode.split
     assert "differ between ranks 0 and 1" in mode.reason
     assert bench.to_node("n0", "abandon") is not None
+    # One rank has heard of it, the other splits still: together they are not the whole state.
+    bench.sealed("n0", 8, 0)
+    bench.sealed("n1", 8, 1, replica_group="0,1", replica_hash="h")
+    assert "rank 1 splits its replicated state with ranks that do not" in bench.to_node("n1", "abandon").reason
+    bench.commit(20)
+    assert 20 == bench.job["committed"]["step"]
 
 
 def test_persisting_follows_the_commit_that_is_due_and_is_remembered() -> None:

@@ -335,6 +335,8 @@ for name, arguments in (
 ):
     add(f"node-spare-{name}-fsdp2-n3", fsdp2(3, 1, *arguments, spares=1), NODE, **DECODED)
     add(f"worker-{name}-ddp-n2", ddp(2, 1, *arguments), ONE, **MEMORY)
+add("all-workers-zero1-ddp-n2", ddp(2, 1, "--optimizer", "zero1"), "at 6; kill workers; go", **MEMORY)
+add("node-spare-zero1-ddp-n3", ddp(3, 1, "--optimizer", "zero1", spares=1), NODE, **DECODED)
 add("node-spare-batchnorm-ddp-n3", ddp(3, 1, "--batchnorm", spares=1), NODE, **DECODED)
 add("all-workers-batchnorm-ddp-n2", ddp(2, 1, "--batchnorm"), "at 6; kill workers; go", **MEMORY)
 

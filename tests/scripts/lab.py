@@ -206,7 +206,15 @@ def _orthogonal(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [Orthogonal(matrices), torch.optim.AdamW(rest, lr=1e-2)]
 
 
-OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd, "factored": _factored, "orthogonal": _orthogonal}
+def _zero1(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Each rank keeps the state of some parameters only, in an optimizer inside the one that is stepped."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)]
+
+
+OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd, "factored": _factored, "orthogonal": _orthogonal, "zero1": _zero1}
 
 
 def build_optimizers(args: argparse.Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
