@@ -9,7 +9,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from snapshotd.errors import UsageError
 from snapshotd.sizes import parse_bytes
 from snapshotd.universal.convert import DTYPE_NAMES, Report, convert, parse_layout
 from snapshotd.universal.readers import FORMATS as SOURCES
@@ -23,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
     parser.add_argument("--from", dest="source_format", default="auto", choices=("auto", *SOURCES), help="of SRC")
     parser.add_argument("--layout", metavar="SPEC", help="parallel layout of the target, as in dp=2,tp=4,pp=2")
-    parser.add_argument("--rules", metavar="FILE", help="TOML with rules for how fragments make a whole")
+    parser.add_argument("--rules", metavar="FILE", help="a preset's name or TOML: how ranks' parts make a whole")
     parser.add_argument("--dtype", choices=[*DTYPE_NAMES, *DTYPE_NAMES.values()], help="of the model's weights")
     parser.add_argument("--only", choices=("model", "optimizer"), help="convert a part")
     parser.add_argument("--memory", default=str(DEFAULT_MEMORY), metavar="SIZE", help="for buffers (default 512MiB)")
@@ -39,8 +38,6 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings(
         memory_bytes=parse_bytes(options.memory), threads=options.threads, resume=options.resume, progress=bar
     )
-    if options.rules:
-        raise UsageError("--rules: the formats that this version reads record how fragments make a whole; leave it out")
     try:
         report = convert(
             options.source,
@@ -48,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
             to=options.to,
             source_format=options.source_format,
             layout=parse_layout(options.layout),
+            rules=options.rules,
             dtype=options.dtype,
             only=options.only,
             strict=options.strict,

@@ -14,6 +14,7 @@ import numpy as np
 
 from snapshotd.errors import UsageError
 from snapshotd.universal import readers
+from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.words import Words, to_float, word_dtype
 
@@ -67,8 +68,8 @@ class LazyTensor:
         """Return the tensor, or a part of it, as torch has it."""
         import torch
 
-        words = np.ascontiguousarray(self._read(index))
-        plain: torch.Tensor = torch.from_numpy(words.reshape(-1).view(np.uint8))
+        words = self._read(index)
+        plain: torch.Tensor = torch.from_numpy(np.ascontiguousarray(words).reshape(-1).view(np.uint8))
         return plain.view(getattr(torch, self.dtype)).reshape(words.shape)
 
     def __repr__(self) -> str:
@@ -121,9 +122,13 @@ class Checkpoint:
         return len(self.state.tensors)
 
 
-def open(path: str | os.PathLike[str], format: str = "auto") -> Checkpoint:
-    """Open the checkpoint at ``path``, of any format that can be read; FormatError when it is broken."""
-    state = readers.read(Path(path), format)
+def open(path: str | os.PathLike[str], format: str = "auto", rules: Rules | str | None = None) -> Checkpoint:
+    """
+    Open the checkpoint at ``path``, of any format that can be read; FormatError when it is broken.
+
+    ``rules`` (a file, a preset, or what ``load_rules`` gives): for ranks' files that do not say how they make a whole.
+    """
+    state = readers.read(Path(path), format, load_rules(rules) if isinstance(rules, str) else rules)
     state.check()
     return Checkpoint(state)
 

@@ -17,6 +17,7 @@ from snapshotd.errors import UsageError
 from snapshotd.layout.dtypes import dtype_of
 from snapshotd.universal import readers
 from snapshotd.universal.derived import Cast
+from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.state import FIXED_KINDS, State, Tensor
 from snapshotd.universal.stream import Settings
 from snapshotd.universal.writers import writer_for
@@ -52,6 +53,7 @@ def convert(
     to: str,
     source_format: str = "auto",
     layout: Mapping[str, int] | None = None,
+    rules: Rules | str | None = None,
     dtype: str | None = None,
     only: Only | None = None,
     strict: bool = False,
@@ -69,7 +71,12 @@ def convert(
     if source_path.resolve() == target_path.resolve() or source_path.resolve() in target_path.resolve().parents:
         raise UsageError(f"the target {target_path} must not be the source, nor inside it")
     name = readers.detect(source_path) if source_format == "auto" else source_format
-    state = select(readers.read(source_path, name), only=only, dtype=dtype)
+    if isinstance(rules, str):
+        rules = load_rules(rules)
+    state = readers.read(source_path, name, rules)
+    if rules is not None:
+        rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
+    state = select(state, only=only, dtype=dtype)
     state.check()
     lost = writer.losses(state)
     if lost and strict:
@@ -86,7 +93,7 @@ def convert(
         dry_run=dry_run,
     )
     if not dry_run:
-        options = {"layout": dict(layout or {})}
+        options = {"layout": dict(layout or {}), "rules": rules}
         identity = _identity(source_path, state, to, options)
         writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
     return report
@@ -135,7 +142,8 @@ def _identity(source: Path, state: State, to: str, options: Mapping[str, Any]) -
     files: dict[str, None] = {}
     for tensor in state.tensors:
         files.update(dict.fromkeys(tensor.view.labels()))
-    facts: list[Any] = [to, options, str(source.resolve())]
+    rules = options.get("rules")
+    facts: list[Any] = [to, options["layout"], str(source.resolve()), repr(rules.rules) if rules else None]
     for label in files:
         try:
             stat = os.stat(label)

@@ -197,6 +197,14 @@ def test_lazy_slices() -> None:
         lazy[97]
 
 
+def test_a_number_stays_a_number() -> None:
+    """A step of shape [1] is not what the optimizer had."""
+    torch = pytest.importorskip("torch")
+    lazy = open_checkpoint(SOURCE).tensor("tokens_seen", "buffer")
+    assert () == lazy.shape == lazy[...].shape == tuple(lazy.torch().shape)
+    assert torch.int64 == lazy.torch().dtype
+
+
 def run_command(command: Any, *words: str) -> int:
     import argparse
 

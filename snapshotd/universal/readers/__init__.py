@@ -1,5 +1,6 @@
 """
 Readers: one file per foreign format, each with ``detect(path)`` and ``read(path)``; see state.py for how to write one.
+Those in ``WITH_RULES`` have ``read(path, rules)``: their files need not say how ranks' parts make a whole.
 
 The order of the table is the order of detection: the more special format first.
 """
@@ -11,15 +12,20 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from snapshotd.errors import FormatError, LayoutError, UsageError
 from snapshotd.universal.state import State
 
-__all__ = ["FORMATS", "detect", "read"]
+if TYPE_CHECKING:
+    from snapshotd.universal.rules import Rules
+
+__all__ = ["FORMATS", "WITH_RULES", "detect", "read"]
 
 FORMATS: Final = ("universal", "snapshot", "megatron", "deepspeed", "dcp", "hf", "torch")
 """What ``--from`` knows, in the order of detection. Megatron's torch_dist lies in DCP files, so it comes before."""
+
+WITH_RULES: Final = ("deepspeed", "torch")
 
 _MODULES: Final = {"torch": "torch_save"}
 
@@ -43,7 +49,7 @@ class Reader(Protocol):
     def detect(self, path: Path) -> bool:
         """Whether ``path`` is of this format; reads names and first bytes only, and raises nothing."""
 
-    def read(self, path: Path) -> State:
+    def read(self, path: Path, *rules: Any) -> State:
         """Return the state at ``path``. FormatError, naming file, expectation and remedy, when it is broken."""
 
 
@@ -64,8 +70,12 @@ def detect(path: Path) -> str:
     )
 
 
-def read(path: Path, format_name: str = "auto") -> State:
-    """Return the state at ``path``, which is of ``format_name``, or of what is detected."""
+def read(path: Path, format_name: str = "auto", rules: Rules | None = None) -> State:
+    """
+    Return the state at ``path``, which is of ``format_name``, or of what is detected.
+
+    ``rules`` are used only for what the files do not record themselves.
+    """
     if format_name == "auto":
         format_name = detect(path)
     elif format_name not in FORMATS:
@@ -76,7 +86,7 @@ def read(path: Path, format_name: str = "auto") -> State:
     if reader is None:
         raise UsageError(f"this version has no reader for {format_name}")
     try:
-        return reader.read(path)
+        return reader.read(path, rules) if format_name in WITH_RULES else reader.read(path)
     except LayoutError as error:  # sizes that a file tells, and that cannot be
         raise FormatError(f"{path}: {error}") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from snapshotd.errors import FormatError
+from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal.derived import Cast, Merged
 from snapshotd.universal.readers.deepspeed_extra import add_extra, check_model_step, check_steps, plain_groups
 from snapshotd.universal.readers.deepspeed_files import (
@@ -36,6 +36,7 @@ from snapshotd.universal.readers.deepspeed_weights import (
     pipeline_weights,
 )
 from snapshotd.universal.readers.deepspeed_zero import MASTER, Optim, read_flat, read_stage3
+from snapshotd.universal.rules import Rejoiner, Rules, name_list
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import Reshaped, View
 
@@ -57,14 +58,18 @@ def detect(path: Path) -> bool:
     return any(child.is_dir() and is_tag_folder(child) for child in listed(path)[:1000])
 
 
-def read(path: Path) -> State:
-    """Return the state at ``path``: a tag's folder, or the folder with ``latest``."""
+def read(path: Path, rules: Rules | None = None) -> State:
+    """
+    Return the state at ``path``: a tag's folder, or the folder with ``latest``.
+
+    ``rules``: for tensor-parallel ranks where the files have no patterns.
+    """
     folder = Folder.scan(find_tag(path))
     if folder.universal:
         from snapshotd.universal.readers import ds_universal
 
         return ds_universal.read_folder(folder)
-    return _Checkpoint(folder).state()
+    return _Checkpoint(folder, rules).state()
 
 
 class Topology:
@@ -140,8 +145,9 @@ class Topology:
 class _Checkpoint:
     """A native checkpoint, on the way to a State."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, rules: Rules | None = None) -> None:
         self.folder = folder
+        self.rules = rules
         self.topology = Topology(folder)
         self.warnings: list[str] = []
         self.stage: int | None = None
@@ -169,7 +175,7 @@ class _Checkpoint:
                 "several ranks, which is not read: their optimizer has no names. Save with ZeRO stage 1"
             )
         optims, weights = self._zero() if zero or bf16_pipeline else self._plain()
-        return assemble(topology, optims, weights, self.stage, self.warnings)
+        return assemble(topology, optims, weights, self.stage, self.warnings, rules=self.rules)
 
     def _zero(self) -> tuple[list[Optim], list[Weights]]:
         topology = self.topology
@@ -293,6 +299,7 @@ def assemble(
     warnings: list[str],
     *,
     format_name: str = "deepspeed",
+    rules: Rules | None = None,
 ) -> State:
     """
     Return the state of what each model-parallel rank holds. ``optims``: by model-parallel rank, or one that is whole;
@@ -300,7 +307,7 @@ def assemble(
     """
     first = topology.first
     state = State(format=format_name, tensors=[], step=topology.step, warnings=warnings)
-    merger = _merger(topology, optims) if len(weights) > 1 else None
+    merger = _merger(topology, optims, weights, rules) if len(weights) > 1 else None
     model, buffers, order = _merge_weights(topology, weights, merger)
     states = _merge_optims(topology, optims, merger)
     trained = dict.fromkeys(name for kind, name in states if kind == MASTER)
@@ -333,8 +340,7 @@ def assemble(
     check_model_step(topology.folder.path, first, state, states)
     _mark_frozen(topology, state, model, trained)
     state.param_groups = plain_groups(topology.folder.path, optims, state)
-    if merger is not None and merger.averaged:
-        state.warnings.append(f"averaged over tensor-parallel ranks: {', '.join(sorted(merger.averaged)[:5])}")
+    state.warnings += merger.warnings() if merger is not None else []
     add_extra(state, topology.models, optims, weights, tp=topology.tp, dp=topology.dp)
     state.source = {
         "framework": "deepspeed",
@@ -363,25 +369,32 @@ def _mark_frozen(topology: Topology, state: State, model: Mapping[str, View], tr
         state.warnings.append(f"neither trained by the optimizer nor frozen: {', '.join(unknown[:5])}")
 
 
-def _merger(topology: Topology, optims: Sequence[Optim]) -> Shards | None:
+Merger = Shards | Rejoiner
+
+
+def _merger(
+    topology: Topology, optims: Sequence[Optim], weights: Sequence[Weights], rules: Rules | None
+) -> Merger | None:
     if topology.tp == 1:
         return None
     info = topology.first.get("universal_checkpoint_info")
     where = topology.first.path
     if info is None:
         info = next((optim.rest.get("universal_checkpoint_info") for optim in optims), None)
-    if not isinstance(info, dict):
-        names = list(optims[0].shapes) if optims else []
-        raise FormatError(
+    if isinstance(info, dict):
+        return Shards(info, topology.tp, str(where), rules)
+    names = [name for found in weights[:1] for name, view in found.model.items() if view.shape]
+    if rules is None:
+        raise UsageError(
             f"{where} is of {topology.tp} tensor-parallel ranks, but has no universal_checkpoint_info that says how "
-            f"the shards of {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} make a whole: save it with a "
-            "DeepSpeed or client code that writes it"
+            f"the shards of these make a whole: {name_list(names)}; give --rules with a preset or a file"
         )
-    return Shards(info, topology.tp, str(where))
+    rules.require("model", names, f"{where} has no universal_checkpoint_info")
+    return Rejoiner(rules, topology.tp)
 
 
 def _merge_weights(
-    topology: Topology, weights: Sequence[Weights], merger: Shards | None
+    topology: Topology, weights: Sequence[Weights], merger: Merger | None
 ) -> tuple[dict[str, View], dict[str, View], list[str]]:
     """Weights of all tensor ranks as a whole: {name: view} of parameters and of buffers, and the order."""
     model: dict[str, View] = {}
@@ -400,7 +413,7 @@ def _merge_weights(
 
 
 def _merge_optims(
-    topology: Topology, optims: Sequence[Optim], merger: Shards | None
+    topology: Topology, optims: Sequence[Optim], merger: Merger | None
 ) -> dict[tuple[str, str], View]:
     copies: dict[tuple[str, str], list[View]] = {}
     for row in _stages(optims, topology.tp if len(optims) > 1 else 1):
@@ -418,7 +431,7 @@ def _merge_optims(
 
 
 def _merge(
-    kind: str, name: str, shards: Sequence[View], expected: int, merger: Shards | None, topology: Topology
+    kind: str, name: str, shards: Sequence[View], expected: int, merger: Merger | None, topology: Topology
 ) -> View:
     if merger is None or expected == 1:
         return shards[0]

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast, Merged
+from snapshotd.universal.rules import Rules, join_parts, merge, name_list
 from snapshotd.universal.unpickle import Record
 from snapshotd.universal.views import Cut, Joined, Reshaped, View, concat, files_of, flat_part
 
@@ -57,10 +58,14 @@ class Patterns:
 
 
 class Shards:
-    """How the shards of ``tp`` ranks make a whole, as ``info`` says it; ``where`` names the file that has it."""
+    """
+    How the shards of ``tp`` ranks make a whole, as ``info`` says it; ``where`` names the file that has it.
 
-    def __init__(self, info: Mapping[str, Any], tp: int, where: str) -> None:
-        self.info, self.tp, self.where = info, tp, where
+    ``rules``: for what nothing names, before it is joined on dimension 0.
+    """
+
+    def __init__(self, info: Mapping[str, Any], tp: int, where: str, rules: Rules | None = None) -> None:
+        self.info, self.tp, self.where, self.rules = info, tp, where, rules
         self.averaged: set[str] = set()
         self.version = info.get("universal_checkpoint_version", 0.0)
         if not isinstance(self.version, (int, float)):
@@ -98,7 +103,7 @@ class Shards:
                 f"{self.where}: {name} was cut in a way that DeepSpeed itself says cannot be put together: "
                 f"{self._unsupported[unsupported]!s:.200}"
             )
-        whole = self._by_pattern(name, shards)
+        whole = self._by_pattern(kind, name, shards)
         if self._lists["vocabulary_parameter_patterns"].find(name) is not None:
             rows = self.info.get("original_vocab_size")
             if type(rows) is not int or rows < 1:
@@ -107,7 +112,13 @@ class Shards:
                 return Cut(whole, (0,) * len(whole.shape), (rows, *whole.shape[1:]))
         return whole
 
-    def _by_pattern(self, name: str, shards: Sequence[View]) -> View:
+    def warnings(self) -> list[str]:
+        """Return what a person should know of what was done."""
+        if not self.averaged:
+            return []
+        return [f"averaged over {self.tp} ranks, which no rank had: {name_list(sorted(self.averaged))}"]
+
+    def _by_pattern(self, kind: str, name: str, shards: Sequence[View]) -> View:
         if self._lists["tp_replicated_parameter_patterns"].find(name) is not None:
             return Merged(shards, "equal", name)
         if self._lists["parameter_to_average_patterns"].find(name) is not None:
@@ -119,11 +130,15 @@ class Shards:
                 rows = shard.shape[0] if shard.shape else 1
                 # torch.chunk: the first half is the larger one.
                 widths.append(((rows + 1) // 2, rows // 2))
-            return _by_widths(shards, 0, [[pair[half] for pair in widths] for half in (0, 1)])
+            return join_parts(shards, 0, [[pair[half] for pair in widths] for half in (0, 1)])
         pattern = self._sub_patterns.find(name, first=True)
         if pattern is not None:
             return self._by_sub_params(name, shards, pattern)
-        dim = 1 if self._lists["parameter_with_row_parallelism_patterns"].find(name) is not None else 0
+        row = self._lists["parameter_with_row_parallelism_patterns"].find(name) is not None
+        rule = None if row or self.rules is None else self.rules.find(kind, name)
+        if rule is not None:
+            return merge(rule, name, shards)
+        dim = 1 if row else 0
         if any(len(shard.shape) <= dim for shard in shards):
             raise FormatError(
                 f"{self.where}: {name} of shape {list(shards[0].shape)} cannot be joined on dimension {dim}; a pattern "
@@ -166,7 +181,7 @@ class Shards:
             _as_shape(shard, (*logical[:dim], sum(row[t] for row in widths), *logical[dim + 1 :]), name)
             for t, shard in enumerate(shards)
         ]
-        whole = _by_widths(local, dim, widths)
+        whole = join_parts(local, dim, widths)
         natural = shards[0].shape
         return Reshaped(whole, (whole.numel,)) if len(natural) == 1 and len(whole.shape) > 1 else whole
 
@@ -243,28 +258,6 @@ class Shards:
             )
         params = found.get("params")
         return {pattern: entry for pattern, entry in (params or {}).items() if isinstance(entry, dict)}
-
-
-def _by_widths(shards: Sequence[View], dim: int, widths: Sequence[Sequence[int]]) -> View:
-    """Each shard has a piece of each sub-parameter, ``widths[sub][rank]`` wide; all pieces of the first come first."""
-    parts: list[tuple[Sequence[int], View]] = []
-    begin = 0
-    taken = [0] * len(shards)
-    for row in widths:
-        for t, (shard, width) in enumerate(zip(shards, row, strict=True)):
-            if width:
-                at = [0] * len(shard.shape)
-                at[dim] = taken[t]
-                size = list(shard.shape)
-                size[dim] = width
-                place = [0] * len(shard.shape)
-                place[dim] = begin
-                parts.append((place, Cut(shard, at, size)))
-            taken[t] += width
-            begin += width
-    shape = list(shards[0].shape)
-    shape[dim] = begin
-    return Joined(shards[0].dtype, shape, parts)
 
 
 def _as_shape(view: View, shape: Sequence[int], name: str) -> View:

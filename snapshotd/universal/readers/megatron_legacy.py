@@ -31,6 +31,7 @@ __all__ = ["is_legacy", "read_legacy"]
 
 MODEL_FILE: Final = "model_optim_rng.pt"
 OPTIM_FILE: Final = "distrib_optim.pt"
+_FILES: Final = (MODEL_FILE, OPTIM_FILE, "model_rng.pt", "optim.pt")
 VERSIONS: Final = (0, 1.0, 2.0, 3.0)
 _RANK: Final = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?\Z")
 _MODEL: Final = re.compile(r"model(\d*)\Z")
@@ -50,8 +51,10 @@ class _Rank:
 
 
 def is_legacy(folder: Path) -> bool:
-    """Whether ``folder`` has folders of Megatron's model-parallel ranks."""
-    return any(_RANK.match(entry.name) and entry.is_dir() for entry in folder.iterdir())
+    """Whether ``folder`` has folders of Megatron's model-parallel ranks, and not of somebody else's files in them."""
+    ranks = [entry for entry in folder.iterdir() if _RANK.match(entry.name) and entry.is_dir()]
+    held = {file.name for rank in ranks for file in rank.iterdir()}
+    return bool(ranks) and (not held or not held.isdisjoint(_FILES))
 
 
 def read_legacy(folder: Path) -> State:

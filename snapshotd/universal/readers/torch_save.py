@@ -18,6 +18,8 @@ from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.conventions import Model, find_step, is_rng
 from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.readers.rank_files import find_ranks
+from snapshotd.universal.rules import Rules, join_ranks, rules_of_record
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.torchzip import is_torch_file, load
@@ -37,17 +39,19 @@ Path_ = tuple[Any, ...]
 
 
 def detect(path: Path) -> bool:
-    """A torch.save file, or a folder with one, or with Hugging Face's ``pytorch_model.bin``."""
+    """A torch.save file, or a folder with one, with one for each tensor rank, or with ``pytorch_model.bin``."""
     if path.is_file():
         try:
             return is_torch_file(FileSource(path))
         except (OSError, FormatError):
             return False
-    return (path / INDEX_NAME).is_file() or _only_file(path) is not None
+    return (path / INDEX_NAME).is_file() or _only_file(path) is not None or bool(find_ranks(path))
 
 
-def read(path: Path) -> State:
-    """Return the state at ``path``."""
+def read(path: Path, rules: Rules | None = None) -> State:
+    """Return the state at ``path``. ``rules``: for files of tensor ranks that do not record how they make a whole."""
+    if path.is_dir() and (files := find_ranks(path)):
+        return _read_ranks(files, rules)
     if path.is_dir() and (path / INDEX_NAME).is_file():
         value = _indexed(path)
     else:
@@ -60,6 +64,20 @@ def read(path: Path) -> State:
     if state.step is None and match:
         state.step = int(match.group(1))
     return state
+
+
+def _read_ranks(files: Sequence[Path], rules: Rules | None) -> State:
+    values = [load(FileSource(file)) for file in files]
+    labels = [str(file) for file in files]
+    states = [assemble(value, label) for value, label in zip(values, labels, strict=True)]
+    note = _note(values[0])
+    record = note.get("shares") if note is not None else None
+    if isinstance(record, list):
+        count = len(files) if note is None else note.get("ranks")
+        if count != len(files):
+            raise FormatError(f"{files[0].parent} has files of {len(files)} ranks, {files[0].name} says {count}")
+        rules = rules_of_record(record, labels[0])
+    return join_ranks(states, rules, labels)
 
 
 def assemble(value: Any, label: str) -> State:

@@ -1,5 +1,6 @@
 """
-Write one file as torch.save does, which ``torch.load(weights_only=True)`` reads; torch is not needed for it.
+Write one file as torch.save does, which ``torch.load(weights_only=True)`` reads; torch is not needed for it. For a
+layout with tensor ranks it is a folder with such a file for each, cut by rules, which the files then record.
 
 ``model`` is a state dict with both names of tied weights (sharing a storage), ``optimizer`` what
 ``optimizer.load_state_dict`` takes, with ``param_names``; the rest as the source had it.
@@ -7,12 +8,15 @@ Write one file as torch.save does, which ``torch.load(weights_only=True)`` reads
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from snapshotd.errors import UsageError
 from snapshotd.universal.pickling import Call, Ordered, dumps, tensor_call
+from snapshotd.universal.rules import cut_ranks
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.stream import OutFile, Settings, write_files
+from snapshotd.universal.stream import OutFile, Settings, remove_journal, write_files
 from snapshotd.universal.torchfile import lay_out
 from snapshotd.universal.views import View
 from snapshotd.universal.writers.torch_tree import (
@@ -33,7 +37,26 @@ def losses(state: State) -> list[str]:
 
 
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
-    """Write ``state`` into the file ``target``."""
+    """Write ``state`` into the file ``target``, or for ``tp`` ranks into the folder ``target``."""
+    layout = {axis: size for axis, size in options.get("layout", {}).items() if size > 1}
+    if set(layout) - {"tp", "dp"}:  # data-parallel ranks have all the same
+        raise UsageError(f"torch files hold whole tensors, or those of tensor ranks: --layout tp=N, not {layout}")
+    ranks = layout.get("tp", 1)
+    if ranks == 1:
+        journal = f".{target.name}.convert.jsonl"
+        write_files(target.parent, [_file(state, target.name, {})], settings, identity=identity, journal=journal)
+        (target.parent / journal).unlink(missing_ok=True)
+        return
+    parts, record = cut_ranks(state, options.get("rules"), ranks)
+    width = len(str(ranks - 1))
+    note = {"ranks": ranks, "shares": record}
+    files = [_file(part, f"model_rank_{rank:0{width}d}.pt", note) for rank, part in enumerate(parts)]
+    write_files(target, files, settings, identity=identity)
+    remove_journal(target)
+
+
+def _file(state: State, name: str, note: Mapping[str, Any]) -> OutFile:
+    """Return the file that holds ``state``; ``note``: what it says beside what torch's dicts do."""
     storages: list[tuple[str, str, View]] = []
 
     def put(tensor: Tensor) -> Call:
@@ -55,18 +78,16 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
         tree[key if key not in tree else f"extra_{key}"] = value
     if state.step is not None:
         tree.setdefault("step", state.step)
-    tree[NOTE_KEY] = note_of(state)
-    archive = lay_out(dumps(tree), storages, prefix=target.stem or "archive")
-    file = OutFile(
-        name=target.name,
+    tree[NOTE_KEY] = {**note_of(state), **note}
+    archive = lay_out(dumps(tree), storages, prefix=Path(name).stem or "archive")
+    return OutFile(
+        name=name,
         nbytes=archive.nbytes,
         blocks=archive.blocks,
         tensors=archive.tensors,
         crc=True,
         finish=archive.finish,
     )
-    write_files(target.parent, [file], settings, identity=identity, journal=f".{target.name}.convert.jsonl")
-    (target.parent / f".{target.name}.convert.jsonl").unlink(missing_ok=True)
 
 
 def _optimizer(state: State, put: Any, extra: dict[str, Any]) -> dict[str, Any]:
