@@ -1,7 +1,8 @@
 """
-Everything that the hook takes from the environment, checked once.
+Everything that the hook takes from the environment or a file, checked once.
 
-Rule 1: a wrong value raises ValueError when the Snapshotter is made, and the message names the variable.
+Rule 1: a wrong value raises ValueError when the Snapshotter is made, and the message names the variable or the key.
+An argument (``settings=``) wins over a variable, the variable over the table [client] of the file SNAPSHOTD_CONFIG.
 Rule 2: a plain ``python train.py`` needs none of them: it is rank 0 of 1 of the job "default".
 """
 
@@ -9,13 +10,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 __all__ = ["Settings"]
 
 _MAX_THREADS = 16
+_KEYS = ("socket", "job", "copy_threads", "connect_timeout_s", "restore_timeout_s", "debug_copy")
+"""Of the table [client]; each has a variable: SNAPSHOTD_ and the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +68,8 @@ class Settings:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read ``env`` (default: the process's own). ValueError names the variable that is wrong."""
-        env = os.environ if env is None else env
+        """Read ``env`` (default: the process's own) and the file that it names. ValueError says what is wrong."""
+        env = _with_file(os.environ if env is None else env)
         rank = _integer(env, "RANK", 0)
         world_size = _integer(env, "WORLD_SIZE", 1, least=1)
         local_world_size = _integer(env, "LOCAL_WORLD_SIZE", 1, least=1)
@@ -80,6 +89,24 @@ class Settings:
             restore_timeout_s=_seconds(env, "SNAPSHOTD_RESTORE_TIMEOUT_S", 120.0),
             debug_copy=env.get("SNAPSHOTD_DEBUG_COPY", "0") not in ("", "0"),
         )
+
+
+def _with_file(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Return ``env`` with what the table [client] says of variables that are not set."""
+    path = env.get("SNAPSHOTD_CONFIG")
+    if not path:
+        return env
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("client", {})
+    except OSError as error:
+        raise ValueError(f"SNAPSHOTD_CONFIG: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"SNAPSHOTD_CONFIG: {path} is not TOML: {error}") from error
+    unknown = sorted(set(table) - set(_KEYS)) if isinstance(table, dict) else ["(client must be a table)"]
+    if unknown:
+        raise ValueError(f"{path}: unknown settings in [client]: {', '.join(unknown)}; known: {', '.join(_KEYS)}")
+    said = {key: str(int(value) if isinstance(value, bool) else value) for key, value in table.items()}
+    return {**{f"SNAPSHOTD_{key.upper()}": value for key, value in said.items()}, **env}
 
 
 def _default_socket(env: Mapping[str, str]) -> str:

@@ -85,6 +85,21 @@ def test_settings_come_from_the_environment(tmp_path):
     assert Settings.from_environment({**env, "SNAPSHOTD_JOB": "mine"}).job == "mine"
 
 
+def test_settings_come_from_a_file_that_variables_override(tmp_path):
+    file = tmp_path / "snapshotd.toml"
+    file.write_text('[client]\ncopy_threads = 2\nrestore_timeout_s = 9.5\ndebug_copy = true\njob = "filed"\n[daemon]\n')
+    env = {"SNAPSHOTD_CONFIG": str(file), "SNAPSHOTD_COPY_THREADS": "3"}
+    found = Settings.from_environment(env)
+    assert (3, 9.5, True, "filed") == (found.copy_threads, found.restore_timeout_s, found.debug_copy, found.job)
+    wrong = {"[client]\ncopies = 1": "copies; known: socket", "client = 3": "a table", "=": "not TOML"}
+    for text, words in wrong.items():
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Settings.from_environment(env)
+    with pytest.raises(ValueError, match="cannot read"):
+        Settings.from_environment({"SNAPSHOTD_CONFIG": str(tmp_path / "none.toml")})
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [
