@@ -1,10 +1,10 @@
 """
-Carry out byte-range copies from a source that is not mapped here: few requests, no chunk fetched twice, little memory.
+Carry out byte-range copies from a source that is not mapped here: few requests, little memory, nothing fetched that is
+not wanted.
 
-Rule 1: digests are per chunk, so a chunk is the least that can be fetched. Large runs go straight to their place, as
-far as they are whole chunks. All else (edges of runs, small tensors, strided blocks) goes through scratch memory, where
-neighbours share their chunks.
-Rule 2: one request holds at most ``BATCH_BYTES``; a strided block that spans more is cut along its outer dimensions.
+Rule 1: whole chunks of long runs go straight to their place, all of them in one request.
+Rule 2: all else (edges of runs, small tensors, strided blocks) goes through scratch memory of at most ``BATCH_BYTES``,
+as parts of chunks.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from dataclasses import replace
 from typing import Final
 
 from snapshotd.daemon.cancel import check_cancel
-from snapshotd.daemon.sources import Piece, Source
+from snapshotd.daemon.source import Piece, Source
 from snapshotd.layout import CHUNK_BYTES
-from snapshotd.reshard import Copy, apply_copy
+from snapshotd.reshard import Copy, cut_copy, scatter_copies
+from snapshotd.transfer import BLOCK_BYTES_MAX, BLOCKS_MAX, RANGES_MAX
 
 __all__ = ["BATCH_BYTES", "gather"]
 
-BATCH_BYTES: Final = 64 * CHUNK_BYTES
-"""16 MiB: large enough that the round trip vanishes, small enough for scratch memory per peer."""
+BATCH_BYTES: Final = 32 * CHUNK_BYTES
+"""8 MiB: large enough that the round trip vanishes, small enough for the cache."""
 
 _DIRECT_BYTES: Final = 4 * CHUNK_BYTES
 """A run of this size has at least three whole chunks in it: worth a range of its own."""
-
-_SKIP_BYTES: Final = 2 * CHUNK_BYTES
-"""Runs that lie further apart are fetched one by one: the chunks between them are not wanted."""
 
 
 def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: threading.Event | None = None) -> int:
@@ -40,19 +38,20 @@ def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: t
     direct: list[Piece] = []
     small: list[Copy] = []
     for copy in copies:
-        for part in _cut(copy):
-            if part.dims or part.run_bytes < _DIRECT_BYTES:
-                small.append(part)
-            else:
-                _split_run(part, target, direct, small)
-    nbytes = 0
-    for pieces in _batches(direct):
+        if copy.dims or copy.run_bytes < _DIRECT_BYTES:
+            small += cut_copy(copy, BLOCK_BYTES_MAX)
+        else:
+            _split_run(copy, target, direct, small)
+    direct.sort(key=lambda piece: piece.begin)
+    for first in range(0, len(direct), RANGES_MAX):
+        source.read(direct[first : first + RANGES_MAX])
+    nbytes = sum(piece.into.nbytes for piece in direct)
+    small.sort(key=lambda copy: copy.src_begin)
+    for batch in _batches(small):
         check_cancel(cancel, "fetching")
-        source.read(pieces)
-        nbytes += sum(piece.into.nbytes for piece in pieces)
-    for spans, group in _covers(small, source.file_bytes):
-        check_cancel(cancel, "fetching")
-        nbytes += _through_scratch(source, spans, group, target)
+        with memoryview(bytearray(sum(copy.nbytes for copy in batch))) as scratch:
+            nbytes += source.read_parts(batch, scratch)
+            scatter_copies(batch, scratch, target)
     return nbytes
 
 
@@ -61,96 +60,20 @@ def _split_run(copy: Copy, target: memoryview, direct: list[Piece], small: list[
     begin, end = copy.src_range
     first, last = -(-begin // CHUNK_BYTES) * CHUNK_BYTES, end // CHUNK_BYTES * CHUNK_BYTES
     shift = copy.dst_begin - begin
-    for at in range(first, last, BATCH_BYTES):
-        direct.append(Piece(at, target[at + shift : min(at + BATCH_BYTES, last) + shift]))
+    direct.append(Piece(first, target[first + shift : last + shift]))
     for lo, hi in ((begin, first), (last, end)):
         if lo < hi:
             small.append(replace(copy, src_begin=lo, dst_begin=lo + shift, run_bytes=hi - lo))
 
 
-def _cut(copy: Copy) -> Iterator[Copy]:
-    """Yield parts of a strided copy, each of a span that fits into one request and without large gaps inside."""
-    begin, end = copy.src_range
-    if not copy.dims or (end - begin <= BATCH_BYTES - 2 * CHUNK_BYTES and _largest_gap(copy) <= _SKIP_BYTES):
-        yield copy
-        return
-    (count, src_stride, dst_stride), inner = copy.dims[0], copy.dims[1:]
-    one = replace(copy, dims=inner)
-    inner_begin, inner_end = one.src_range
-    per_cut = max(1, (BATCH_BYTES - 2 * CHUNK_BYTES - (inner_end - inner_begin)) // src_stride + 1)
-    if per_cut == 1 or _largest_gap(copy) > _SKIP_BYTES:
-        for i in range(count):
-            yield from _cut(
-                replace(one, src_begin=copy.src_begin + i * src_stride, dst_begin=copy.dst_begin + i * dst_stride)
-            )
-        return
-    for i in range(0, count, per_cut):
-        part = min(per_cut, count - i)
-        yield replace(
-            copy,
-            src_begin=copy.src_begin + i * src_stride,
-            dst_begin=copy.dst_begin + i * dst_stride,
-            dims=((part, src_stride, dst_stride), *inner),
-        )
-
-
-def _largest_gap(copy: Copy) -> int:
-    """The largest stretch of the source between two runs."""
-    gap, extent = 0, copy.run_bytes
-    for count, src_stride, _ in reversed(copy.dims):
-        gap = max(gap, src_stride - extent)
-        extent += (count - 1) * src_stride
-    return gap
-
-
-def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
+    batch: list[Copy] = []
     size = 0
-    for piece in pieces:
-        if batch and size + piece.into.nbytes > BATCH_BYTES:
+    for copy in copies:
+        if batch and (size + copy.nbytes > BATCH_BYTES or len(batch) == BLOCKS_MAX):
             yield batch
             batch, size = [], 0
-        batch.append(piece)
-        size += piece.into.nbytes
+        batch.append(copy)
+        size += copy.nbytes
     if batch:
         yield batch
-
-
-def _covers(copies: Sequence[Copy], file_bytes: int) -> Iterator[tuple[list[tuple[int, int]], list[Copy]]]:
-    """Yield groups of copies with the spans of whole chunks that cover them; each chunk is in one group, mostly."""
-    spans: list[tuple[int, int]] = []
-    part: list[Copy] = []
-    size = 0
-    for copy in sorted(copies, key=lambda item: item.src_range):
-        begin, end = copy.src_range
-        begin = begin // CHUNK_BYTES * CHUNK_BYTES
-        end = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, file_bytes)
-        more = end - (max(begin, spans[-1][1]) if spans else begin)
-        if spans and more > 0 and size + more > BATCH_BYTES:
-            yield spans, part
-            spans, part, size, more = [], [], 0, end - begin
-        if spans and begin <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        else:
-            spans.append((begin, end))
-        part.append(copy)
-        size += max(more, 0)
-    if part:
-        yield spans, part
-
-
-def _through_scratch(
-    source: Source, spans: Sequence[tuple[int, int]], copies: Sequence[Copy], target: memoryview
-) -> int:
-    pieces: list[Piece] = []
-    for begin, end in spans:
-        pieces.append(Piece(begin, memoryview(bytearray(end - begin))))
-    source.read(pieces)
-    place = 0
-    for copy in copies:  # both are in order of the source
-        begin, end = copy.src_range
-        while end > pieces[place].end:
-            place += 1
-        piece = pieces[place]
-        apply_copy(replace(copy, src_begin=copy.src_begin - piece.begin), piece.into, target)
-    return sum(piece.into.nbytes for piece in pieces)

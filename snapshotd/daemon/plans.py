@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from snapshotd.daemon.sources import DurableSource, Piece, Source, Sources
+from snapshotd.daemon.source import Piece, Source
+from snapshotd.daemon.sources import DurableSource, Sources
 from snapshotd.durable import open_snapshot
 from snapshotd.errors import CorruptionError, FormatError, LocalProtocolError, PeerError, UsageError
 from snapshotd.layout import CHUNK_BYTES, Layout, header_length

@@ -1,30 +1,37 @@
 """
 Where bulk bytes come from: objects (slots, parity) in this node's arena, on a peer, or in a durable file.
 
-Rule 1: no byte leaves a source unverified. Chunk digests are those that came with the object, and their root is
-compared with the one that the coordinator was told when the object was sealed, where that is known.
-Rule 2: a mismatch is an erasure: it is reported by ``on_corruption``, and CorruptionError is raised. An object that is
-not where it should be is an erasure too. PeerError: nobody answers. Whoever asks takes other sources, or refuses.
-Rule 3: a chunk in the arena is hashed once per source, then known to be good: sources live as long as one operation.
+A chunk in the arena is hashed once per source, then known to be good: sources live as long as one operation.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
 from snapshotd.arena import Arena, Lease, SealableFile, SlotFile, describe, parity_key, slot_key
-from snapshotd.daemon.cancel import Cancelled
+from snapshotd.daemon.chunks import read_through_chunks
+from snapshotd.daemon.peer_source import PeerSource
+from snapshotd.daemon.source import (
+    Corruption,
+    InTurn,
+    OnCorruption,
+    Piece,
+    Source,
+    Stream,
+    check_range,
+    check_root,
+)
 from snapshotd.durable.reader import RankFile
-from snapshotd.errors import CorruptionError, PeerUnreachable, SnapshotdError, UsageError
-from snapshotd.layout import CHUNK_BYTES, root_digest, verify
-from snapshotd.transfer import BulkClient, TransferCancelled
+from snapshotd.errors import CorruptionError, PeerUnreachable
+from snapshotd.layout import CHUNK_BYTES, verify
+from snapshotd.reshard import Copy, gather_copy
+from snapshotd.transfer import BulkClient
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
@@ -37,84 +44,9 @@ __all__ = [
     "Piece",
     "Source",
     "Sources",
+    "Stream",
     "local_corruption",
 ]
-
-_RANGES_AT_ONCE: Final = 4096
-"""A frame holds 16 MiB, a range at most 22 bytes of it; the transfer refuses more than 65,536."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Corruption:
-    """
-    Bytes whose digest does not match.
-
-    ``local``: they are in this node's arena, as ``slot_id`` and ``slot``, or ``parity``. Otherwise they came from
-    ``node_id`` (rotten there or on the wire), or from a durable file, and the caller of the callback counts.
-    """
-
-    node_id: str
-    local: bool
-    detail: str
-    slot_id: int | None = None
-    slot: control.SlotRef | None = None
-    parity: control.ParityRef | None = None
-
-
-OnCorruption = Callable[[Corruption], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The bytes of an object from ``begin`` on are wanted in ``into``, as many as it has room for."""
-
-    begin: int
-    into: memoryview
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.into.nbytes
-
-
-class Source(Protocol):
-    """
-    The verified bytes of one object, wherever it is.
-
-    A seam: encoding, decoding, restoring and exporting do not care where bytes come from, and tests can break it.
-    Any number of threads may read at once.
-    """
-
-    @property
-    def node_id(self) -> str:
-        """The node that has the object, for messages."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What it is, in words."""
-        ...
-
-    @property
-    def is_local(self) -> bool:
-        """Whether ``fetch`` costs nothing but hashing, and needs no room."""
-        ...
-
-    @property
-    def file_bytes(self) -> int: ...
-
-    def digests(self) -> bytes:
-        """Return the digests of all chunks, checked against the root where that is known."""
-        ...
-
-    def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
-        """Return the verified bytes ``[begin, end)``: a mapping of a local object, else ``room``, filled."""
-        ...
-
-    def read(self, pieces: Sequence[Piece]) -> None:
-        """Fill all ``pieces`` with verified bytes, in as few requests as possible."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class LocalSource:
@@ -143,14 +75,14 @@ class LocalSource:
         self._known = bytearray(len(self._digests) // 8)  # one per chunk: verified
         if self.file_bytes != file_bytes:
             raise CorruptionError(f"{name} on {node_id} has {self.file_bytes} bytes, expected {file_bytes}")
-        _check_root(self, self._digests, root)
+        check_root(self, self._digests, root)
 
     def digests(self) -> bytes:
         return self._digests
 
     def view(self, begin: int, end: int) -> memoryview:
         """Return the mapping of ``[begin, end)``, verified."""
-        _check_range(self, begin, end)
+        check_range(self, begin, end)
         first, stop = begin // CHUNK_BYTES, -(-end // CHUNK_BYTES) if end > begin else begin // CHUNK_BYTES
         while (first := self._known.find(0, first, stop)) >= 0:
             last = self._known.find(1, first, stop)
@@ -173,104 +105,21 @@ class LocalSource:
             with self.view(piece.begin, piece.end) as view:
                 _copy(piece.into, view)
 
-    def close(self) -> None:
-        self._lease.close()
-
-
-class PeerSource:
-    """A sealed object on another node. Its digests are fetched with the first read."""
-
-    is_local: Final = False
-
-    def __init__(
-        self,
-        client: BulkClient,
-        address: str,
-        key: ObjectKey,
-        *,
-        node_id: str,
-        file_bytes: int,
-        root: str,
-        on_corruption: OnCorruption,
-        cancel: threading.Event | None,
-    ) -> None:
-        self.node_id, self.name, self.file_bytes = node_id, describe(key), file_bytes
-        self._client, self._address, self._key, self._root = client, address, key, root
-        self._on_corruption = on_corruption
-        self._cancel = cancel
-        self._lock = threading.Lock()
-        self._digests: bytes | None = None
-
-    def digests(self) -> bytes:
-        with self._lock:
-            if self._digests is None:
-                with self._watched():
-                    info = self._client.digests(self._address, self._key, cancel=self._cancel)
-                    if info.file_bytes != self.file_bytes:
-                        raise CorruptionError(
-                            f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
-                        )
-                    _check_root(self, info.digests, self._root)
-                self._digests = info.digests
-            return self._digests
-
-    def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
-        part = room[: end - begin]
-        self.read([Piece(begin, part)])
-        return part
-
-    def read(self, pieces: Sequence[Piece]) -> None:
-        digests = self.digests()
-        for piece in pieces:
-            _check_range(self, piece.begin, piece.end)
-        # One alone is hashed while it is received; for many the round trips count.
-        many = len(pieces) > 1
-        aligned = [piece for piece in pieces if many and self._is_aligned(piece)]
-        others = [piece for piece in pieces if not (many and self._is_aligned(piece))]
-        with self._watched():
-            for some in _at_most(aligned, _RANGES_AT_ONCE):
-                self._read_aligned(some, digests)
-            for piece in others:
-                self._client.read_verified(
-                    self._address,
-                    self._key,
-                    piece.begin,
-                    piece.end,
-                    piece.into,
-                    digests=digests,
-                    file_bytes=self.file_bytes,
-                    cancel=self._cancel,
-                )
-
-    def close(self) -> None:
-        pass
-
-    def _is_aligned(self, piece: Piece) -> bool:
-        return piece.begin % CHUNK_BYTES == 0 and (piece.end % CHUNK_BYTES == 0 or piece.end == self.file_bytes)
-
-    def _read_aligned(self, pieces: Sequence[Piece], digests: bytes) -> None:
-        """One request for all; whole chunks are verified where they are."""
-        ranges = [(piece.begin, piece.end) for piece in pieces]
-        outs = [piece.into for piece in pieces]
-        self._client.read(self._address, self._key, ranges, outs, cancel=self._cancel)
-        for piece in pieces:
-            wrong = verify(piece.into, digests, piece.begin, piece.end, base=piece.begin)
-            if wrong:
-                raise CorruptionError(f"chunk {wrong[0]} of {self.name} from {self._address} does not match its digest")
+    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
+        at = 0
+        for part in copies:
+            self.view(*part.src_range).release()
+            with out[at : at + part.nbytes] as place:
+                gather_copy(part, self.obj.view, place)
+            at += part.nbytes
+        return 0
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Report what does not match; turn the transfer's own words for a cancel into ours."""
-        try:
-            yield
-        except CorruptionError as error:
-            self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
-            # The owner finds out whether it is rotten there, or was hurt on the way, and has it rebuilt.
-            with contextlib.suppress(SnapshotdError):
-                self._client.suspect(self._address, self._key)
-            raise
-        except TransferCancelled as error:
-            raise Cancelled(str(error)) from error
+    def stream(self, begin: int, end: int) -> Iterator[Stream]:
+        yield InTurn(self, begin, end)
+
+    def close(self) -> None:
+        self._lease.close()
 
 
 class DurableSource:
@@ -295,12 +144,19 @@ class DurableSource:
 
     def read(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            _check_range(self, piece.begin, piece.end)
+            check_range(self, piece.begin, piece.end)
             try:
                 self._file.read_into(piece.begin, piece.into)
             except CorruptionError as error:
                 self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
                 raise
+
+    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
+        return read_through_chunks(self, copies, out)
+
+    @contextmanager
+    def stream(self, begin: int, end: int) -> Iterator[Stream]:
+        yield InTurn(self, begin, end)
 
     def close(self) -> None:
         pass
@@ -329,6 +185,13 @@ class Sources:
         self._client = client
         self._lock = threading.Lock()
         self._addresses: dict[str, str] = {}
+        self._pace: Callable[[int], None] | None = None
+
+    def paced(self, pace: Callable[[int], None]) -> Sources:
+        """Return the same sources, with reads from peers slowed down by ``pace``; see BulkClient."""
+        twin = copy.copy(self)  # with the same addresses, under the same lock
+        twin._pace = pace
+        return twin
 
     def learn(self, peers: Iterable[control.PeerAddress]) -> None:
         """Remember where nodes are; a node that came back elsewhere is found there from now on."""
@@ -375,6 +238,7 @@ class Sources:
             root=root,
             on_corruption=self.on_corruption,
             cancel=cancel,
+            pace=self._pace,
         )
 
 
@@ -396,22 +260,6 @@ def local_corruption(
         slot=ref if isinstance(ref, control.SlotRef) else None,
         parity=ref if isinstance(ref, control.ParityRef) else None,
     )
-
-
-def _check_range(source: Source, begin: int, end: int) -> None:
-    if not 0 <= begin <= end <= source.file_bytes:
-        raise UsageError(f"[{begin}, {end}) is not inside the {source.file_bytes} bytes of {source.name}")
-
-
-def _check_root(source: Source, digests: bytes, root: str) -> None:
-    """An object with another root than the coordinator was told is not the one that is meant."""
-    if root and (got := root_digest(digests)) != root:
-        raise CorruptionError(f"{source.name} on {source.node_id} has the root digest {got}, expected {root}")
-
-
-def _at_most(pieces: Sequence[Piece], count: int) -> Iterator[Sequence[Piece]]:
-    for first in range(0, len(pieces), count):
-        yield pieces[first : first + count]
 
 
 def _copy(into: memoryview, view: memoryview) -> None:

@@ -6,8 +6,8 @@ Knows ``layout`` and nobody else.
 
 from __future__ import annotations
 
-from snapshotd.reshard.apply import apply_copy
-from snapshotd.reshard.copies import Copy, merge_neighbours
+from snapshotd.reshard.apply import apply_copy, gather_copy, scatter_copies
+from snapshotd.reshard.copies import Copy, cut_copy, merge_neighbours
 from snapshotd.reshard.plan import Plan, Problem, SourceShard, TargetShard, coverage, plan
 
 __all__ = [
@@ -18,6 +18,9 @@ __all__ = [
     "TargetShard",
     "apply_copy",
     "coverage",
+    "cut_copy",
+    "gather_copy",
     "merge_neighbours",
     "plan",
+    "scatter_copies",
 ]

@@ -1,9 +1,13 @@
 """
 Carry out copies in memory, by numpy: one array assignment per copy, whatever its number of runs.
+
+Between two processes the runs of a copy travel one behind the other: gathered here, scattered there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,7 +19,7 @@ from snapshotd.reshard.copies import Copy
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["apply_copy"]
+__all__ = ["apply_copy", "gather_copy", "scatter_copies"]
 
 _WORDS: Final[dict[int, np.dtype[Any]]] = {
     8: np.dtype(np.uint64),
@@ -55,3 +59,20 @@ def apply_copy(copy: Copy, src: Buffer, dst: Buffer) -> None:
         shape, dtype, buffer=target, offset=copy.dst_begin, strides=(*(dim[2] for dim in copy.dims), width)
     )
     np.copyto(writes, reads)
+
+
+def gather_copy(copy: Copy, src: Buffer, out: Buffer) -> None:
+    """Read the runs of ``copy`` from ``src`` into ``out``, one behind the other. LayoutError as for apply_copy()."""
+    strides = copy.packed_strides()
+    dims = tuple((count, there, here) for (count, there, _), here in zip(copy.dims, strides, strict=True))
+    apply_copy(replace(copy, dst_begin=0, dims=dims), src, out)
+
+
+def scatter_copies(copies: Iterable[Copy], packed: Buffer, dst: Buffer) -> None:
+    """Carry out ``copies`` from the bytes that gather_copy() has put one behind the other for each of them in turn."""
+    at = 0
+    for copy in copies:
+        strides = copy.packed_strides()
+        dims = tuple((count, here, there) for (count, _, there), here in zip(copy.dims, strides, strict=True))
+        apply_copy(replace(copy, src_begin=at, dims=dims), packed, dst)
+        at += copy.nbytes

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-__all__ = ["Copy", "Dim", "block_copy", "merge_neighbours"]
+__all__ = ["Copy", "Dim", "block_copy", "cut_copy", "merge_neighbours"]
 
 Dim = tuple[int, int, int]
 """(count, src_stride_bytes, dst_stride_bytes)"""
@@ -45,6 +45,15 @@ class Copy:
     def dst_range(self) -> tuple[int, int]:
         """The smallest [begin, end) of the target file that holds all runs."""
         return self.dst_begin, self.dst_begin + sum((n - 1) * stride for n, _, stride in self.dims) + self.run_bytes
+
+    def packed_strides(self) -> list[int]:
+        """Return the strides of ``dims`` when the runs lie one behind the other."""
+        strides: list[int] = []
+        stride = self.run_bytes
+        for count, _, _ in reversed(self.dims):
+            strides.append(stride)
+            stride *= count
+        return strides[::-1]
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Iterate over (src_offset, dst_offset, nbytes) of each run, in increasing order of both offsets."""
@@ -103,6 +112,27 @@ def block_copy(
         run_bytes=run,
         dims=tuple(reversed(dims)),
     )
+
+
+def cut_copy(copy: Copy, max_bytes: int) -> Iterator[Copy]:
+    """Yield parts of at most ``max_bytes`` that make up ``copy``: of its outer dimension first, at last of its runs."""
+    if copy.nbytes <= max_bytes:
+        yield copy
+        return
+    if not copy.dims:
+        for at in range(0, copy.run_bytes, max_bytes):
+            run_bytes = min(max_bytes, copy.run_bytes - at)
+            yield replace(copy, src_begin=copy.src_begin + at, dst_begin=copy.dst_begin + at, run_bytes=run_bytes)
+        return
+    (count, src_stride, dst_stride), inner = copy.dims[0], copy.dims[1:]
+    one = replace(copy, dims=inner)
+    step = max(1, max_bytes // one.nbytes)
+    for i in range(0, count, step):
+        part = replace(one, src_begin=copy.src_begin + i * src_stride, dst_begin=copy.dst_begin + i * dst_stride)
+        if step == 1:
+            yield from cut_copy(part, max_bytes)
+        else:
+            yield replace(part, dims=((min(step, count - i), src_stride, dst_stride), *inner))
 
 
 def merge_neighbours(copies: Iterable[Copy]) -> list[Copy]:

@@ -1,13 +1,27 @@
 """Bulk bytes between processes: ranges of slots and parity over plain sockets, verified."""
 
+from snapshotd.transfer.answers import Lookup, Servable
+from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX
 from snapshotd.transfer.client import BulkClient, ObjectInfo
-from snapshotd.transfer.server import BulkServer, Lookup, Servable
-from snapshotd.transfer.wire import CorruptChunk, ObjectMissing, TransferCancelled, format_address, parse_address
+from snapshotd.transfer.incoming import Incoming
+from snapshotd.transfer.server import BulkServer
+from snapshotd.transfer.wire import (
+    RANGES_MAX,
+    CorruptChunk,
+    ObjectMissing,
+    TransferCancelled,
+    format_address,
+    parse_address,
+)
 
 __all__ = [
+    "BLOCKS_MAX",
+    "BLOCK_BYTES_MAX",
+    "RANGES_MAX",
     "BulkClient",
     "BulkServer",
     "CorruptChunk",
+    "Incoming",
     "Lookup",
     "ObjectInfo",
     "ObjectMissing",

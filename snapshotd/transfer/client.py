@@ -1,10 +1,10 @@
 """
 Reads the bytes of slots and parity files from other daemons, verified, straight into the reader's own memory.
 
-Rule 1: what read_verified() returns is what was sealed, or it raises. Nothing is retried on wrong bytes: they are an
+Rule 1: what is read is what was sealed, or an error says otherwise. Nothing is retried on wrong bytes: they are an
         erasure, and the caller decodes.
-Rule 2: hashing follows receiving piece by piece, while the bytes are still in the cache; the kernel's socket
-        buffers receive the next piece meanwhile, so no second thread is needed to overlap the two.
+Rule 2: whole chunks are compared with the digests that the caller trusts (read_verified, stream). Parts of chunks are
+        verified by their owner, and compared with the owner's digests for the way (read_parts).
 Rule 3: a connection that saw anything unexpected is closed, never reused: leftovers of one answer must not
         become the beginning of the next.
 """
@@ -15,12 +15,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import AccessDenied, CorruptionError, PeerUnreachable, RemoteProtocolError, UsageError
-from snapshotd.layout.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, root_digest, verify
+from snapshotd.layout import DIGEST_BYTES, chunk_count, root_digest
+from snapshotd.reshard import Copy
 from snapshotd.transfer import wire
+from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, blocks_of
+from snapshotd.transfer.incoming import Incoming, Steering, receive_blocks, whole_chunks
 from snapshotd.transfer.pool import Borrowed, Pool
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ByteRange, ObjectKey
 
@@ -31,9 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BulkClient", "ObjectInfo"]
 
-_BATCH_BYTES: Final = wire.PIECE_BYTES
-assert _BATCH_BYTES % CHUNK_BYTES == 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
@@ -42,20 +42,6 @@ class ObjectInfo:
     file_bytes: int
     root: str
     digests: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Control:
-    """What the caller may do between batches: see BulkClient."""
-
-    cancel: threading.Event | None
-    pace: Callable[[int], None] | None
-
-    def after(self, nbytes: int) -> None:
-        if self.cancel is not None and self.cancel.is_set():
-            raise wire.TransferCancelled("the transfer was cancelled")
-        if self.pace is not None and nbytes:
-            self.pace(nbytes)
 
 
 class BulkClient:
@@ -115,45 +101,16 @@ class BulkClient:
             data = bytearray(expected)
             with memoryview(data) as view:
                 answer.receive(view)
+            answer.keep()
         if root_digest(bytes(data)) != response.root_digest:
             raise CorruptionError(f"the digests of {describe(key)} from {address} do not make up their root digest")
         return ObjectInfo(file_bytes=response.file_bytes, root=response.root_digest, digests=bytes(data))
-
-    def read(
-        self,
-        address: str,
-        key: ObjectKey,
-        ranges: Sequence[tuple[int, int]],
-        outs: Sequence[Buffer],
-        *,
-        cancel: threading.Event | None = None,
-        pace: Callable[[int], None] | None = None,
-    ) -> int:
-        """
-        Fill ``outs[i]`` with the bytes ``[begin, end)`` of ``ranges[i]``, NOT verified; return the object's size.
-
-        At most 65,536 ranges. After an error the contents of ``outs`` are undefined.
-        """
-        control = _Control(cancel=cancel, pace=pace)
-        with ExitStack() as stack:
-            views = [stack.enter_context(_writable(out)) for out in outs]
-            if [view.nbytes for view in views] != [end - begin for begin, end in ranges]:
-                raise UsageError("ranges and buffers do not have the same lengths")
-            answer, response = stack.enter_context(self._reading(address, key, ranges, cancel))
-            for view in views:
-                for at in range(0, view.nbytes, _BATCH_BYTES):
-                    with view[at : at + _BATCH_BYTES] as batch:
-                        answer.receive(batch)
-                        control.after(batch.nbytes)
-            return response.file_bytes
 
     def read_verified(
         self,
         address: str,
         key: ObjectKey,
-        begin: int,
-        end: int,
-        out: Buffer,
+        pieces: Sequence[tuple[int, Buffer]],
         *,
         digests: bytes,
         file_bytes: int,
@@ -161,64 +118,113 @@ class BulkClient:
         pace: Callable[[int], None] | None = None,
     ) -> None:
         """
-        Fill ``out`` with the file bytes ``[begin, end)``, each chunk of them compared with ``digests``.
+        Fill each buffer of ``pieces`` with the bytes of the file from its offset on, in one request.
 
         ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust. Chunks that
-        the range touches in part are read whole, into scratch memory. CorruptChunk (a CorruptionError) names the first
-        chunk that does not match; after an error the contents of ``out`` are undefined.
+        a piece touches in part are read whole, into scratch memory. CorruptChunk (a CorruptionError) names the first
+        chunk that does not match; after an error the contents of the buffers are undefined.
         """
-        with _writable(out) as out_view:
-            if not 0 <= begin <= end <= file_bytes or out_view.nbytes != end - begin:
-                raise UsageError(f"cannot read [{begin}, {end}) of {file_bytes} bytes into {out_view.nbytes}")
-            if len(digests) != chunk_count(file_bytes) * DIGEST_BYTES:
-                raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
-            if begin == end:
+        with ExitStack() as stack:
+            outs = [stack.enter_context(_writable(out)) for _, out in pieces]
+            spans = [(begin, begin + out.nbytes) for (begin, _), out in zip(pieces, outs, strict=True)]
+            if not any(out.nbytes for out in outs):
                 return
-            control = _Control(cancel=cancel, pace=pace)
-            first = begin // CHUNK_BYTES * CHUNK_BYTES
-            last = min(chunk_count(end) * CHUNK_BYTES, file_bytes)
-            with self._reading(address, key, [(first, last)], cancel) as (answer, response):
-                if response.file_bytes != file_bytes:
-                    raise CorruptionError(
-                        f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
-                    )
-                for batch, chunk in _receive_verified(answer, out_view, begin, (first, last), digests):
-                    if chunk is not None:
-                        message = f"chunk {chunk} of {describe(key)} from {address} does not match its digest"
-                        raise wire.CorruptChunk(message, chunk=chunk, peer=address)
-                    control.after(batch)
+            incoming = stack.enter_context(
+                self.stream(
+                    address, key, spans, digests=digests, file_bytes=file_bytes, cancel=cancel, pace=pace
+                )
+            )
+            for out in outs:
+                incoming.fill(out)
+
+    @contextmanager
+    def stream(
+        self,
+        address: str,
+        key: ObjectKey,
+        spans: Sequence[tuple[int, int]],
+        *,
+        digests: bytes,
+        file_bytes: int,
+        cancel: threading.Event | None = None,
+        pace: Callable[[int], None] | None = None,
+    ) -> Iterator[Incoming]:
+        """
+        The same for who takes the bytes of ``spans`` bit by bit: one request, and the peer sends ahead meanwhile.
+
+        Whoever waits longer than the peer's timeout between two fills loses the connection.
+        """
+        if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
+            raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
+        if len(digests) != chunk_count(file_bytes) * DIGEST_BYTES:
+            raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
+        ranges = [whole_chunks(span, file_bytes) for span in spans if span[0] < span[1]]
+        if len(ranges) > wire.RANGES_MAX:
+            raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key)
+        request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
+        with self._asking(address, request, cancel) as (answer, response):
+            _check_payload(address, key, response, sum(end - begin for begin, end in ranges))
+            if response.file_bytes != file_bytes:
+                raise CorruptionError(
+                    f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
+                )
+            incoming = Incoming(
+                answer,
+                spans,
+                digests=digests,
+                file_bytes=file_bytes,
+                steering=Steering(cancel=cancel, pace=pace),
+                name=describe(key),
+                peer=address,
+            )
+            yield incoming
+            if incoming.is_whole:
+                answer.keep()
+
+    def read_parts(
+        self,
+        address: str,
+        key: ObjectKey,
+        copies: Sequence[Copy],
+        out: memoryview,
+        *,
+        cancel: threading.Event | None = None,
+        pace: Callable[[int], None] | None = None,
+    ) -> str:
+        """
+        Fill ``out`` with the bytes that ``copies`` read, one behind the other; return the root digest of the object.
+
+        At most 4096 copies of at most 1 MiB each. CorruptionError when the owner finds them rotten, or they were hurt
+        on the way. Compare the root with the one that you trust. After an error the contents of ``out`` are undefined.
+        """
+        if len(copies) > BLOCKS_MAX or any(copy.nbytes > BLOCK_BYTES_MAX for copy in copies):
+            raise UsageError(f"{len(copies)} copies are more, or larger, than one request may have")
+        if out.nbytes != sum(copy.nbytes for copy in copies):
+            raise UsageError(f"the copies have not the {out.nbytes} bytes of the buffer")
+        if not copies:
+            return ""
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key, blocks=blocks_of(copies))
+        with self._asking(address, request, cancel) as (answer, response):
+            _check_payload(address, key, response, out.nbytes + chunk_count(out.nbytes) * DIGEST_BYTES)
+            steering = Steering(cancel=cancel, pace=pace)
+            receive_blocks(answer, out, steering, name=describe(key), peer=address)
+            answer.keep()
+            return response.root_digest
 
     def suspect(self, address: str, key: ObjectKey) -> None:
         """Tell the owner that what it sent of an object did not match; returns when it has verified the object."""
         request = BulkRequest(protocol=wire.PROTOCOL, object=key, suspect=True)
-        with self._asking(address, request, None):
-            pass
+        with self._asking(address, request, None) as (answer, _):
+            answer.keep()
 
     # ------------------------------------------------------------------------------------------ insides
-
-    @contextmanager
-    def _reading(
-        self, address: str, key: ObjectKey, ranges: Sequence[tuple[int, int]], cancel: threading.Event | None
-    ) -> Iterator[tuple[Borrowed, BulkResponse]]:
-        if len(ranges) > wire.RANGES_MAX:
-            raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
-        if any(begin < 0 or end < begin for begin, end in ranges):
-            raise UsageError("a range begins before 0 or ends before it begins")
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key)
-        request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
-        with self._asking(address, request, cancel) as (answer, response):
-            expected = sum(end - begin for begin, end in ranges)
-            if response.payload_bytes != expected:
-                raise RemoteProtocolError(
-                    f"{address} announced {response.payload_bytes} bytes of {describe(key)}, {expected} were asked for"
-                )
-            yield answer, response
 
     @contextmanager
     def _asking(
         self, address: str, request: BulkRequest, cancel: threading.Event | None
     ) -> Iterator[tuple[Borrowed, BulkResponse]]:
-        """Yield an ok answer, whose payload must be received whole."""
+        """Yield an ok answer; ``keep`` it once its payload was received whole."""
         if cancel is not None and cancel.is_set():
             raise wire.TransferCancelled("the transfer was cancelled")
         with self._pool.borrow(address, cancel) as borrowed:
@@ -227,37 +233,13 @@ class BulkClient:
                 borrowed.keep()
                 raise _refusal(address, response)
             yield borrowed, response
-            borrowed.keep()
 
 
-def _receive_verified(
-    answer: Borrowed, out: memoryview, begin: int, span: tuple[int, int], digests: bytes
-) -> Iterator[tuple[int, int | None]]:
-    """Receive the chunks of ``span`` batch by batch; yield the bytes of each and the first chunk that is wrong."""
-    end = begin + out.nbytes
-    scratch = bytearray(CHUNK_BYTES)
-    for at, stop in _batches(*span, begin, end):
-        # A batch that reaches beyond what is wanted is one single chunk, and goes through the scratch.
-        whole = begin <= at and stop <= end
-        with out[at - begin : stop - begin] if whole else memoryview(scratch)[: stop - at] as batch:
-            answer.receive(batch)
-            bad = verify(batch, digests, at, stop, base=at)
-            if not bad and not whole:
-                low, high = max(at, begin), min(stop, end)
-                out[low - begin : high - begin] = batch[low - at : high - at]
-        yield stop - at, bad[0] if bad else None
-
-
-def _batches(first: int, last: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut [first, last) into batches: a single chunk where an edge of [begin, end) lies inside it, else 1 MiB."""
-    at = first
-    while at < last:
-        stop = min(at + CHUNK_BYTES, last)
-        if at >= begin and stop <= end:
-            inner = end if end == last else end // CHUNK_BYTES * CHUNK_BYTES
-            stop = min(at + _BATCH_BYTES, inner)
-        yield at, stop
-        at = stop
+def _check_payload(address: str, key: ObjectKey, response: BulkResponse, expected: int) -> None:
+    if response.payload_bytes != expected:
+        raise RemoteProtocolError(
+            f"{address} announced {response.payload_bytes} bytes of {describe(key)}, {expected} were asked for"
+        )
 
 
 def _writable(out: Buffer) -> memoryview:
@@ -274,6 +256,8 @@ def _refusal(address: str, response: BulkResponse) -> Exception:
         return wire.ObjectMissing(message)
     if response.code == "PERMISSION_DENIED":
         return AccessDenied(message)
+    if response.code == CorruptionError.code:
+        return CorruptionError(message)
     if response.code == "UNAVAILABLE":
         return PeerUnreachable(message)
     if response.code == "INVALID_ARGUMENT":

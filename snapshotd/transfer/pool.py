@@ -11,7 +11,6 @@ Rule 3: only a connection whose answer was read to its last byte goes back.
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import ssl
 import threading
@@ -41,9 +40,7 @@ class Connection:
         if time.monotonic() - self.used_at > _KEEP_S:
             return False
         try:
-            poll = select.poll()  # select() fails for descriptors above 1023
-            poll.register(self.sock, select.POLLIN)
-            return not poll.poll(0)
+            return not wire.is_readable(self.sock)
         except (OSError, ValueError):
             return False
 
@@ -81,7 +78,7 @@ class Borrowed:
         """Fill ``out`` with the next bytes of the answer's payload."""
         assert self._connection is not None, "nothing was asked yet"
         with self._mapped():
-            wire.receive_exactly(self._connection.sock, out)
+            wire.receive_bulk(self._connection.sock, out)
 
     def _ask_twice(self, request: BulkRequest) -> BulkResponse:
         if self._connection is not None:

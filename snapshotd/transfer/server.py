@@ -2,9 +2,7 @@
 Serves the bytes of slots and parity files to other daemons and to tools.
 
 Rule 1: a peer is checked (user, certificate) before one byte of its request is read.
-Rule 2: a request is checked whole before anything is answered; after an ok answer exactly the promised bytes follow.
-Rule 3: an object is held (leased) from its lookup to its last byte.
-Rule 4: nothing a peer does ends the server, or keeps a thread for longer than the timeouts.
+Rule 2: nothing a peer does ends the server, or keeps a thread for longer than the timeouts.
 """
 
 from __future__ import annotations
@@ -15,18 +13,16 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
-from snapshotd.arena.keys import describe
 from snapshotd.errors import AccessDenied, RemoteProtocolError, SnapshotdError, UsageError
-from snapshotd.failpoints import failpoint
 from snapshotd.security import PeerGuard
 from snapshotd.transfer import wire
+from snapshotd.transfer.answers import Answers, Lookup, Refusal
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
 
-__all__ = ["BulkServer", "Lookup", "Servable"]
+__all__ = ["BulkServer"]
 
 _log: Final = logging.getLogger(__name__)
 _SMALL_BYTES: Final = 64 * 1024
@@ -34,29 +30,6 @@ _LINGER_S: Final = 0.5
 _LINGER_BYTES: Final = 256 * 1024
 _ACCEPT_PAUSE_S: Final = 0.05
 _JOIN_S: Final = 5.0
-
-
-class Servable(Protocol):
-    """What the server needs of an object: an arena's slots and parity files have it, tests have their own."""
-
-    @property
-    def view(self) -> memoryview:
-        """All of its bytes."""
-
-    @property
-    def file_bytes(self) -> int:
-        """How many."""
-
-    @property
-    def digests(self) -> bytes | None:
-        """Chunk digests; None while the object is not sealed."""
-
-    @property
-    def root(self) -> str:
-        """Root digest."""
-
-
-Lookup = Callable[[ObjectKey], AbstractContextManager[Servable | None]]
 
 
 class BulkServer:
@@ -89,10 +62,9 @@ class BulkServer:
     ) -> None:
         if max_connections < 1 or timeout_s <= 0 or idle_timeout_s <= 0:
             raise UsageError("max_connections and timeouts of a bulk server must be positive")
-        self._lookup = lookup
         self._tls = tls
         self._guard = guard if guard is not None else PeerGuard()
-        self._suspected = suspected
+        self._answers = Answers(lookup, suspected=suspected, sent=lambda nbytes: self._count("sent_bytes", nbytes))
         self._max_connections = max_connections
         self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -216,8 +188,8 @@ class BulkServer:
             self._counters["requests"] += 1
         sock.settimeout(self._timeout_s)
         try:
-            self._answer(sock, request)
-        except _Refusal as error:
+            self._answers.answer(sock, request)
+        except Refusal as error:
             self._count("errors")
             wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
         finally:
@@ -257,82 +229,6 @@ class BulkServer:
         with self._lock:
             self._counters[name] += amount
 
-    # ------------------------------------------------------------------------------------------ requests
-
-    def _answer(self, sock: socket.socket, request: BulkRequest) -> None:
-        if request.protocol != wire.PROTOCOL:
-            raise RemoteProtocolError(f"protocol {request.protocol} is not spoken here, {wire.PROTOCOL} is")
-        if request.object.WhichOneof("kind") is None:
-            raise RemoteProtocolError("a request names neither a slot nor a parity file")
-        if len(request.ranges) > wire.RANGES_MAX:
-            raise RemoteProtocolError(f"{len(request.ranges)} ranges are more than {wire.RANGES_MAX}")
-        if request.suspect:
-            self._suspected(request.object)
-            wire.send_frame(sock, BulkResponse(ok=True))
-            return
-        failpoint("transfer.before_send")
-        with contextlib.ExitStack() as stack:
-            try:
-                obj = stack.enter_context(self._lookup(request.object))
-            except SnapshotdError as error:
-                raise _Refusal(error.code, str(error)) from error
-            except Exception as error:
-                _log.exception("lookup failed")
-                raise _Refusal("INTERNAL", f"the lookup of {describe(request.object)} failed") from error
-            if obj is None or obj.digests is None:
-                raise _Refusal("NOT_FOUND", f"{describe(request.object)} is not sealed here")
-            with memoryview(obj.digests if request.digests else obj.view) as view:
-                ranges = [(0, view.nbytes)] if request.digests else _checked(request, min(obj.file_bytes, view.nbytes))
-                response = BulkResponse(
-                    ok=True,
-                    file_bytes=obj.file_bytes,
-                    root_digest=obj.root,
-                    payload_bytes=sum(end - begin for begin, end in ranges),
-                )
-                wire.send_frame(sock, response)
-                self._send(sock, view, ranges)
-
-    def _send(self, sock: socket.socket, view: memoryview, ranges: Iterable[tuple[int, int]]) -> None:
-        """Send the ranges: large ones straight from the mapping, runs of small ones gathered into one piece."""
-        scratch = bytearray(_SMALL_BYTES)
-        gathered = 0
-        with memoryview(scratch) as small:
-            for begin, end in ranges:
-                if gathered and gathered + end - begin > _SMALL_BYTES:
-                    self._send_piece(sock, small, 0, gathered)
-                    gathered = 0
-                if end - begin <= _SMALL_BYTES // 4:
-                    small[gathered : gathered + end - begin] = view[begin:end]
-                    gathered += end - begin
-                    continue
-                if gathered:
-                    self._send_piece(sock, small, 0, gathered)
-                    gathered = 0
-                for at in range(begin, end, wire.PIECE_BYTES):
-                    self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
-                    if at + wire.PIECE_BYTES < end:
-                        failpoint("transfer.mid_send")
-            if gathered:
-                self._send_piece(sock, small, 0, gathered)
-
-    def _send_piece(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
-        with view[begin:end] as piece:
-            if failpoint("transfer.corrupt_send") == "corrupt":
-                flipped = bytearray(piece)
-                flipped[len(flipped) // 2] ^= 0x10
-                sock.sendall(flipped)
-            else:
-                sock.sendall(piece)
-        self._count("sent_bytes", end - begin)
-
-
-class _Refusal(SnapshotdError):
-    """A request that is answered with a no; the connection goes on."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
 
 class _Connection:
     """A socket, its thread, and whether a request is being answered."""
@@ -360,14 +256,6 @@ class _Connection:
     def close(self) -> None:
         with self._lock:
             self.sock.close()
-
-
-def _checked(request: BulkRequest, file_bytes: int) -> list[tuple[int, int]]:
-    ranges = [(item.begin, item.end) for item in request.ranges]
-    for begin, end in ranges:
-        if not begin <= end <= file_bytes:
-            raise _Refusal("INVALID_ARGUMENT", f"the range [{begin}, {end}) is not inside {file_bytes} bytes")
-    return ranges
 
 
 def _listen(listen: tuple[str, int]) -> socket.socket:

@@ -9,6 +9,7 @@ Rule 3: every wait ends: the socket has a timeout, and each wait of that length 
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -33,8 +34,10 @@ __all__ = [
     "TransferCancelled",
     "format_address",
     "hang_up",
+    "is_readable",
     "is_tls",
     "parse_address",
+    "receive_bulk",
     "receive_exactly",
     "receive_frame",
     "send_frame",
@@ -165,6 +168,47 @@ def receive_exactly(sock: socket.socket, out: memoryview) -> None:
                 raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
             raise ConnectionClosed
         at += count
+
+
+def receive_bulk(sock: socket.socket, out: memoryview) -> None:
+    """
+    Fill ``out``, many bytes, woken up for a piece of them and not for each packet: that costs more than the copying.
+
+    ConnectionResetError when the other end closes first; OSError as the socket has it.
+    """
+    if is_tls(sock):
+        receive_exactly(sock, out)
+        return
+    at, end = 0, out.nbytes
+    try:
+        while at < end:
+            _wake_at(sock, min(PIECE_BYTES, end - at))
+            with out[at:end] as rest:
+                try:
+                    count = sock.recv_into(rest)
+                except TimeoutError:
+                    _wake_at(sock, 1)  # not silent, but slow?
+                    if not is_readable(sock):
+                        raise
+                    count = sock.recv_into(rest)
+            if count == 0:
+                raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
+            at += count
+    finally:
+        _wake_at(sock, 1)
+
+
+def _wake_at(sock: socket.socket, nbytes: int) -> None:
+    """Count the socket as readable from so many bytes on. One that is broken is found out elsewhere."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Return whether there is something to read now, or the connection has ended."""
+    poll = select.poll()  # select() fails for descriptors above 1023
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def hang_up(sock: socket.socket) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snapshotd/v1/bulk.proto\x12\x0csnapshotd.v1\"\'\n\tByteRange\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\"\x8f\x01\n\tObjectKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x04slot\x18\x04 \x01(\x0b\x32\x15.snapshotd.v1.SlotKeyH\x00\x12)\n\x06parity\x18\x05 \x01(\x0b\x32\x17.snapshotd.v1.ParityKeyH\x00\x42\x06\n\x04kind\"\x17\n\x07SlotKey\x12\x0c\n\x04rank\x18\x01 \x01(\r\":\n\tParityKey\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\x93\x01\n\x0b\x42ulkRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\'\n\x06object\x18\x02 \x01(\x0b\x32\x17.snapshotd.v1.ObjectKey\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x08\x12\'\n\x06ranges\x18\x04 \x03(\x0b\x32\x17.snapshotd.v1.ByteRange\x12\x0f\n\x07suspect\x18\x05 \x01(\x08\"y\n\x0c\x42ulkResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x13\n\x0broot_digest\x18\x05 \x01(\t\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snapshotd/v1/bulk.proto\x12\x0csnapshotd.v1\"\'\n\tByteRange\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04\"\x7f\n\x05\x42lock\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\x04\x12\x11\n\trun_bytes\x18\x02 \x01(\x04\x12+\n\x07repeats\x18\x03 \x03(\x0b\x32\x1a.snapshotd.v1.Block.Repeat\x1a\'\n\x06Repeat\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0e\n\x06stride\x18\x02 \x01(\x04\"\x8f\x01\n\tObjectKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x04slot\x18\x04 \x01(\x0b\x32\x15.snapshotd.v1.SlotKeyH\x00\x12)\n\x06parity\x18\x05 \x01(\x0b\x32\x17.snapshotd.v1.ParityKeyH\x00\x42\x06\n\x04kind\"\x17\n\x07SlotKey\x12\x0c\n\x04rank\x18\x01 \x01(\r\":\n\tParityKey\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\xb8\x01\n\x0b\x42ulkRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\'\n\x06object\x18\x02 \x01(\x0b\x32\x17.snapshotd.v1.ObjectKey\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x08\x12\'\n\x06ranges\x18\x04 \x03(\x0b\x32\x17.snapshotd.v1.ByteRange\x12\x0f\n\x07suspect\x18\x05 \x01(\x08\x12#\n\x06\x62locks\x18\x06 \x03(\x0b\x32\x13.snapshotd.v1.Block\"y\n\x0c\x42ulkResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x13\n\x0broot_digest\x18\x05 \x01(\t\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BYTERANGE']._serialized_start=41
   _globals['_BYTERANGE']._serialized_end=80
-  _globals['_OBJECTKEY']._serialized_start=83
-  _globals['_OBJECTKEY']._serialized_end=226
-  _globals['_SLOTKEY']._serialized_start=228
-  _globals['_SLOTKEY']._serialized_end=251
-  _globals['_PARITYKEY']._serialized_start=253
-  _globals['_PARITYKEY']._serialized_end=311
-  _globals['_BULKREQUEST']._serialized_start=314
-  _globals['_BULKREQUEST']._serialized_end=461
-  _globals['_BULKRESPONSE']._serialized_start=463
-  _globals['_BULKRESPONSE']._serialized_end=584
+  _globals['_BLOCK']._serialized_start=82
+  _globals['_BLOCK']._serialized_end=209
+  _globals['_BLOCK_REPEAT']._serialized_start=170
+  _globals['_BLOCK_REPEAT']._serialized_end=209
+  _globals['_OBJECTKEY']._serialized_start=212
+  _globals['_OBJECTKEY']._serialized_end=355
+  _globals['_SLOTKEY']._serialized_start=357
+  _globals['_SLOTKEY']._serialized_end=380
+  _globals['_PARITYKEY']._serialized_start=382
+  _globals['_PARITYKEY']._serialized_end=440
+  _globals['_BULKREQUEST']._serialized_start=443
+  _globals['_BULKREQUEST']._serialized_end=627
+  _globals['_BULKRESPONSE']._serialized_start=629
+  _globals['_BULKRESPONSE']._serialized_end=750
 # @@protoc_insertion_point(module_scope)

@@ -14,6 +14,23 @@ class ByteRange(_message.Message):
     end: int
     def __init__(self, begin: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
+class Block(_message.Message):
+    __slots__ = ("begin", "run_bytes", "repeats")
+    class Repeat(_message.Message):
+        __slots__ = ("count", "stride")
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        STRIDE_FIELD_NUMBER: _ClassVar[int]
+        count: int
+        stride: int
+        def __init__(self, count: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    RUN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPEATS_FIELD_NUMBER: _ClassVar[int]
+    begin: int
+    run_bytes: int
+    repeats: _containers.RepeatedCompositeFieldContainer[Block.Repeat]
+    def __init__(self, begin: _Optional[int] = ..., run_bytes: _Optional[int] = ..., repeats: _Optional[_Iterable[_Union[Block.Repeat, _Mapping]]] = ...) -> None: ...
+
 class ObjectKey(_message.Message):
     __slots__ = ("job", "epoch", "step", "slot", "parity")
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -45,18 +62,20 @@ class ParityKey(_message.Message):
     def __init__(self, group: _Optional[int] = ..., lane: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class BulkRequest(_message.Message):
-    __slots__ = ("protocol", "object", "digests", "ranges", "suspect")
+    __slots__ = ("protocol", "object", "digests", "ranges", "suspect", "blocks")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     object: ObjectKey
     digests: bool
     ranges: _containers.RepeatedCompositeFieldContainer[ByteRange]
     suspect: bool
-    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[Block]
+    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
     __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes")

@@ -10,9 +10,10 @@ import pytest
 from snapshotd import failpoints
 from snapshotd.arena import State, slot_key
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.sources import Piece, Sources
+from snapshotd.daemon.sources import Piece, Source, Sources
 from snapshotd.errors import CorruptionError, PeerError, PeerUnreachable, UsageError
 from snapshotd.layout import CHUNK_BYTES
+from snapshotd.reshard import Copy
 from snapshotd.v1 import control_pb2 as control
 
 
@@ -63,6 +64,55 @@ def test_each_way_of_reading_is_right_and_verified(scene, where: str, ranges) ->
             view[at] ^= 128
     assert {found.local for found in node.corruptions} == {where == "local"}
     assert len(node.corruptions) == 6 * len(ranges)
+
+
+def copies_of(ranges) -> list[Copy]:
+    return [Copy(source=0, target=0, src_begin=b, dst_begin=0, run_bytes=e - b) for b, e in ranges]
+
+
+def taken(source: Source, begin: int, end: int) -> bytes:
+    found, room = b"", memoryview(bytearray(100_000))
+    with source.stream(begin, end) as stream:
+        while len(found) < end - begin:
+            found += bytes(stream.take(min(100_000, end - begin - len(found)), room))
+    return found
+
+
+@pytest.mark.parametrize("where", ["local", "peer"])
+def test_parts_and_streams_are_right_and_verified(scene, where: str) -> None:
+    here, there, ref = scene
+    node = here if where == "local" else there
+    data = here.slot_bytes(ref)
+    view = here.arena.find(slot_key(ref)).view
+    ranges = [(5, 90), (CHUNK_BYTES - 3, 2 * CHUNK_BYTES), (1_900_000, 1_900_001)]
+    expected = b"".join(data[begin:end] for begin, end in ranges)
+    with closing(node.sources.slot(ref, "n0")) as source:
+        out = bytearray(len(expected))
+        source.read_parts(copies_of(ranges), memoryview(out))
+        assert out == expected
+        for begin, end in ranges:
+            assert taken(source, begin, end) == data[begin:end]
+        with pytest.raises(UsageError):
+            taken(source, ref.file_bytes - 1, ref.file_bytes + 1)
+    assert node.corruptions == []
+    for begin, end in ranges:
+        view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4
+        with closing(node.sources.slot(ref, "n0")) as source:
+            with pytest.raises(CorruptionError, match="does not match its digest"):
+                source.read_parts(copies_of(ranges), memoryview(out))
+            with pytest.raises(CorruptionError, match="does not match its digest"):
+                taken(source, begin, end)
+        view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4
+    assert len(node.corruptions) == 2 * len(ranges)
+
+
+def test_errors_of_those_who_take_a_stream_are_not_its_own(scene) -> None:
+    """A decoder that meets rot in another source must not have this one rebuilt."""
+    _, there, ref = scene
+    source = there.sources.slot(ref, "n0")
+    with pytest.raises(CorruptionError, match="elsewhere"), source.stream(0, ref.file_bytes):
+        raise CorruptionError("elsewhere")
+    assert there.corruptions == []
 
 
 def test_rot_elsewhere_in_the_object_disturbs_nobody(scene) -> None:

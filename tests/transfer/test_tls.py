@@ -93,7 +93,7 @@ def test_round_trip(ours: Authority, shelf, make_thing, serve: Serve) -> None:
             info = client.digests(server.address_text, KEY)
             out = bytearray(info.file_bytes)
             client.read_verified(
-                server.address_text, KEY, 0, len(out), out, digests=info.digests, file_bytes=info.file_bytes
+                server.address_text, KEY, [(0, out)], digests=info.digests, file_bytes=info.file_bytes
             )
             assert out == thing.view
     assert server.counters()["connections"] == 1
@@ -112,6 +112,7 @@ def test_a_client_of_another_ca(ours: Authority, others: Authority, shelf, make_
     stranger = others.issue("stranger", ca=ours.folder / "ca.pem")
     with BulkClient(tls=stranger.client_context()) as client:
         _refused(client, server, AccessDenied)
+    server.close()  # its threads count after the alert has left
     assert server.counters()["refused"] == 5
 
 

@@ -9,9 +9,11 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,12 +32,15 @@ from snapshotd.errors import (
     UsageError,
 )
 from snapshotd.layout.digest import CHUNK_BYTES, chunk_digests, root_digest
+from snapshotd.reshard import Copy
 from snapshotd.security import PeerGuard
 from snapshotd.transfer import BulkClient, BulkServer, CorruptChunk, ObjectMissing, TransferCancelled, wire
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ByteRange, ObjectKey, ParityKey, SlotKey
 from snapshotd.v1.control_pb2 import SlotRef
 
 MIB = 1 << 20
+COPY = Copy(source=0, target=0, src_begin=0, dst_begin=0, run_bytes=10)
+LARGE = replace(COPY, run_bytes=MIB + 1)
 Serve = Callable[..., BulkServer]
 
 
@@ -46,7 +51,7 @@ def slot(rank: int = 0, step: int = 1) -> ObjectKey:
 def _read_all(client: BulkClient, address: str, key: ObjectKey) -> bytearray:
     info = client.digests(address, key)
     out = bytearray(info.file_bytes)
-    client.read_verified(address, key, 0, info.file_bytes, out, digests=info.digests, file_bytes=info.file_bytes)
+    client.read_verified(address, key, [(0, out)], digests=info.digests, file_bytes=info.file_bytes)
     return out
 
 
@@ -72,30 +77,71 @@ def test_every_kind_of_range(shelf, make_thing, server: BulkServer, client: Bulk
     for begin, end in cases:
         out = bytearray(end - begin)
         client.read_verified(
-            server.address_text, slot(), begin, end, out, digests=thing.digests, file_bytes=thing.file_bytes
+            server.address_text, slot(), [(begin, out)], digests=thing.digests, file_bytes=thing.file_bytes
         )
         assert out == thing.view[begin:end], (begin, end)
 
 
-def test_many_ranges_large_and_small(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
+def test_many_pieces_large_and_small(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
     thing = shelf.put(slot(), make_thing(3 * MIB))
     dice = random.Random(1)
-    ranges: list[tuple[int, int]] = [(0, 0), (0, 3 * MIB), (5, 5)]
-    for _ in range(3000):
+    spans: list[tuple[int, int]] = [(0, 0), (0, 3 * MIB), (5, 5)]
+    for _ in range(300):
         begin = dice.randrange(3 * MIB)
-        ranges.append((begin, min(3 * MIB, begin + dice.choice([0, 1, 17, 1000, 20_000, 70_000]))))
-    outs = [bytearray(end - begin) for begin, end in ranges]
-    assert client.read(server.address_text, slot(), ranges, outs) == 3 * MIB
-    assert all(out == thing.view[begin:end] for out, (begin, end) in zip(outs, ranges, strict=True))
+        spans.append((begin, min(3 * MIB, begin + dice.choice([0, 1, 17, 1000, 20_000, 70_000]))))
+    pieces = [(begin, bytearray(end - begin)) for begin, end in spans]
+    client.read_verified(server.address_text, slot(), pieces, digests=thing.digests, file_bytes=3 * MIB)
+    assert all(out == thing.view[begin : begin + len(out)] for begin, out in pieces)
+    assert server.counters()["requests"] == 1
 
 
-def test_the_most_ranges(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
-    shelf.put(slot(), make_thing(10))
-    ranges = [(3, 4)] * wire.RANGES_MAX
-    outs = [bytearray(1)] * wire.RANGES_MAX
-    client.read(server.address_text, slot(), ranges, outs)
+def test_the_most_pieces(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
+    thing = shelf.put(slot(), make_thing(10))
+    pieces = [(3, bytearray(1))] * wire.RANGES_MAX
+    client.read_verified(server.address_text, slot(), pieces, digests=thing.digests, file_bytes=10)
     with pytest.raises(UsageError, match="65537"):
-        client.read(server.address_text, slot(), [*ranges, (0, 0)], [*outs, bytearray()])
+        client.read_verified(
+            server.address_text, slot(), [*pieces, pieces[0]], digests=thing.digests, file_bytes=10
+        )
+
+
+def test_a_stream_is_read_in_any_portions(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
+    """A decoder takes its windows from wherever the units begin, which is in the middle of chunks for small states."""
+    thing = shelf.put(slot(), make_thing(2 * MIB + 77))
+    dice = random.Random(3)
+    for _ in range(60):
+        spans = []
+        for _ in range(dice.randrange(1, 4)):
+            begin = dice.choice([0, 64, CHUNK_BYTES, CHUNK_BYTES + 64, dice.randrange(thing.file_bytes)])
+            spans.append((begin, min(thing.file_bytes, begin + dice.choice([0, 1, 100_000, 300_000, MIB, 2 * MIB]))))
+        expected = b"".join(thing.view[begin:end] for begin, end in spans)
+        found = bytearray(len(expected))
+        with client.stream(
+            server.address_text, slot(), spans, digests=thing.digests, file_bytes=thing.file_bytes
+        ) as incoming:
+            at = 0
+            while at < len(found):
+                assert not incoming.is_whole
+                count = min(len(found) - at, dice.choice([1, 64, 5000, CHUNK_BYTES, MIB]))
+                with memoryview(found)[at : at + count] as out:
+                    incoming.fill(out)
+                at += count
+            assert incoming.is_whole
+            with pytest.raises(UsageError, match="1 bytes more"):
+                incoming.fill(memoryview(bytearray(1)))
+        assert found == expected
+    assert server.counters()["connections"] == 1
+
+
+def test_a_stream_that_is_left_half_read(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
+    """Its connection still has bytes of it on the way: they must not be taken for the next answer."""
+    thing = shelf.put(slot(), make_thing(2 * MIB))
+    for _ in range(3):
+        with client.stream(
+            server.address_text, slot(), [(0, 2 * MIB)], digests=thing.digests, file_bytes=2 * MIB
+        ) as incoming:
+            incoming.fill(memoryview(bytearray(1000)))
+        assert _read_all(client, server.address_text, slot()) == thing.view
 
 
 def test_out_of_an_arena_into_a_mapping(client: BulkClient) -> None:
@@ -116,9 +162,7 @@ def test_out_of_an_arena_into_a_mapping(client: BulkClient) -> None:
             client.read_verified(
                 server.address_text,
                 slot_key(ref),
-                0,
-                3 * MIB,
-                out,
+                [(0, out)],
                 digests=digests,
                 file_bytes=3 * MIB,
                 pace=lambda nbytes: seen.append(True),
@@ -149,7 +193,7 @@ def test_a_bit_that_flips_on_the_wire_is_found(shelf, make_thing, server: BulkSe
     failpoints.configure("transfer.corrupt_send=corrupt@2")
     with pytest.raises(CorruptChunk, match=r"chunk 6 of slot of rank 0 of job 'j', epoch 1, step 1 from 127") as caught:
         out = bytearray(3 * MIB)
-        client.read_verified(server.address_text, slot(), 0, 3 * MIB, out, digests=thing.digests, file_bytes=3 * MIB)
+        client.read_verified(server.address_text, slot(), [(0, out)], digests=thing.digests, file_bytes=3 * MIB)
     assert (caught.value.chunk, caught.value.peer) == (6, server.address_text)
     assert _read_all(client, server.address_text, slot()) == thing.view  # over a new connection
 
@@ -167,7 +211,7 @@ def test_rot_at_the_peer_is_found_in_partly_wanted_chunks_too(
         out = bytearray(end - begin)
         try:
             client.read_verified(
-                server.address_text, slot(), begin, end, out, digests=thing.digests, file_bytes=thing.file_bytes
+                server.address_text, slot(), [(begin, out)], digests=thing.digests, file_bytes=thing.file_bytes
             )
             assert not bad
         except CorruptChunk as error:
@@ -185,7 +229,7 @@ def test_digests_that_do_not_make_up_their_root(shelf, make_thing, server: BulkS
 def test_another_size_than_the_sealed_one(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
     shelf.put(slot(), make_thing(2 * CHUNK_BYTES))
     with pytest.raises(CorruptionError, match="were sealed"):
-        client.read_verified(server.address_text, slot(), 0, 1, bytearray(1), digests=bytes(8), file_bytes=CHUNK_BYTES)
+        client.read_verified(server.address_text, slot(), [(0, bytearray(1))], digests=bytes(8), file_bytes=CHUNK_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -198,37 +242,37 @@ def test_refusals_leave_the_connection_in_use(shelf, make_thing, server: BulkSer
     with pytest.raises(ObjectMissing, match="slot of rank 9"):
         client.digests(address, slot(9))
     with pytest.raises(ObjectMissing, match="not sealed"):
-        client.read(address, slot(1), [(0, 1)], [bytearray(1)])
+        client.digests(address, slot(1))
     with pytest.raises(ObjectMissing, match="parity 3 of group 1, lane 2"):
         client.digests(address, ObjectKey(job="j", parity=ParityKey(group=1, lane=2, position=3)))
     with pytest.raises(UsageError, match=r"\[50, 101\)"):
-        client.read(address, slot(), [(0, 1), (50, 101)], [bytearray(1), bytearray(51)])
-    assert client.read(address, slot(), [(0, 1)], [bytearray(1)]) == 100
+        client.read_parts(address, slot(), [COPY, replace(COPY, src_begin=50, run_bytes=51)], memoryview(bytearray(61)))
+    assert len(_read_all(client, address, slot())) == 100
     assert server.counters()["connections"] == 1
 
 
 def test_arguments_are_checked(client: BulkClient) -> None:
-    def verified(begin: int, end: int, out: object, digests: bytes = bytes(8), file_bytes: int = 10) -> None:
-        client.read_verified("h:1", slot(), begin, end, out, digests=digests, file_bytes=file_bytes)  # type: ignore[arg-type]
+    def verified(begin: int, out: object, digests: bytes = bytes(8), file_bytes: int = 10) -> None:
+        client.read_verified("h:1", slot(), [(begin, out)], digests=digests, file_bytes=file_bytes)  # type: ignore[list-item]
 
     calls: list[Callable[[], object]] = [
-        lambda: client.read("127.0.0.1:1", slot(), [(0, 2)], [bytearray(1)]),
-        lambda: client.read("127.0.0.1:1", slot(), [(0, 2)], [b"ro"]),
-        lambda: client.read("127.0.0.1:1", slot(), [(2, 0)], []),
+        lambda: client.read_parts("127.0.0.1:1", slot(), [COPY], memoryview(bytearray(1))),
+        lambda: client.read_parts("127.0.0.1:1", slot(), [LARGE], memoryview(bytearray(MIB + 1))),
+        lambda: client.read_parts("127.0.0.1:1", slot(), [COPY] * 4097, memoryview(bytearray(4097 * 10))),
         lambda: client.digests("nonsense", slot()),
         lambda: client.digests("::1:80", slot()),
         lambda: client.digests("h:70000", slot()),
-        lambda: verified(0, 11, bytearray(11)),
-        lambda: verified(0, 5, bytearray(4)),
-        lambda: verified(0, 5, bytearray(5), digests=bytes(16)),
-        lambda: verified(5, 4, bytearray(0)),
+        lambda: verified(0, bytearray(11)),
+        lambda: verified(-1, bytearray(4)),
+        lambda: verified(0, b"ro"),
+        lambda: verified(0, bytearray(5), digests=bytes(16)),
         lambda: BulkClient(timeout_s=0),
         lambda: BulkServer(("127.0.0.1", 0), None, max_connections=0),  # type: ignore[arg-type]
     ]
     for call in calls:
         with pytest.raises(UsageError):
             call()
-    verified(5, 5, bytearray())
+    verified(5, bytearray())
     assert [wire.parse_address(text) for text in ("[::1]:80", "h:1")] == [("::1", 80), ("h", 1)]
     assert wire.format_address("::1", 80) == "[::1]:80"
 
@@ -324,6 +368,38 @@ def test_a_silent_peer_costs_one_timeout_for_all_who_wait() -> None:
             assert {f"{address} was silent for 0.3 s"} == set(pool.map(ask, range(8)))
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_slow_peer_is_waited_for_a_silent_one_is_not(ends: bool, make_thing) -> None:
+    """Bytes that trickle in over longer than the timeout are no reason to give a peer up; silence is."""
+    thing = make_thing(1500)
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, BulkClient(timeout_s=1.0) as client:
+        address = wire.format_address(*listener.getsockname())
+
+        def trickle() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                wire.receive_frame(sock, BulkRequest, within_s=10)
+                sock.sendall(_frame(ok=True, file_bytes=1500, payload_bytes=1500))
+                for at in range(0, 1500 if ends else 700, 100):
+                    sock.sendall(thing.view[at : at + 100])
+                    done.wait(0.1)
+                done.wait(30)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        out = bytearray(1500)
+        began = time.monotonic()
+        try:
+            with nullcontext() if ends else pytest.raises(PeerUnreachable, match="silent for 1 s"):
+                client.read_verified(address, slot(), [(0, out)], digests=thing.digests, file_bytes=1500)
+            assert ends == (out == thing.view)
+            assert time.monotonic() - began > 1.0
+        finally:
+            done.set()
+            thread.join(10)
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
@@ -341,7 +417,7 @@ def test_a_silent_peer_costs_one_timeout_for_all_who_wait() -> None:
 )
 def test_answers_that_are_none(answer: bytes, error: type[Exception], client: BulkClient) -> None:
     with _fake(answer) as address, pytest.raises(error):
-        client.read(address, slot(), [(0, 100)], [bytearray(100)])
+        client.read_verified(address, slot(), [(0, bytearray(100))], digests=bytes(8), file_bytes=100)
 
 
 @pytest.mark.parametrize("file_bytes", [2**64 - 1, 2**62, 7 * CHUNK_BYTES])
@@ -388,7 +464,7 @@ def test_a_kept_connection_that_dies_with_the_request(client: BulkClient) -> Non
 
 
 def test_a_peer_that_is_killed_in_the_middle(shelf, make_thing, client: BulkClient) -> None:
-    shelf.put(slot(), make_thing(8 * MIB))
+    thing = shelf.put(slot(), make_thing(8 * MIB))
     context = get_context("fork")
     ours, theirs = context.Pipe()
 
@@ -401,8 +477,9 @@ def test_a_peer_that_is_killed_in_the_middle(shelf, make_thing, client: BulkClie
     child = context.Process(target=run)
     child.start()
     address = ours.recv()
+    out = bytearray(8 * MIB)
     with pytest.raises(PeerUnreachable):
-        client.read(address, slot(), [(0, 8 * MIB)], [bytearray(8 * MIB)])
+        client.read_verified(address, slot(), [(0, out)], digests=thing.digests, file_bytes=8 * MIB)
     child.join(10)
     assert child.exitcode == -signal.SIGKILL
     ours.close()
@@ -422,33 +499,26 @@ def test_cancelling_and_pacing(shelf, make_thing, server: BulkServer, client: Bu
         if len(seen) == 3:
             cancel.set()
 
-    for verified in (True, False):
-        seen.clear()
-        cancel.clear()
-        with pytest.raises(TransferCancelled):
-            if verified:
-                client.read_verified(
-                    server.address_text,
-                    slot(),
-                    0,
-                    8 * MIB,
-                    bytearray(8 * MIB),
-                    digests=thing.digests,
-                    file_bytes=8 * MIB,
-                    cancel=cancel,
-                    pace=pace,
-                )
-            else:
-                client.read(server.address_text, slot(), [(0, 8 * MIB)], [bytearray(8 * MIB)], cancel=cancel, pace=pace)
-        assert seen == [MIB] * 3
-        with pytest.raises(TransferCancelled):
-            client.digests(server.address_text, slot(), cancel=cancel)
+    out = bytearray(8 * MIB)
+    with pytest.raises(TransferCancelled):
+        client.read_verified(
+            server.address_text,
+            slot(),
+            [(0, out)],
+            digests=thing.digests,
+            file_bytes=8 * MIB,
+            cancel=cancel,
+            pace=pace,
+        )
+    assert seen == [MIB] * 3
+    with pytest.raises(TransferCancelled):
+        client.digests(server.address_text, slot(), cancel=cancel)
 
     def stop(nbytes: int) -> None:
         raise TimeoutError("mine")
 
     with pytest.raises(TimeoutError, match="mine"):  # the caller's own errors are not taken for the peer's
-        client.read(server.address_text, slot(), [(0, 10)], [bytearray(10)], pace=stop)
+        client.read_parts(server.address_text, slot(), [COPY], memoryview(bytearray(10)), pace=stop)
     assert _read_all(client, server.address_text, slot()) == thing.view
 
 

@@ -1,0 +1,145 @@
+"""
+A sealed object on another node: read over its daemon's bulk listener, and verified here.
+
+Whole chunks are compared with the digests of the object, parts of chunks by their owner (see transfer). What does not
+match is reported to whoever asked, and to the owner, which finds out whether it is rotten there or was hurt on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Final
+
+from snapshotd.arena import describe
+from snapshotd.daemon.cancel import Cancelled
+from snapshotd.daemon.source import Corruption, OnCorruption, Piece, Stream, check_range, check_root
+from snapshotd.errors import CorruptionError, SnapshotdError
+from snapshotd.reshard import Copy
+from snapshotd.transfer import BulkClient, Incoming, TransferCancelled
+from snapshotd.v1.bulk_pb2 import ObjectKey
+
+__all__ = ["PeerSource"]
+
+
+class PeerSource:
+    """A sealed object on another node. Its digests are fetched with the first read."""
+
+    is_local: Final = False
+
+    def __init__(
+        self,
+        client: BulkClient,
+        address: str,
+        key: ObjectKey,
+        *,
+        node_id: str,
+        file_bytes: int,
+        root: str,
+        on_corruption: OnCorruption,
+        cancel: threading.Event | None,
+        pace: Callable[[int], None] | None,
+    ) -> None:
+        self.node_id, self.name, self.file_bytes = node_id, describe(key), file_bytes
+        self._client, self._address, self._key, self._root = client, address, key, root
+        self._on_corruption = on_corruption
+        self._cancel = cancel
+        self._pace = pace
+        self._lock = threading.Lock()
+        self._digests: bytes | None = None
+
+    def digests(self) -> bytes:
+        with self._lock:
+            if self._digests is None:
+                with self._watched():
+                    info = self._client.digests(self._address, self._key, cancel=self._cancel)
+                    if info.file_bytes != self.file_bytes:
+                        raise CorruptionError(
+                            f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
+                        )
+                    check_root(self, info.digests, self._root)
+                self._digests = info.digests
+            return self._digests
+
+    def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
+        part = room[: end - begin]
+        self.read([Piece(begin, part)])
+        return part
+
+    def read(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            check_range(self, piece.begin, piece.end)
+        digests = self.digests()
+        with self._watched():
+            self._client.read_verified(
+                self._address,
+                self._key,
+                [(piece.begin, piece.into) for piece in pieces],
+                digests=digests,
+                file_bytes=self.file_bytes,
+                cancel=self._cancel,
+                pace=self._pace,
+            )
+
+    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
+        self.digests()  # for their root
+        with self._watched():
+            root = self._client.read_parts(self._address, self._key, copies, out, cancel=self._cancel, pace=self._pace)
+            if self._root and root not in ("", self._root):
+                raise CorruptionError(f"{self.name} on {self.node_id} has another root digest by now: {root}")
+        return out.nbytes
+
+    @contextmanager
+    def stream(self, begin: int, end: int) -> Iterator[Stream]:
+        check_range(self, begin, end)
+        digests = self.digests()
+        with ExitStack() as stack:
+            with self._watched():
+                incoming = stack.enter_context(
+                    self._client.stream(
+                        self._address,
+                        self._key,
+                        [(begin, end)],
+                        digests=digests,
+                        file_bytes=self.file_bytes,
+                        cancel=self._cancel,
+                        pace=self._pace,
+                    )
+                )
+            yield _PeerStream(self._watched, incoming, stack)
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def _watched(self, connection: ExitStack | None = None) -> Iterator[None]:
+        """Report what does not match, with ``connection`` ended; turn the transfer's word for a cancel into ours."""
+        try:
+            yield
+        except CorruptionError as error:
+            if connection is not None:
+                connection.close()  # or those who report might wait for each other's connections
+            self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
+            with contextlib.suppress(SnapshotdError):
+                self._client.suspect(self._address, self._key)
+            raise
+        except TransferCancelled as error:
+            raise Cancelled(str(error)) from error
+
+
+class _PeerStream:
+    def __init__(
+        self,
+        watched: Callable[[ExitStack], AbstractContextManager[None]],
+        incoming: Incoming,
+        connection: ExitStack,
+    ) -> None:
+        self._watched, self._incoming, self._connection = watched, incoming, connection
+
+    def take(self, nbytes: int, room: memoryview) -> memoryview:
+        part = room[:nbytes]
+        with self._watched(self._connection):
+            self._incoming.fill(part)
+        return part

@@ -1,0 +1,151 @@
+"""
+The payload of an answer on its way in: verified piece by piece, straight into the reader's memory.
+
+Rule 1: hashing follows receiving while the bytes are still in the cache; the kernel's socket buffers receive the next
+        piece meanwhile, so no second thread is needed to overlap the two.
+Rule 2: what was handed out is what was sealed. After an error the rest of the answer is not read, and the connection
+        must not be used again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from snapshotd.errors import CorruptionError, UsageError
+from snapshotd.layout import CHUNK_BYTES, chunk_digests, verify
+from snapshotd.transfer import wire
+
+__all__ = ["Incoming", "Receiver", "Steering", "receive_blocks", "whole_chunks"]
+
+_PIECE_BYTES: Final = wire.PIECE_BYTES
+assert _PIECE_BYTES % CHUNK_BYTES == 0
+
+
+class Receiver(Protocol):
+    """Where the bytes come from: a borrowed connection."""
+
+    def receive(self, out: memoryview) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What the caller may do between pieces: see BulkClient."""
+
+    cancel: threading.Event | None
+    pace: Callable[[int], None] | None
+
+    def after(self, nbytes: int) -> None:
+        if self.cancel is not None and self.cancel.is_set():
+            raise wire.TransferCancelled("the transfer was cancelled")
+        if self.pace is not None and nbytes:
+            self.pace(nbytes)
+
+
+def whole_chunks(span: tuple[int, int], file_bytes: int) -> tuple[int, int]:
+    """Return the smallest range of whole chunks around a span."""
+    begin, end = span
+    if begin == end:
+        return begin, end
+    return begin // CHUNK_BYTES * CHUNK_BYTES, min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, file_bytes)
+
+
+class Incoming:
+    """
+    The bytes of ``spans``, one after the other, each chunk compared with ``digests``; the answer holds whole chunks.
+
+    For one thread at a time. ``name`` and ``peer`` are for messages.
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        spans: Sequence[tuple[int, int]],
+        *,
+        digests: bytes,
+        file_bytes: int,
+        steering: Steering,
+        name: str,
+        peer: str,
+    ) -> None:
+        self._receiver = receiver
+        self._spans = [span for span in reversed(spans) if span[0] < span[1]]
+        self._digests = digests
+        self._file_bytes = file_bytes
+        self._steering = steering
+        self._name, self._peer = name, peer
+        self._at = self._stop = 0
+        self._chunk = bytearray(CHUNK_BYTES)
+        self._rest = memoryview(self._chunk)[:0]  # of a chunk that is here, and was handed out in part
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the answer was read."""
+        return not self._spans and self._at == self._stop and not self._rest
+
+    def fill(self, out: memoryview) -> None:
+        """
+        Fill ``out`` with the next bytes. UsageError when there are not so many.
+
+        The errors of reading, and CorruptChunk: then the contents of ``out`` are undefined.
+        """
+        done = 0
+        while done < out.nbytes:
+            if self._rest:
+                count = min(self._rest.nbytes, out.nbytes - done)
+                out[done : done + count] = self._rest[:count]
+                self._rest = self._rest[count:]
+                done += count
+                continue
+            if self._at == self._stop:
+                self._next_span(out.nbytes - done)
+            done += self._receive(out, done)
+
+    def _next_span(self, wanted: int) -> None:
+        if not self._spans:
+            raise UsageError(f"{wanted} bytes more than the spans have were to be read")
+        self._at, self._stop = self._spans.pop()
+
+    def _receive(self, out: memoryview, done: int) -> int:
+        """Receive whole chunks into ``out``, at most a piece, or else one chunk to be handed out in parts."""
+        at, stop = self._at, self._stop
+        end = min(at + out.nbytes - done, stop, at + _PIECE_BYTES)
+        if end < self._file_bytes:
+            end = end // CHUNK_BYTES * CHUNK_BYTES
+        if at % CHUNK_BYTES == 0 and end > at:
+            with out[done : done + end - at] as piece:
+                self._take(piece, at)
+            self._at = end
+            return end - at
+        first, last = whole_chunks((at, at + 1), self._file_bytes)
+        whole = memoryview(self._chunk)[: last - first]
+        self._take(whole, first)
+        self._at = min(stop, last)
+        self._rest = whole[at - first : self._at - first]
+        return 0
+
+    def _take(self, piece: memoryview, begin: int) -> None:
+        self._receiver.receive(piece)
+        wrong = verify(piece, self._digests, begin, begin + piece.nbytes, base=begin)
+        if wrong:
+            message = f"chunk {wrong[0]} of {self._name} from {self._peer} does not match its digest"
+            raise wire.CorruptChunk(message, chunk=wrong[0], peer=self._peer)
+        self._steering.after(piece.nbytes)
+
+
+def receive_blocks(receiver: Receiver, out: memoryview, steering: Steering, *, name: str, peer: str) -> None:
+    """Fill ``out`` with the string of bytes of blocks, and compare it with the digests that come behind it."""
+    found: list[bytes] = []
+    for at in range(0, out.nbytes, _PIECE_BYTES):
+        with out[at : at + _PIECE_BYTES] as piece:
+            receiver.receive(piece)
+            found.append(chunk_digests(piece, piece.nbytes))
+            steering.after(piece.nbytes)
+    ours = b"".join(found)
+    theirs = bytearray(len(ours))
+    with memoryview(theirs) as view:
+        receiver.receive(view)
+    if theirs != ours:
+        raise CorruptionError(f"parts of {name} from {peer} do not match the digests that it sent with them")
