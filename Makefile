@@ -8,7 +8,7 @@ FAULTS ?= all
 ONLY ?=
 CHECK ?=
 
-.PHONY: demo test check fmt sim faults bench proto clean
+.PHONY: demo test check fmt sim faults bench bench-peers proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -39,6 +39,11 @@ faults: $(READY)
 # What snapshotd costs, beside its floors and what people use instead. ONLY=part,... CHECK=1 (exit 1 when a goal is missed)
 bench: $(READY)
 	$(BIN)/snapshotd bench --out benchmarks/results $(if $(ONLY),--only $(ONLY)) $(if $(CHECK),--check)
+
+# What `make bench` measures beside us, installed beside the environment: it needs them not, and says which are not there.
+bench-peers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers \
+		-r benchmarks/peers/requirements.txt
 
 # Generated code of the wire contract.
 proto: $(READY)

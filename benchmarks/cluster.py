@@ -40,6 +40,7 @@ class Cluster:
     One coordinator and daemons n0, n1, ...; a context manager that serves when entered.
 
     m: parity. generations: slots per rank (0: the daemon's default). daemon, coordinator: more flags for them.
+    program: the module that daemons are started from.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Cluster:
         generations: int = 0,
         daemon: Sequence[str] = (),
         coordinator: Sequence[str] = (),
+        program: str = "snapshotd",
     ) -> None:
         home.mkdir(parents=True)
         self.home = home
@@ -60,6 +62,7 @@ class Cluster:
         self._m = m
         self._daemon_flags = ["--budget", budget, "--generations", str(generations), "--scrub-rate", "0", *daemon]
         self._coordinator_flags = list(coordinator)
+        self._program = program
         self._stack = ExitStack()
         self.coordinator: Child
 
@@ -99,7 +102,7 @@ class Cluster:
         """Start it, or start it again."""
         node.socket.parent.mkdir(mode=0o700, exist_ok=True)
         arguments = [
-            *("-m", "snapshotd", "daemon", "--coordinator", self.address, "--node-id", node.name),
+            *("-m", self._program, "daemon", "--coordinator", self.address, "--node-id", node.name),
             *("--listen", "127.0.0.1:0", "--socket", str(node.socket), "--arena", str(node.arena)),
             *self._daemon_flags,
         ]

@@ -78,7 +78,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        heads = max(1, width // _HEAD_DIM)
+        heads = width // _HEAD_DIM if width % _HEAD_DIM == 0 else 4
         q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
         x = x + self.project(y)
@@ -100,9 +100,8 @@ class _GPT(nn.Module):
 
 
 def _shape(parameters: int, layers: int) -> tuple[int, int]:
-    """The width (a multiple of the head) and the vocabulary that come to that many parameters."""
-    width = 8
-    step = 8 if _blocks(_HEAD_DIM, layers) > parameters else _HEAD_DIM
+    """The width and the vocabulary that come to that many parameters; the blocks have at most 7/8 of them."""
+    step = _HEAD_DIM if _blocks(8 * _HEAD_DIM, layers) < parameters * 7 // 8 else 8
     width = step
     while _blocks(width + step, layers) < parameters * 7 // 8:
         width += step

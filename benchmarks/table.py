@@ -15,7 +15,7 @@ from .rows import FAILED, MET, MISSED, WITHIN
 __all__ = ["figure", "render"]
 
 _STYLES = {MET: "green", WITHIN: "yellow", MISSED: "bold red", FAILED: "bold red"}
-_COLUMNS = ("what", "ours", "floor", "against", "ratio", "goal", "verdict", "CPU s/GB", "peers")
+_COLUMNS = ("what", "ours", "floor", "against", "ratio", "goal", "verdict", "CPU s/GB")
 
 
 def render(results: Mapping[str, Any]) -> RenderableType:
@@ -33,7 +33,14 @@ def render(results: Mapping[str, Any]) -> RenderableType:
     scale = "" if results["scale"] == 1 else f", sizes times {results['scale']:g}"
     form = ", short form: ratios only" if results["short"] else ""
     legend = "Medians (quartiles of a figure, 90% interval of a ratio); each row's two sides were measured in turns."
-    return Group(table, Text(f"{where}{scale}{form}\n{legend}"))
+    beside = [_beside(rows) for rows in with_peers(results["rows"])]
+    return Group(table, *beside, Text(f"{where}{scale}{form}\n{legend}"))
+
+
+def with_peers(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The rows that have others beside ours, those that follow each other together."""
+    grouped = groupby(rows, key=lambda row: (row["part"], bool(row.get("peers"))))
+    return [list(group) for (_, has), group in grouped if has]
 
 
 def figure(value: float, unit: str) -> str:
@@ -53,14 +60,27 @@ def figure(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".strip()
 
 
+def _beside(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Ours and each of the others, a column per row of the table."""
+    table = Table(title=f"{rows[0]['part']}, side by side", title_justify="left", pad_edge=False)
+    table.add_column("")
+    names = dict.fromkeys(name for row in rows for name in row["peers"])
+    for row in rows:
+        table.add_column(row["what"], justify="right")
+    table.add_row("ours", *(_series(row["ours"], row.get("unit", "")) for row in rows))
+    for name in names:
+        cells = [(row["peers"].get(name), row.get("unit", "")) for row in rows]
+        table.add_row(name, *(_series(series, unit) if series else "never" for series, unit in cells))
+    return table
+
+
 def _cells(row: Mapping[str, Any]) -> Sequence[str | Text]:
     verdict = row.get("verdict", "")
     if "ours" not in row:
-        return (f"  {row['what']}", "", "", row.get("text", ""), "", "", Text(verdict, style=_STYLES.get(verdict, "")))
+        return f"  {row['what']}", "", "", row.get("text", ""), "", "", Text(verdict, style=_STYLES.get(verdict, ""))
     unit = row.get("unit", "")
     ratio, goal = row.get("ratio"), row.get("goal")
     sign = "≥" if row.get("better") == "higher" else "≤"
-    peers = [f"{name} {figure(series['median'], unit)}" for name, series in row.get("peers", {}).items()]
     return (
         f"  {row['what']}",
         _series(row["ours"], unit),
@@ -70,7 +90,6 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str | Text]:
         f"{sign} {goal:g}" if goal is not None else "",
         Text(verdict, style=_STYLES.get(verdict, "")),
         _cpu(row),
-        ", ".join(peers),
     )
 
 

@@ -1,0 +1,170 @@
+"""
+Peers: keeping the state each step with snapshotd, and with what people use instead.
+
+Per system: how long training is held, how much longer a step takes, and after how long the snapshot would survive the
+worker (one rank) or the node (two ranks on this machine, with half of the state each). Each family of systems trains
+in a process of its own, and each step that keeps the state stands beside a plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import Row, Run, Series
+from ..cluster import Cluster, clean_environment
+from ..processes import BenchError
+
+GOAL = 20
+
+FAMILIES = {
+    "torch_native": "",
+    "torchsnapshot": "torchsnapshot",
+    "dlrover": "dlrover",
+    "nvrx": "nvidia_resiliency_ext",
+    "lm_resiliency": "lm_resiliency",
+}
+"""Family to the module that it needs."""
+
+TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
+OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "bare background copy"
+DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
+FAMILY_S = 150.0
+
+Found = dict[str, dict[str, Any]]
+
+
+def rows(run: Run) -> Iterator[Row]:
+    one = _measure(run, "ours", 1)
+    two: Found = {}
+    yield from _families(run, 1, ("torch_native",) if run.short else tuple(FAMILIES), one)
+    yield from _compare(one, "one rank", "survives the worker", "worker")
+    if not run.short:
+        two = _measure(run, "ours", 2)
+        yield from _families(run, 2, TWO_RANKS, two)
+        yield from _compare(two, "two ranks", "survives the node", "node")
+
+
+def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> Iterator[Row]:
+    """Measure them all into `found`; a row says of each that cannot be measured why."""
+    for family in families:
+        if FAMILIES[family] and not _installed(FAMILIES[family]):
+            if world == 1:
+                yield Row.note(family, "not installed; `make bench-peers` installs it beside the environment")
+            continue
+        try:
+            found.update(_measure(run, family, world))
+        except BenchError as error:
+            yield Row.note(f"{family}, {world} rank{'s' if world > 1 else ''}", f"does not run here: {error}")
+
+
+def _compare(found: Found, ranks: str, survives: str, level: str) -> Iterator[Row]:
+    peers = {name: system for name, system in found.items() if name not in (OURS, UNDIGESTED, BARE)}
+    for ours in (OURS, UNDIGESTED):
+        if ours not in found:
+            continue
+        label = "" if ours == OURS else ", without digests"
+        yield _row(f"stall per step, {ranks}{label}", "s", found[ours], peers, _stall)
+        yield _row(f"added to a step, {ranks}{label}", "%", found[ours], peers, _inflation)
+        lasting = {name: system for name, system in peers.items() if system["outlives"] == level}
+        yield _row(f"{survives} after{label}", "s", found[ours], lasting, _complete)
+    lacking = [f"{name}: {system['lacks']}" for name, system in found.items() if system["lacks"]]
+    yield Row.note(f"what they do not do, {ranks}", "; ".join(lacking))
+
+
+def _row(what: str, unit: str, ours: Mapping[str, Any], peers: Found, of: Any) -> Row:
+    """Ours beside all, and the ratio to the best of them."""
+    beside = {name: of(system) for name, system in peers.items()}
+    if not beside:
+        return Row.shown(what, of(ours), unit=unit, text="none of the others does")
+    best = min(beside, key=lambda name: beside[name].median)
+    return Row.cost(what, of(ours), beside[best], at_most=1.0, against=f"the best: {best}", unit=unit, peers=beside)
+
+
+def _stall(system: Mapping[str, Any]) -> Series:
+    return Series(tuple(sample["stall_s"] for sample in system["samples"]))
+
+
+def _complete(system: Mapping[str, Any]) -> Series:
+    return Series(tuple(sample["complete_s"] for sample in system["samples"]))
+
+
+def _inflation(system: Mapping[str, Any]) -> Series:
+    return Series(tuple(sample["step_s"] / sample["plain_s"] - 1 for sample in system["samples"]))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _measure(run: Run, family: str, world: int) -> Found:
+    home = run.directory / f"{family}-{world}"
+    home.mkdir()
+    with contextlib.ExitStack() as stack:
+        places = {"clusters": _clusters(run, world, stack)} if family == "ours" else {}
+        children = []
+        for rank in range(world):
+            path = home / f"spec-{rank}.json"
+            path.write_text(json.dumps(_spec(run, family, world, rank, home, places)))
+            arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
+            environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+            children.append(run.start(f"{family}-{world}-{rank}", arguments, env=environment))
+        try:
+            for child in children:
+                child.wait(FAMILY_S)
+        finally:
+            for child in children:
+                child.end()
+    found: Found = json.loads((home / "answer-0.json").read_text())["systems"]
+    shutil.rmtree(home)
+    return found
+
+
+def _spec(run: Run, family: str, world: int, rank: int, home: Path, places: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "family": family,
+        "nbytes": run.size() // world,
+        "world": world,
+        "rank": rank,
+        "cores": 1 if run.short else len(os.sched_getaffinity(0)),
+        "rounds": 3 if run.short else 10,
+        "within_s": 2 if run.short else 45 if family == "ours" else 30,
+        "home": str(home / str(rank)),
+        "answer": str(home / f"answer-{rank}.json"),
+        "store": str(home / "store"),
+        "path": [str(_peers_directory())],
+        "places": places,
+    }
+
+
+def _clusters(run: Run, world: int, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
+    """Clusters for our systems: with two ranks all that there is, with one what others do, too."""
+
+    def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
+        home = run.directory / f"{name.replace(' ', '-')}-{world}"
+        budget = str(5 * run.size() // world + (64 << 20))  # two slots and two parities, and some more
+        cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
+        sockets = [str(node.socket) for node in cluster.nodes]
+        return {"name": name, "sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
+
+    if world > 1:
+        return [place(OURS, "protected", "")]
+    program = f"{__package__.rpartition('.')[0]}.peers.undigested"
+    return [
+        place(OURS, "sealed", "redundancy"),
+        place(UNDIGESTED, "sealed", "digests, redundancy", program=program),
+    ]
+
+
+def _peers_directory() -> Path:
+    default = Path(__file__).resolve().parents[2] / ".venv" / "peers"
+    return Path(os.environ.get(DIRECTORY_VARIABLE) or default)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None or (_peers_directory() / module).is_dir()

@@ -1,0 +1,126 @@
+"""
+Trains, and measures one family of systems: `python -m benchmarks.peers.trainer SPEC.json`, once per rank.
+
+One sample is one step of training that keeps the state it began with: save, forward and backward, fence, update, drain.
+Plain steps stand between them. Each sample has the step's seconds, the seconds that training was held, and the
+seconds until the snapshot was complete while training went on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..processes import die_with_parent
+from ..state import Training
+from .system import Setting, System
+
+PLAIN = "plain"
+FIRST_STEP = 1000
+"""Steps below are for systems that warm up."""
+
+
+def main(spec_path: str) -> None:
+    die_with_parent()
+    spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    sys.path.extend(spec["path"])
+    home, rank, world = Path(spec["home"]), spec["rank"], spec["world"]
+    home.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module(f".{spec['family']}", __package__)
+    if hasattr(module, "early"):
+        module.early(home, rank, world)
+    training = Training(spec["nbytes"], threads=max(1, spec["cores"] // world))
+    dist.init_process_group("gloo", store=dist.FileStore(spec["store"], world), rank=rank, world_size=world)
+    setting = Setting(training, home, rank, world, spec["places"])
+    systems: list[System] = module.systems(setting)
+    samples = _measure(training, systems, spec)
+    answer = {
+        "nbytes": training.nbytes,
+        "systems": {
+            system.name: {"outlives": system.outlives, "lacks": system.lacks, "samples": samples[system.name]}
+            for system in systems
+        },
+        PLAIN: samples[PLAIN],
+    }
+    Path(spec["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    for system in systems:
+        system.close()
+
+
+def _measure(training: Training, systems: list[System], spec: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Samples by system: one round that does not count, then as many as fit into the time (rank 0 decides)."""
+    samples: dict[str, list[dict[str, float]]] = {PLAIN: [], **{system.name: [] for system in systems}}
+    step = FIRST_STEP
+    began = time.monotonic()
+    for count in range(spec["rounds"] + 1):
+        if count == 1:
+            began = time.monotonic()
+        for system in systems if count % 2 == 0 else list(reversed(systems)):
+            dist.barrier()
+            plain = _plain_step(training)
+            dist.barrier()
+            found = _kept_step(training, system, step, watched=not system.polls)
+            if count:
+                samples[PLAIN].append(plain)
+                samples[system.name].append({**found, "plain_s": plain["step_s"]})
+            step += 1
+            if system.polls:
+                dist.barrier()
+                watched = _kept_step(training, system, step, watched=True)
+                step += 1
+                if count:
+                    samples[system.name][-1]["complete_s"] = watched["complete_s"]
+        if _agreed(count > 3 and time.monotonic() - began > spec["within_s"]):
+            break
+    return samples
+
+
+def _plain_step(training: Training) -> dict[str, float]:
+    began = time.perf_counter()
+    training.backward()
+    training.update()
+    return {"step_s": time.perf_counter() - began}
+
+
+def _kept_step(training: Training, system: System, step: int, *, watched: bool) -> dict[str, float]:
+    ended: list[float] = []
+    watch = threading.Thread(target=lambda: (system.complete(), ended.append(time.perf_counter())))
+    began = time.perf_counter()
+    system.save(step)
+    saved = time.perf_counter()
+    if watched:
+        watch.start()
+    training.backward()
+    before_fence = time.perf_counter()
+    system.fence()
+    after_fence = time.perf_counter()
+    training.update()
+    before_drain = time.perf_counter()
+    if watched:
+        watch.join()
+        if not ended:
+            raise RuntimeError(f"{system.name}: the save of step {step} was never complete")
+    system.drain()
+    done = time.perf_counter()
+    stall = saved - began + after_fence - before_fence + (done - before_drain if system.waits else 0.0)
+    found = {"step_s": done - began, "stall_s": stall}
+    return {**found, "complete_s": ended[0] - began} if watched else found
+
+
+def _agreed(over: bool) -> bool:
+    """What rank 0 thinks."""
+    word = torch.tensor([int(over)])
+    dist.broadcast(word, 0)
+    return bool(word.item())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
