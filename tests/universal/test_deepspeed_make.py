@@ -246,6 +246,8 @@ def zero12(
         }
     values = run.common(dp=dp, **config_more, **(more or {}))
     values["module"] = run.module() if module == "own" else module
+    if not old:
+        values["ds_config"] |= {"zero_optimization": {"stage": stage, "round_robin_gradients": round_robin}}
     if exclude_frozen:
         for name in run.frozen:
             values["module"].pop(name)
@@ -281,7 +283,10 @@ def zero12(
                 "partition_count": [dp] * len(shuffled),
                 "ds_version": "0.19.8",
                 "clip_grad": 1.0,
-                "param_slice_mappings": [slice_mapping(run, names, dp, r, ds) for names in run.groups],
+                "param_slice_mappings": [
+                    slice_mapping(run, names, flat if alignment > 1 else names, dp, r, ds, alignment)
+                    for names, flat in zip(run.groups, shuffled, strict=True)
+                ],
             }
             if elastic:
                 inner["base_optimizer_state"] = list(states.values())
@@ -303,18 +308,25 @@ def zero12(
     return finish(root)
 
 
-def slice_mapping(run: Run, names: list[str], dp: int, rank: int, ds: Any) -> OrderedDict[str, Any]:
-    """The fragments of the unshuffled order, as 0.19.8 writes them even with round_robin_gradients."""
-    total = sum(run.master[name].numel() for name in names)
-    size = (total + -total % (2 * dp)) // dp
-    found: OrderedDict[str, Any] = OrderedDict()
+def slice_mapping(
+    run: Run, names: list[str], flat: list[str], dp: int, rank: int, ds: Any, alignment: int
+) -> OrderedDict[str, Any]:
+    """
+    The fragments on a rank, in the user's order (``names``). ``flat``: the order in which their offsets count, since
+    0.19.8 forgets the shuffle of round_robin_gradients, except where the parameters are aligned.
+    """
+    places: dict[str, tuple[int, int]] = {}
     at = 0
+    for name in flat:
+        numel = run.master[name].numel()
+        places[name] = (at, at + numel)
+        at += numel + -numel % alignment
+    size = (at + -at % (2 * dp)) // dp
+    found: OrderedDict[str, Any] = OrderedDict()
     for name in names:
-        end = at + run.master[name].numel()
-        begin, stop = max(at, rank * size), min(end, (rank + 1) * size)
+        begin, stop = max(places[name][0], rank * size), min(places[name][1], (rank + 1) * size)
         if begin < stop:
             found[name] = ds.fragment_address(stop - begin, begin - rank * size)
-        at = end
     return found
 
 

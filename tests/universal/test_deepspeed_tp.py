@@ -53,15 +53,13 @@ def shards_of(run: Run, cuts: dict[str, Cut], tp: int) -> list[Run]:
 
 
 def piece(shape: Any, source: tuple[int, Any], dest: tuple[int, Any], ranks: list[int], scale: float = 1.0) -> Any:
-    return {
+    found = {
         "shape": list(shape),
-        "source_offset": source[0],
-        "source_strides": list(source[1]),
-        "dest_offset": dest[0],
-        "dest_strides": list(dest[1]),
+        "source": [source[0], list(source[1])],
+        "dest": [dest[0], list(dest[1])],
         "locations": ranks,
-        "scale": scale,
     }
+    return found if scale == 1.0 else {**found, "scale": scale}  # DeepSpeed leaves out what is 1
 
 
 WIDTHS = {

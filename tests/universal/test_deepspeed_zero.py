@@ -56,6 +56,7 @@ def test_stage_3_at_any_world_size_and_sub_group_size(
         {"alignment": 4, "round_robin": True},
         {"alignment": 8, "elastic": True},
         {"old": True},
+        {"old": True, "round_robin": True},
         {"elastic": True, "round_robin": True},
     ],
 )

@@ -206,15 +206,22 @@ def alignment(saved: Saved, values: Mapping[str, Any], g: int, count: int) -> li
     return list(mine)
 
 
-def user_order(group: Mapping[str, Any], g: int, values: Sequence[Mapping[str, Any]]) -> list[str]:
+def user_order(group: Mapping[str, Any], g: int, values: Sequence[Mapping[str, Any]], model: Saved) -> list[str]:
     """
-    The names as the user's group lists them. ``param_slice_mappings`` keeps that order where round_robin_gradients
-    shuffled the flat buffer.
+    The names as the user's group lists them. ``round_robin_gradients`` deals them out to the ranks that share the
+    group (``values``) like cards; where the file has no configuration, ``param_slice_mappings`` has the old order.
     """
+    names = list(group)
+    config = model.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if isinstance(zero, dict):
+        places = [place for first in range(len(values)) for place in range(first, len(names), len(values))]
+        is_dealt = zero.get("round_robin_gradients") is True
+        return [name for _, name in sorted(zip(places, names, strict=True))] if is_dealt else names
     found: dict[str, None] = {}
     for value in values:
         mappings = value.get("param_slice_mappings")
         mapping = mappings[g] if isinstance(mappings, (list, tuple)) and g < len(mappings) else None
         if isinstance(mapping, dict):
             found.update(dict.fromkeys(mapping))
-    return list(found) if found.keys() == group.keys() else list(group)
+    return list(found) if found.keys() == group.keys() else names

@@ -202,8 +202,8 @@ class Shards:
                 )
             for piece in listed.get("pieces") or ():
                 size = _counts(piece.get("shape"), what)
-                key = (size, piece.get("source_offset"), _counts(piece.get("source_strides"), what))
-                copies.setdefault(key, []).append((piece, shard))
+                if prod(size):
+                    copies.setdefault((size, *_place(piece, "source", what)), []).append((piece, shard))
         flat: list[tuple[Sequence[int], View]] = []
         boxes: list[tuple[Sequence[int], View]] = []
         for (size, offset, strides), held in copies.items():
@@ -222,9 +222,7 @@ class Shards:
         return Reshaped(Joined(shards[0].dtype, (prod(shape),), flat), shape)
 
     def _piece(self, kind: str, piece: Mapping[str, Any], shard: View, size: tuple[int, ...], what: str) -> View:
-        offset, strides = piece.get("dest_offset"), _counts(piece.get("dest_strides"), what)
-        if type(offset) is not int or offset < 0:
-            raise FormatError(f"{what}: dest_offset is {offset!r:.40}")
+        offset, strides = _place(piece, "dest", what)
         at = _box_at(offset, size, strides, shard.shape)
         if at is not None:
             view: View = Cut(shard, at, size)
@@ -266,6 +264,14 @@ def _as_shape(view: View, shape: Sequence[int], name: str) -> View:
             f"{name}: a shard has {view.numel} elements ({files_of(view)}), but its sub-parameters make {list(shape)}"
         )
     return view if view.shape == tuple(shape) else Reshaped(view, shape)
+
+
+def _place(piece: Mapping[str, Any], side: str, what: str) -> tuple[int, tuple[int, ...]]:
+    """Offset and strides of a piece in the full tensor ("source") or in the shard ("dest")."""
+    value = piece.get(side)
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or type(value[0]) is not int or value[0] < 0:
+        raise FormatError(f"{what}: {side} is {value!r:.80}, expected an offset and strides")
+    return value[0], _counts(value[1], what)
 
 
 def _counts(value: Any, what: str) -> tuple[int, ...]:

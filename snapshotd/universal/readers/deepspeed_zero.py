@@ -99,7 +99,7 @@ def read_flat(
             units.append(_Unit(result, f"group {g}", own, [_flat_states(files[r], values[r], g) for r in ranks], pads))
         experts = Experts(group, len(units), f"{model.path}: parameter group {g}")
         _put(result, units, experts, partial(_Unit.cut, group=group, holes=holes))
-        names = user_order(group, g, [values[r] for r in rank_sets(len(files), count, dp_before_ep)[0]])
+        names = user_order(group, g, [values[r] for r in rank_sets(len(files), count, dp_before_ep)[0]], model)
         result.groups.append(Group(experts.ordered(names), hypers[g]))
     _keep_rest(result, values[0])
     return result
