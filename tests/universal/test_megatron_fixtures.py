@@ -46,7 +46,7 @@ def test_every_tensor_is_the_live_models(case: str) -> None:
         view = found.pop(key)
         assert (expected.dtype, expected.shape) == (view.dtype, view.shape), key
         assert np.array_equal(read_all(expected), read_all(view)), key
-    assert {"step", "rng"} == {key.partition("/")[0] for key in found}
+    assert {"step", "rng", "extra"} == {key.partition("/")[0] for key in found}
 
 
 @pytest.mark.parametrize("case", CASES)

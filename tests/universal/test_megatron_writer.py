@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from snapshotd.errors import UsageError
-from snapshotd.universal import readers
+from snapshotd.universal import readers, torchzip
 from snapshotd.universal.convert import convert
+from snapshotd.universal.readers.megatron_padding import padding_of
+from snapshotd.universal.readers.megatron_rules import EMBEDDING
+from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import read_all, stored_bytes
+from snapshotd.universal.views import Cut, read_all, stored_bytes
+from snapshotd.universal.writers.megatron_args import target_args
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CASES = ("megatron_tp2_pp2", "megatron_dist_tp2_pp2")
@@ -53,6 +57,32 @@ def test_padding_is_made_anew(tmp_path: Path) -> None:
     state = readers.read(tmp_path / "run")
     assert state.source["padded_vocab_size"] == 104
     assert state.of_kind("model")["embedding.word_embeddings.weight"].shape == (97, 32)
+
+
+def test_padding_of_the_same_size_is_kept(tmp_path: Path) -> None:
+    """The padding rows stand in the softmax: with others, the loss of the next step would be another one."""
+    name = "embedding.word_embeddings.weight"
+    source = readers.read(FIXTURES / CASES[0] / "ckpt")
+    padding = {key: read_all(view) for key, view in padding_of(source).items()}
+    assert {"model", "fp32", "exp_avg", "exp_avg_sq"} == {kind for kind, _ in padding}
+    assert (15, 32) == padding["model", name].shape
+    convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "same", to="megatron", layout={"pp": 1})
+    convert(tmp_path / "same", tmp_path / "other", to="megatron", layout={"tp": 1, "pp": 1})
+    rank = torchzip.load(FileSource(tmp_path / "same" / "iter_0000004" / "mp_rank_01" / "model_optim_rng.pt"))
+    assert np.array_equal(padding["model", name], read_all(rank["model"][name].view)[-15:])
+    rank = torchzip.load(FileSource(tmp_path / "other" / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"))
+    rows = read_all(rank["model"][name].view)
+    assert ((104, 32), 0) == (rows.shape, np.count_nonzero(rows[97:]))
+
+
+def test_the_null_tokenizer_has_one_token_more(tmp_path: Path) -> None:
+    """Its end-of-document token counts where Megatron computes the padded size: 96 + 1 tokens are 104 rows, not 96."""
+    state = readers.read(FIXTURES / CASES[0] / "ckpt")
+    fields = {**state.extra["args"]["fields"], "vocab_size": 96}
+    view = Cut(state.of_kind("model")[EMBEDDING].view, (0, 0), (96, 32))
+    weights = [Tensor("model", EMBEDDING, view)]
+    args = target_args(State(format="megatron", tensors=weights), fields, {"tp": 1})
+    assert 104 == args["padded_vocab_size"]
 
 
 def test_layers_that_cannot_be_divided(tmp_path: Path) -> None:

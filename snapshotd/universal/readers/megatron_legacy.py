@@ -21,6 +21,7 @@ from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
 from snapshotd.universal.readers.megatron_optim import Optimizers
+from snapshotd.universal.readers.megatron_padding import PADDING_KEY, take_padding
 from snapshotd.universal.readers.megatron_rules import layer_of, renumbered
 from snapshotd.universal.readers.megatron_whole import Whole, put_rng, put_vocabulary
 from snapshotd.universal.sources import FileSource
@@ -345,3 +346,7 @@ def _put_note(state: State, note: Any) -> None:
         state.extra.pop("args", None)
     if note.get("step") is None:
         state.step = None
+    if PADDING_KEY in note:
+        take_padding(state)
+        if note[PADDING_KEY]:
+            state.extra[PADDING_KEY] = to_json(note[PADDING_KEY], PADDING_KEY, state.tensors)

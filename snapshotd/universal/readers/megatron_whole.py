@@ -14,6 +14,7 @@ from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
 from snapshotd.universal.readers.megatron_groups import GroupTable
+from snapshotd.universal.readers.megatron_padding import padding_rows, put_padding
 from snapshotd.universal.readers.megatron_rules import cut_rows, is_buffer, is_expert, merge, merge_fused, rule_of
 from snapshotd.universal.state import State, Tensor, scalar
 from snapshotd.universal.views import View, files_of
@@ -34,6 +35,7 @@ class Whole:
         self.facts = facts
         self.parts: dict[str, dict[Place, Part]] = {}
         self.groups = GroupTable()
+        self.padding: dict[tuple[str, str], View] = {}
         self.warnings: list[str] = []
 
     def add(self, place: Place, part: Part) -> None:
@@ -55,15 +57,18 @@ class Whole:
         whole: dict[str, dict[str, View]] = {}
         for name, parts in self.parts.items():
             rule = rules[name] or ""
-            views = self._whole(name, rule, {place: part.view for place, part in parts.items()}, required=True)
-            whole[name] = {"buffer" if is_buffer(name, views) else "model": views}
+            buffer = is_buffer(name, next(iter(parts.values())).view)
+            kind = "buffer" if buffer else "model"
+            views = {place: part.view for place, part in parts.items()}
+            whole[name] = {kind: self._whole(name, rule, views, kind)}
             for kind in dict.fromkeys(kind for part in parts.values() for kind in part.states):
                 found = {place: part.states[kind] for place, part in parts.items() if kind in part.states}
-                whole[name][kind] = self._whole(name, rule, found, required=False)
+                whole[name][kind] = self._whole(name, rule, found, kind)
         self._tie(state, whole)
         kinds = dict.fromkeys(kind for views in whole.values() for kind in views)
         for kind in sorted(kinds, key=lambda kind: {"model": 0, "buffer": 1, "fp32": 2}.get(kind, 3)):
             state.tensors += [Tensor(kind, name, views[kind]) for name, views in whole.items() if kind in views]
+        put_padding(state, {key: view for key, view in self.padding.items() if key[1] in whole})
         self.groups.put(state, {name: i for i, name in enumerate(whole)})
         if state.param_groups:
             listed = {name for group in state.param_groups for name in group["names"]}
@@ -96,7 +101,7 @@ class Whole:
         place = next(iter(mine))
         return place in other and mine[place].view.shape[0] == 2 * other[place].view.shape[-1]
 
-    def _whole(self, name: str, rule: str, views: Mapping[Place, View], *, required: bool) -> View:
+    def _whole(self, name: str, rule: str, views: Mapping[Place, View], kind: str) -> View:
         facts = self.facts
         if rule in ("fused_in", "fused_out"):
             grid: dict[int, dict[int, View]] = {}
@@ -112,11 +117,11 @@ class Whole:
         by_rank: dict[int, list[View]] = {}
         for place, view in sorted(views.items(), key=lambda item: (item[0].ep, item[0])):
             by_rank.setdefault(place.tp % ranks, []).append(view)
-        if required or rule != "replicated":
+        if kind in ("model", "buffer") or rule != "replicated":
             self._complete(name, len(by_rank), ranks, views)
         copies = [self._one(name, by_rank[rank]) for rank in sorted(by_rank)]
         view = merge(name, rule, copies)
-        return self._unpadded(name, view) if rule == "vocabulary" else view
+        return self._unpadded(name, view, kind) if rule == "vocabulary" else view
 
     def _one(self, name: str, copies: Sequence[View]) -> View:
         """Expert ranks are data-parallel ranks to all but the experts: their copies are the same."""
@@ -131,7 +136,7 @@ class Whole:
                 f"{name} is on {found} of {expected} ranks that should have a part of it (it is in {files})"
             )
 
-    def _unpadded(self, name: str, view: View) -> View:
+    def _unpadded(self, name: str, view: View, kind: str) -> View:
         padded, true = self.facts.count("padded_vocab_size"), self.facts.count("vocab_size")
         if not view.shape:
             return view
@@ -141,6 +146,9 @@ class Whole:
             )
         if true is not None and true > view.shape[0]:
             raise FormatError(f"{name} has {view.shape[0]} rows, but args say vocab_size {true} ({files_of(view)})")
+        rows = padding_rows(view, true)
+        if rows is not None:
+            self.padding[kind, name] = rows
         return cut_rows(view, true)
 
     def _tie(self, state: State, whole: dict[str, dict[str, View]]) -> None:

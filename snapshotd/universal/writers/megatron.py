@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import lcm
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from snapshotd.universal.readers.megatron_dp import rank_parts
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part, buffers_of, layouts
 from snapshotd.universal.readers.megatron_groups import Member, by_rule
+from snapshotd.universal.readers.megatron_padding import PADDING_KEY, padding_of
 from snapshotd.universal.readers.megatron_rules import (
     EMBEDDING,
     OUTPUT,
@@ -36,7 +36,8 @@ from snapshotd.universal.readers.megatron_rules import (
 from snapshotd.universal.state import State
 from snapshotd.universal.stream import OutFile, Settings, remove_journal, write_files
 from snapshotd.universal.torchfile import lay_out
-from snapshotd.universal.views import Joined, Reshaped, View
+from snapshotd.universal.views import Joined, Reshaped, View, concat
+from snapshotd.universal.writers.megatron_args import target_args
 from snapshotd.universal.writers.torch_tree import NOTE_KEY, plain_value
 from snapshotd.universal.writers.universal import write_whole
 
@@ -45,9 +46,8 @@ __all__ = ["losses", "write"]
 _NAMESPACE: Final = "argparse.Namespace"
 _TUPLES: Final = frozenset({"betas"})
 _OWN_KEYS: Final = frozenset(
-    {"args", "rng_state", "grad_scaler", "extra_state", "checkpoint_version", "optimizer", "model"}
+    {"args", "rng_state", "grad_scaler", "extra_state", "checkpoint_version", "optimizer", "model", PADDING_KEY}
 )
-_FLAT_KINDS: Final = ("fp32", "exp_avg", "exp_avg_sq")
 _GROUP_DEFAULTS: Final = {"lr_mult": 1.0, "is_decoupled_lr": False}
 
 
@@ -137,7 +137,7 @@ class _Plan:
         fields = saved.get("fields", {}) if isinstance(saved, dict) else {}
         self.kinds = [kind for kind in (*state.optimizer_kinds, "fp32") if state.of_kind(kind)]
         self.old_args = fields
-        self.args = self._args(fields, layout)
+        self.args = target_args(state, fields, layout)
         self.facts = Facts({key: _thin(value) for key, value in self.args.items()}, "the target's args")
         if self.facts.ep > 1 and not self.facts.num_experts:
             raise UsageError(f"--layout ep={self.facts.ep}: the model has no experts to spread")
@@ -146,72 +146,22 @@ class _Plan:
         self.chains = self._chains()
         self.flat = self.facts.flag("use_distributed_optimizer")
 
-    def _args(self, fields: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
-        """The source's args, with what the target's layout changes; without them, what the tensors show."""
-        weights = self.state.of_kind("model")
-        source = Facts(dict(fields), "args")
-        tp, pp = layout.get("tp", source.tp), layout.get("pp", source.pp)
-        vp, ep = layout.get("vpp", source.vp if pp == source.pp else 1), layout.get("ep", source.ep)
-        same = (tp, pp, vp, ep) == (source.tp, source.pp, source.vp, source.ep)
-        dp = layout.get("dp", (source.data_parallel_size or 1) if same else ep)
-        args = dict(fields)
-        layers = [at[1] for name in weights if (at := layer_of(name)) and not name.startswith("mtp.")]
-        args.setdefault("num_layers", max(layers, default=-1) + 1)
-        if "swiglu" not in args:
-            args["swiglu"] = _looks_gated(weights)
-        if "untie_embeddings_and_output_weights" not in args:
-            args["untie_embeddings_and_output_weights"] = OUTPUT not in self.state.tied
-        rows = weights[EMBEDDING].shape[0]
-        step = lcm((source.count("make_vocab_size_divisible_by") or 128) * tp, tp)
-        padded = -(-rows // step) * step
-        if source.count("vocab_size") is None and rows % tp == 0 and source.known:
-            padded = rows  # the padding is still on: how much of it there is, is not known
-        kept = source.count("padded_vocab_size")
-        if same and kept is not None and kept >= rows:
-            padded = kept
-        args["padded_vocab_size"] = padded
-        if not source.known:
-            args["vocab_size"] = rows
-        changes: dict[str, Any] = {
-            "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": pp,
-            "virtual_pipeline_model_parallel_size": vp if vp > 1 else None,
-            "expert_model_parallel_size": ep,
-            "ckpt_format": "torch",
-            "use_distributed_optimizer": source.flag("use_distributed_optimizer") and self._can_be_flat(),
-        }
-        if not same or not source.known:
-            etp = layout.get("tp", source.etp) if source.num_experts else tp
-            changes.update(expert_tensor_parallel_size=min(etp, tp), data_parallel_size=dp, world_size=tp * pp * dp)
-            changes.update(transformer_pipeline_model_parallel_size=pp, context_parallel_size=1)
-        if (pp, vp) != (source.pp, source.vp):
-            for key in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-                changes[key] = None
-            changes["pipeline_model_parallel_layout"] = None
-            changes["num_layers_per_virtual_pipeline_stage"] = None
-        return {**args, **changes}
-
-    def _can_be_flat(self) -> bool:
-        names = {name for group in self.state.param_groups for name in group["names"]}
-        wanted = [kind for kind in _FLAT_KINDS if kind != "fp32" or self.state.of_kind("fp32")]
-        return set(self.kinds) <= {*_FLAT_KINDS, "step"} and all(
-            set(self.state.of_kind(kind)) >= names or kind == "fp32" for kind in wanted
-        )
-
     def _parts(self) -> dict[str, Part]:
         rows = self.facts.count("padded_vocab_size") or 0
         states: dict[str, dict[str, View]] = {}
         for kind in self.kinds:
             for name, tensor in self.state.of_kind(kind).items():
                 states.setdefault(name, {})[kind] = tensor.view
+        padding = padding_of(self.state)
         parts: dict[str, Part] = {}
         for kind in ("model", "buffer"):
             for name, tensor in self.state.of_kind(kind).items():
                 part = Part(name, tensor.view, name, states.get(name, {}))
                 rule = rule_of(name, False)
                 if rule == "vocabulary":
-                    padded = {key: pad_rows(view, rows) for key, view in part.states.items()}
-                    part = Part(name, pad_rows(part.view, rows), name, padded)
+                    views = {"model": part.view, **part.states}
+                    padded = {key: _padded(view, rows, padding.get((key, name))) for key, view in views.items()}
+                    part = Part(name, padded.pop("model"), name, padded)
                 elif rule in ("fused_in", "fused_out") and self.facts.etp * self.facts.ep > 1:
                     raise UsageError(f"{name} holds all experts in one matrix; it is not cut for other expert ranks")
                 parts[name] = part
@@ -400,7 +350,11 @@ class _Plan:
                 generators[name] = file.put(tensor.view)
         others = {key: self._pickled(v, file) for key, v in self._other_generators().items() if key not in ranks}
         old = self.old_args
+        note: dict[str, Any] = {}
+        if not self._keeps_padding():
+            note[PADDING_KEY] = self._pickled(self.state.extra.get(PADDING_KEY), file)
         return {
+            **note,
             "version": 1,
             "step": self.state.step,
             "rng": generators,
@@ -412,6 +366,13 @@ class _Plan:
             ],
             "source": self._pickled(self.state.source, file),
         }
+
+    def _keeps_padding(self) -> bool:
+        """Whether the padding rows that the source had are written as such."""
+        rows = self.facts.count("padded_vocab_size") or 0
+        weights = self.state.of_kind("model")
+        found = {name: view for (kind, name), view in padding_of(self.state).items() if kind == "model"}
+        return bool(found) and all(weights[name].shape[0] + view.shape[0] == rows for name, view in found.items())
 
     def _flat_file(self, chains: Sequence[Any], place: Place, name: str) -> OutFile:
         file = _File()
@@ -461,6 +422,14 @@ class _Plan:
         return Call(target, tuple(self._pickled(item, file) for item in value["args"])) if "args" in value else target
 
 
+def _padded(view: View, rows: int, padding: View | None) -> View:
+    """The padding as the source had it where it has the right size, else zeros."""
+    fits = padding is not None and padding.dtype == view.dtype and view.shape[:1] != ()
+    if fits and padding is not None and view.shape[0] + padding.shape[0] == rows:
+        return concat([view, padding])
+    return pad_rows(view, rows)
+
+
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "names"}
 
@@ -476,12 +445,6 @@ def _key(value: Any) -> Any:
 def _tuples(value: Any) -> Any:
     """random.setstate wants tuples where JSON has lists."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _looks_gated(weights: Mapping[str, Any]) -> bool:
-    first = next((name for name in weights if name.endswith("linear_fc1.weight")), None)
-    second = first.replace("linear_fc1", "linear_fc2") if first else ""
-    return bool(first) and second in weights and weights[first or ""].shape[0] == 2 * weights[second].shape[1]
 
 
 def _flat_view(flats: Sequence[View], offsets: Sequence[int], total: int) -> View:
