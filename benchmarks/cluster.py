@@ -49,7 +49,7 @@ class Cluster:
         nodes: int,
         *,
         m: int = 1,
-        budget: str = "6GiB",
+        budget: str = "0",
         generations: int = 0,
         daemon: Sequence[str] = (),
         coordinator: Sequence[str] = (),

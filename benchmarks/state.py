@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,18 @@ class Training:
     Model and optimizer, with all optimizer state there; `step` is a real one.
 
     592 tensors are 12 layers, 10,000 are 208. The width follows from the bytes, the vocabulary takes up the rest.
+    wrap: shards the model in place, before there is an optimizer.
     """
 
-    def __init__(self, nbytes: int, *, tensors: int = 592, threads: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        tensors: int = 592,
+        threads: int = 0,
+        seed: int = 0,
+        wrap: Callable[[nn.Module], object] = lambda model: None,
+    ) -> None:
         layers = (tensors // 4 - _OUTSIDE) // _PER_LAYER
         if layers < 1 or tensors != 4 * (layers * _PER_LAYER + _OUTSIDE):
             raise ValueError(f"{tensors} tensors cannot be: 4 * (12 * layers + 4) can, as 592 or 10000")
@@ -33,6 +43,7 @@ class Training:
         torch.manual_seed(seed)
         width, vocabulary = _shape(nbytes // 12, layers)
         self.model = _GPT(layers, width, vocabulary)
+        wrap(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.tokens = torch.randint(vocabulary, (_TOKENS_PER_STEP // _CONTEXT, _CONTEXT + 1))
         for parameter in self.model.parameters():

@@ -1,0 +1,148 @@
+"""
+Restart: SIGKILL of one of two torchrun workers, until the next step is complete, with snapshotd and with DCP.
+
+Two ranks with FSDP2 on one node. With DCP each step is saved into tmpfs and torchrun forms its groups itself; with
+snapshotd each step is captured and its coordinator forms them. Each job is killed into several times, jobs in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .. import Row, Run, Series
+from ..cluster import clean_environment
+from ..processes import Child, wait_for
+
+GOAL = 21
+
+BYTES = 300_000_000
+JOBS, KILLS = 2, 3
+START_S = 120.0
+STEPS_BEFORE = 3
+"""Steps that must be complete before a worker is killed."""
+
+PHASES = ("detect", "rendezvous", "imports", "join and build", "restore", "first step")
+
+Notes = dict[int, list[dict[str, Any]]]
+
+
+def rows(run: Run) -> Iterator[Row]:
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "dcp": []}
+    jobs, kills = (1, 1) if run.short else (JOBS, KILLS)
+    for count in range(jobs):
+        for kind in found if count % 2 == 0 else reversed(found):
+            job = _Job(run, kind, count)
+            try:
+                found[kind] += [job.restart() for _ in range(kills)]
+            finally:
+                job.end()
+    yield _row("SIGKILL of a worker to the next step", "whole", found)
+    for phase in PHASES:
+        yield _row(f"of it: {phase}", phase, found)
+
+
+def _row(what: str, phase: str, found: dict[str, list[dict[str, float]]]) -> Row:
+    ours, dcp = (Series(tuple(restart[phase] for restart in found[kind])) for kind in ("ours", "dcp"))
+    return Row.cost(what, ours, dcp, at_most=1.0 if phase == "whole" else None, against="torchrun with DCP in tmpfs")
+
+
+class _Job:
+    """One torchrun and its two workers."""
+
+    def __init__(self, run: Run, kind: str, count: int) -> None:
+        home = run.directory / f"{kind}-{count}"
+        self._notes = home / "notes"
+        self._notes.mkdir(parents=True)
+        arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "100"]
+        environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self._cluster = None
+        mode = "ours"
+        if kind == "ours":
+            self._cluster = run.cluster(1, m=0)
+            environment |= self._cluster.environment()
+            arguments += ["--rdzv-backend", "snapshotd", "--rdzv-endpoint", self._cluster.address, "--rdzv-id", "bench"]
+        else:
+            mode = str(home / "checkpoints")
+            Path(mode).mkdir()
+            arguments += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", "bench"]
+        module = f"{__package__.rpartition('.')[0]}.peers.restarted"
+        arguments += ["-m", module, mode, str(self._notes), str(run.size(BYTES))]
+        self._launcher: Child = run.start(f"{kind}-{count}", arguments, env=environment)
+        self._known: set[int] = set()
+
+    def restart(self) -> dict[str, float]:
+        """Kill one worker in mid-training; returns the seconds by phase and as a whole."""
+        workers = self._wait(self._trained, "two workers to train")
+        self._known = set(self._read())
+        victim, survivor = sorted(workers)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.time()
+        process = psutil.Process(survivor)
+        self._wait(lambda: not _runs(process), "the other worker to be ended")
+        ended = time.time()
+        fresh = self._wait(self._stepped, "a step after the restart")
+        first = {what: max(_when(notes, what) for notes in fresh.values()) for what in _WORDS}
+        return {
+            "whole": first["step"] - killed,
+            "detect": ended - killed,
+            "rendezvous": first["python"] - ended,
+            "imports": first["imported"] - first["python"],
+            "join and build": first["built"] - first["imported"],
+            "restore": first["restored"] - first["built"],
+            "first step": first["step"] - first["restored"],
+        }
+
+    def end(self) -> None:
+        self._launcher.end()
+        if self._cluster is not None:
+            self._cluster.__exit__()
+
+    def _wait(self, condition: Any, what: str) -> Any:
+        return wait_for(condition, what, START_S, of=[self._launcher])
+
+    def _read(self) -> Notes:
+        found = {}
+        for path in self._notes.iterdir():
+            text = path.read_text(encoding="utf-8")
+            found[int(path.name)] = [json.loads(line) for line in text.split("\n")[:-1]]
+        return found
+
+    def _trained(self) -> Notes | None:
+        """The workers of now, when both have made some steps."""
+        fresh = {pid: notes for pid, notes in self._read().items() if pid not in self._known}
+        steps = [sum(note["what"] == "step" for note in notes) for notes in fresh.values()]
+        return fresh if len(steps) == 2 and min(steps) >= STEPS_BEFORE else None
+
+    def _stepped(self) -> Notes | None:
+        fresh = {pid: notes for pid, notes in self._read().items() if pid not in self._known}
+        done = [any(note["what"] == "step" for note in notes) for notes in fresh.values()]
+        if len(done) == 2 and all(done):
+            for notes in fresh.values():
+                if not next(note["step"] for note in notes if note["what"] == "restored"):
+                    raise RuntimeError("a worker began from the start: nothing was restored")
+            return fresh
+        return None
+
+
+_WORDS = ("python", "imported", "built", "restored", "step")
+
+
+def _when(notes: list[dict[str, Any]], what: str) -> float:
+    """When a worker first noted that."""
+    when: float = next(note["time"] for note in notes if note["what"] == what)
+    return when
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
