@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 
+_BANDWIDTH_LEAST = 1 << 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One setting: how its text becomes a value, what it is when nobody says, and a sentence for people."""
@@ -66,6 +69,13 @@ def _at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[st
         return value
 
     return parse
+
+
+def _bandwidth(text: str) -> int:
+    value = parse_bytes(text)
+    if value and value < _BANDWIDTH_LEAST:
+        raise ValueError(f"must be 0 or at least {_BANDWIDTH_LEAST}: a slower peer looks like a dead one")
+    return value
 
 
 def _path(text: str) -> Path:
@@ -159,8 +169,16 @@ _DAEMON_TABLE: dict[str, Setting] = {
     "advertise": Setting(
         parse=str,
         default="",
-        doc="host that others reach the bulk listener at, when not that of --listen",
+        doc="address that others reach the bulk listener at; none: that of --listen, or if that is every interface, "
+        "the one that the route to the coordinator begins at",
         metavar="HOST",
+    ),
+    "peer_bandwidth": Setting(
+        parse=_bandwidth,
+        default=0,
+        doc="bytes per second that this daemon takes from its peers to protect snapshots (they take as much from it); "
+        "a restore takes all there is; 0: no limit",
+        metavar="BYTES",
     ),
     "socket": Setting(parse=_path, default=None, doc="Unix socket for this node's workers", metavar="PATH"),
     "arena": Setting(parse=_path, default=None, doc="directory in tmpfs for slots and parity", metavar="DIR"),
@@ -252,6 +270,7 @@ class DaemonSettings(_Secured):
     node_id: str
     listen: str
     advertise: str
+    peer_bandwidth: int
     socket: Path | None
     arena: Path | None
     budget: int

@@ -1,7 +1,8 @@
 """
 Boxes of a snapshot into tensors: what is wanted is asked for in batches, and copied from the daemon's files.
 
-Rule 1: a batch has at most 128 MiB; a larger box is cut along its first dimension > 1.
+Rule 1: a batch has at most 32 MiB; a larger box is cut along its first dimension > 1. While one is copied, the daemon
+gets the next ones ready.
 Rule 2: a tensor is filled only with bytes of its own dtype and of exactly its shape; the daemon has verified them.
 Rule 3: an answer is checked (number of wants, ranges inside the files) before a byte of it is used.
 """
@@ -9,7 +10,9 @@ Rule 3: an answer is checked (number of wants, ranges inside the files) before a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -22,14 +25,19 @@ from snapshotd.failpoints import failpoint
 from snapshotd.layout import DTYPES
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.arrays import Array, carrier, view_of
+from snapshotd_client.copying import split_by_bytes
 from snapshotd_client.errors import RestoreError
-from snapshotd_client.link import Link
+from snapshotd_client.link import Link, Question
 from snapshotd_client.placement import Piece
-from snapshotd_client.slots import map_readable
+from snapshotd_client.readable import ReadableFiles, populate
 
 __all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want"]
 
-BATCH_BYTES: Final = 128 * 1024 * 1024
+BATCH_BYTES: Final = 32 * 1024 * 1024
+"""Small enough for the cache, from where the daemon has put it; large enough that the round trip vanishes."""
+
+_AHEAD: Final = 2
+_POPULATE_BYTES: Final = 64 * 1024
 _MAX_WANTS: Final = 2000  # in one batch: keeps its frame small
 _ASK_S: Final = 5.0
 
@@ -73,47 +81,54 @@ class Want:
 
 
 class Fetcher:
-    """Gets wants filled, over as many connections as it takes, until ``deadline`` (of time.monotonic)."""
+    """
+    Gets wants filled, over as many connections as it takes, until ``deadline`` (of time.monotonic).
 
-    def __init__(self, link: Link, deadline: float) -> None:
+    threads: that copy at the same time. The daemon reads and verifies the next batches meanwhile.
+    """
+
+    def __init__(self, link: Link, deadline: float, threads: int = 1) -> None:
         self._link = link
         self._deadline = deadline
+        self._threads = threads
+        self._files = ReadableFiles()
         self.fetch_s = 0.0
         self.local_bytes = self.remote_bytes = self.decoded_bytes = 0
 
-    def run(self, wants: Sequence[Want]) -> None:
-        """Fill all ``wants``. RestoreError when the daemon cannot give them."""
-        for number, batch in enumerate(_batches(wants)):
-            if number == 1:
+    def run(self, wants: Iterable[Want]) -> None:
+        """Fill all ``wants``, in this order. RestoreError when the daemon cannot give them."""
+        asked: deque[tuple[list[Want], Question]] = deque()
+        with ThreadPoolExecutor(self._threads, "snapshotd-fill") as copiers:
+            for number, batch in enumerate(_batches(wants)):
+                asked.append((batch, self._begin(batch)))
+                if number >= _AHEAD:
+                    self._take(*asked.popleft(), copiers)
+                    failpoint("client.mid_restore")
+            while asked:
+                self._take(*asked.popleft(), copiers)
                 failpoint("client.mid_restore")
-            self._run_batch(batch)
-            if number == 0:
-                failpoint("client.mid_restore") if len(wants) == len(batch) else None
 
-    def _run_batch(self, batch: list[Want]) -> None:
-        ready = self._ask(batch)
+    def _take(self, batch: list[Want], question: Question, copiers: ThreadPoolExecutor) -> None:
+        ready, session = self._finish(batch, question)
         if ready.error:
             raise RestoreError(f"the daemon cannot give the state: {ready.error}")
         if not len(batch) == len(ready.files) == len(ready.offsets):
             raise RestoreError(f"the daemon answered {len(ready.files)} boxes where {len(batch)} were asked for")
-        files: dict[int, Array] = {}
         try:
-            for want, index, offset in zip(batch, ready.files, ready.offsets, strict=True):
-                if want.nbytes == 0:
-                    continue
-                if index not in files:
-                    files[index] = map_readable(ready.paths[index])
-                _fill(want, files[index], offset)
+            pairs = [
+                _source_of(want, self._files.get(ready.paths[index]), offset)
+                for want, index, offset in zip(batch, ready.files, ready.offsets, strict=True)
+                if want.nbytes
+            ]
         except (OSError, SnapshotdError, IndexError) as error:
             raise RestoreError(f"what the daemon gave cannot be read: {error}") from error
-        finally:
-            release = pb.Frame(restore_release=pb.RestoreRelease(batch_id=ready.batch_id))
-            self._link.post(release, self._link.session)
+        _fill(pairs, self._threads, copiers)
+        self._link.post(pb.Frame(restore_release=pb.RestoreRelease(batch_id=ready.batch_id)), session)
         self.local_bytes += ready.local_bytes
         self.remote_bytes += ready.remote_bytes
         self.decoded_bytes += ready.decoded_bytes
 
-    def _ask(self, batch: list[Want]) -> pb.RestoreReady:
+    def _begin(self, batch: list[Want]) -> Question:
         request = pb.RestoreWant(
             wants=[
                 pb.RestoreWant.Want(
@@ -125,25 +140,28 @@ class Fetcher:
                 for want in batch
             ]
         )
+        return self._link.begin(pb.Frame(restore_want=request))
+
+    def _finish(self, batch: list[Want], question: Question) -> tuple[pb.RestoreReady, int]:
+        """Return the answer and the session that it is of; asks again whenever the connection is lost."""
         begun = time.monotonic()
         try:
             while (left := self._deadline - time.monotonic()) > 0:
-                if not self._link.wait_session(min(left, _ASK_S)):
-                    if self._link.refused is not None:
-                        raise RestoreError(f"the daemon refuses this worker: {self._link.refused.message}")
-                    continue
-                answer = self._link.ask(pb.Frame(restore_want=request), left)
-                if answer is None:
-                    continue
-                if answer.WhichOneof("body") == "restore_ready":
-                    return answer.restore_ready
-                raise RestoreError(f"the daemon cannot give the state: {answer.error.message or 'no answer'}")
+                answer = self._link.finish(question, left)
+                if answer is not None:
+                    if answer.WhichOneof("body") == "restore_ready":
+                        return answer.restore_ready, question.session
+                    raise RestoreError(f"the daemon cannot give the state: {answer.error.message or 'no answer'}")
+                if self._link.wait_session(min(left, _ASK_S)):
+                    question = self._begin(batch)
+                elif self._link.refused is not None:
+                    raise RestoreError(f"the daemon refuses this worker: {self._link.refused.message}")
             raise RestoreError("the daemon did not give the state in time (SNAPSHOTD_RESTORE_TIMEOUT_S)")
         finally:
             self.fetch_s += time.monotonic() - begun
 
 
-def _batches(wants: Sequence[Want]) -> Iterator[list[Want]]:
+def _batches(wants: Iterable[Want]) -> Iterator[list[Want]]:
     batch: list[Want] = []
     size = 0
     for want in wants:
@@ -169,21 +187,36 @@ def _cut(want: Want) -> Iterator[Want]:
         yield from _cut(Want(want.entry, rows, want.target)) if step == 1 else (Want(want.entry, rows, want.target),)
 
 
-def _fill(want: Want, data: Array, offset: int) -> None:
+def _source_of(want: Want, data: Array, offset: int) -> tuple[Want, Array]:
+    """Return the wanted box as it lies in the daemon's file, in a type that carries its elements."""
     if offset + want.nbytes > data.nbytes:
         raise RestoreError(f"{want.entry.name}: the daemon's file has {data.nbytes} bytes, too few for {offset}")
     itemsize = DTYPES[want.entry.dtype].itemsize
     raw = data[offset : offset + want.nbytes]
     if offset % itemsize:
         raw = raw.copy()
-    source = raw.view(carrier(itemsize)).reshape(want.piece.box.lengths)
-    slices = want.piece.slices()
-    target = want.target
-    if target.device.type == "cpu":
-        whole = view_of(target)
-        np.copyto(whole[slices] if slices else whole, source)
-        return
-    dtype = torch.from_numpy(source).dtype
-    view = target.detach().view(dtype)
-    with torch.no_grad():
-        (view[slices] if slices else view).copy_(torch.from_numpy(source))
+    return want, raw.view(carrier(itemsize)).reshape(want.piece.box.lengths)
+
+
+def _fill(pairs: Sequence[tuple[Want, Array]], threads: int, copiers: ThreadPoolExecutor) -> None:
+    """Copy into the targets: those in host memory by all threads, each a share of the bytes."""
+    here: list[tuple[Array, Array]] = []
+    for want, source in pairs:
+        slices, target = want.piece.slices(), want.target
+        if target.device.type == "cpu":
+            whole = view_of(target)
+            here.append((whole[slices] if slices else whole, source))
+            continue
+        populate(source)
+        view = target.detach().view(torch.from_numpy(source).dtype)
+        with torch.no_grad():
+            (view[slices] if slices else view).copy_(torch.from_numpy(source))
+    for future in [copiers.submit(_copy_all, part) for part in split_by_bytes(here, threads)]:
+        future.result()
+
+
+def _copy_all(pairs: Sequence[tuple[Array, Array]]) -> None:
+    for target, source in pairs:
+        if source.nbytes >= _POPULATE_BYTES:
+            populate(source)
+        np.copyto(target, source)

@@ -25,7 +25,7 @@ from snapshotd.errors import RemoteProtocolError
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.wire import FrameReader, pack
 
-__all__ = ["Link", "Listener"]
+__all__ = ["Link", "Listener", "Question"]
 
 _BACKOFF_S: Final = (0.1, 2.0)
 _CONNECT_S: Final = 1.0
@@ -46,10 +46,12 @@ class Listener(Protocol):
     def on_refused(self, error: pb.WorkerError) -> None: ...
 
 
-class _Question:
-    """One frame that waits for its answer."""
+class Question:
+    """One frame that waits for its answer. ``session``: the one that it was asked in; 0 when it could not be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_id: int, session: int) -> None:
+        self.request_id = request_id
+        self.session = session
         self.done = threading.Event()
         self.answer: pb.Frame | None = None
 
@@ -68,7 +70,7 @@ class Link:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._outbox: deque[tuple[int, bytes]] = deque()  # 0: of no session; those go out as soon as one is welcomed
-        self._questions: dict[int, _Question] = {}
+        self._questions: dict[int, Question] = {}
         self._next_request = 1
         self._sessions = 0
         self._stopping = False
@@ -114,21 +116,26 @@ class Link:
 
     def ask(self, frame: pb.Frame, timeout_s: float) -> pb.Frame | None:
         """Send ``frame`` and return the answer; None when there was no connection, it broke, or time ran out."""
-        question = _Question()
+        return self.finish(self.begin(frame), timeout_s)
+
+    def begin(self, frame: pb.Frame) -> Question:
+        """Send ``frame`` and return the question, which is to be given to ``finish``."""
         with self._lock:
-            session = self.session
-            request_id = self._next_request
+            question = Question(self._next_request, self.session)
             self._next_request += 1
-            self._questions[request_id] = question
-        frame.request_id = request_id
-        try:
-            if not self.post(frame, session):
-                return None
-            question.done.wait(timeout_s)
-            return question.answer
-        finally:
-            with self._lock:
-                self._questions.pop(request_id, None)
+            self._questions[question.request_id] = question
+        frame.request_id = question.request_id
+        if not self.post(frame, question.session):
+            question.session = 0
+            question.done.set()
+        return question
+
+    def finish(self, question: Question, timeout_s: float) -> pb.Frame | None:
+        """Return the answer; None when there was no connection, it broke, or time ran out."""
+        question.done.wait(timeout_s)
+        with self._lock:
+            self._questions.pop(question.request_id, None)
+        return question.answer
 
     def next_request(self) -> int:
         """Return a request id for a frame whose answer the listener awaits."""

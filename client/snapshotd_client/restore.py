@@ -32,6 +32,7 @@ __all__ = ["Outcome", "Restorer"]
 _ASK_S: Final = 30.0
 _PAUSE_S: Final = 0.05
 _MAX_MANIFEST_BYTES: Final = 1 << 30
+_MAX_THREADS: Final = 4  # training has not begun: the cores are free
 
 _Decision = pb.RestoreDecision
 
@@ -137,10 +138,11 @@ class Restorer:
         manifest = _read_manifest(decision.manifest_path)
         if manifest.meta.get("step") != decision.source_step:
             raise RestoreError(f"the snapshot says step {manifest.meta.get('step')}, the daemon {decision.source_step}")
-        fetcher = Fetcher(self._link, begun + self._settings.restore_timeout_s)
+        threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // self._settings.local_world_size))
+        fetcher = Fetcher(self._link, begun + self._settings.restore_timeout_s, threads)
         loader = Loader(self._inventory, manifest)
-        wants = loader.wants()
-        fetcher.run(wants)
+        order = {name: place for place, name in enumerate(manifest.tensors)}
+        fetcher.run(sorted(loader.wants(), key=lambda want: order[want.entry.name]))
         missing = loader.apply()
         source_world = int(manifest.source["world_size"])
         if self._settings.rank < source_world:

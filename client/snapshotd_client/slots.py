@@ -20,7 +20,7 @@ import numpy as np
 from snapshotd.errors import AccessDenied, FormatError
 from snapshotd_client.arrays import Array
 
-__all__ = ["Mapping", "MappingCache", "map_readable"]
+__all__ = ["Mapping", "MappingCache", "open_checked"]
 
 _MAX_MAPPINGS: Final = 16
 
@@ -44,7 +44,7 @@ class MappingCache:
 
     def get(self, path: str, file_bytes: int) -> tuple[Mapping, bool]:
         """Return the mapping of ``path`` and whether it is new. AccessDenied, FormatError or OSError if not."""
-        fd = _open_checked(path, os.O_RDWR, file_bytes)
+        fd = open_checked(path, os.O_RDWR, file_bytes)
         try:
             info = os.fstat(fd)
             identity = (info.st_dev, info.st_ino)
@@ -68,19 +68,8 @@ class MappingCache:
         return len(self._mappings)
 
 
-def map_readable(path: str) -> Array:
-    """Return all bytes of a file that the daemon made for a restore; writes to them stay private."""
-    fd = _open_checked(path, os.O_RDONLY, None)
-    try:
-        size = os.fstat(fd).st_size
-        if size == 0:
-            return np.empty(0, dtype=np.uint8)
-        return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_COPY), dtype=np.uint8)
-    finally:
-        os.close(fd)
-
-
-def _open_checked(path: str, flags: int, file_bytes: int | None) -> int:
+def open_checked(path: str, flags: int, file_bytes: int | None) -> int:
+    """Return a descriptor of the file (Rule 1), of any size if ``file_bytes`` is None."""
     folder = os.stat(os.path.dirname(path) or ".")
     if folder.st_mode & 0o022:
         raise AccessDenied(f"the folder of {path} can be written by others: mode {stat.S_IMODE(folder.st_mode):o}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 from typing import Literal, cast
 
@@ -20,11 +22,12 @@ from snapshotd.daemon.service import DaemonService
 from snapshotd.daemon.sources import Sources
 from snapshotd.durable import scan_durable
 from snapshotd.erasure import load_codec
+from snapshotd.errors import UsageError
 from snapshotd.rpc import parse_address
 from snapshotd.security import PeerGuard, private_directory, require_secure
 from snapshotd.settings import CoordinatorSettings, DaemonSettings, defaults
 from snapshotd.sizes import format_bytes
-from snapshotd.transfer import BulkClient, BulkServer
+from snapshotd.transfer import BulkClient, BulkServer, Pacer, format_address
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from snapshotd.v1.bulk_pb2 import ObjectKey
@@ -94,6 +97,7 @@ class DaemonNode:
             codec=self._codec,
             persist_root=Path(settings.persist).absolute() if settings.persist else None,
             persist_keep=settings.persist_keep,
+            pace=Pacer(settings.peer_bandwidth) if settings.peer_bandwidth else None,
         )
         core = NodeCore(_node_settings(settings, self.bulk_address, self._arena.budget_bytes), self._recovered)
         identity = worker.IAm(node_id=settings.node_id, coordinator=address, version=__version__)
@@ -171,7 +175,26 @@ def _own_coordinator(settings: DaemonSettings) -> CoordinatorSettings:
 
 
 def _advertised(settings: DaemonSettings, server: BulkServer) -> str:
-    if not settings.advertise:
-        return server.address_text
-    host = f"[{settings.advertise}]" if ":" in settings.advertise else settings.advertise
-    return f"{host}:{server.address[1]}"
+    """Where peers reach us: as the user says, or as the kernel routes. Never by the host's name, which may mislead."""
+    host, port = server.address
+    if settings.advertise:
+        host = settings.advertise
+    elif ipaddress.ip_address(host).is_unspecified:
+        host = _route_begins_at(settings.coordinator) if settings.coordinator else "127.0.0.1"
+        log.info("listening on every interface; peers are told %s, where the route to the coordinator begins", host)
+    return format_address(host, port)
+
+
+def _route_begins_at(address: str) -> str:
+    """Return our own address on the way to that one. Nothing is sent."""
+    host, port = parse_address(address)
+    try:
+        family, kind, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(name)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UsageError(
+            f"--listen is every interface, and which of them leads to {address} cannot be told ({error}); "
+            "say with --advertise where other daemons reach this one"
+        ) from error

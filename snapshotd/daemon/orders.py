@@ -43,6 +43,7 @@ class Orders:
     """
     Does what the node core orders.
 
+    pace: called with the bytes that were read from peers to protect a step; see BulkClient.
     on_corruption, on_count: set by the shell; called from any thread.
     """
 
@@ -55,6 +56,7 @@ class Orders:
         codec: Codec,
         persist_root: Path | None,
         persist_keep: int,
+        pace: Callable[[int], None] | None = None,
     ) -> None:
         self._node_id = node_id
         self._arena = arena
@@ -71,6 +73,8 @@ class Orders:
         self.on_corruption: Callable[[events.CorruptionFound], None] = lambda found: None
         self.on_count: Callable[[str, int], None] = lambda name, amount: None
         sources.on_corruption = self._corrupt
+        # Protecting may take its time. What a recovery waits for may not.
+        self._paced = sources if pace is None else sources.paced(pace)
 
     # ---------------------------------------------------------------- orders
 
@@ -86,7 +90,7 @@ class Orders:
 
     def build_parity(self, protect: control.Protect, cancel: threading.Event) -> list[control.ParityRef]:
         self._sources.learn(protect.peers)
-        return build_parity(protect, self._node_id, self._arena, self._sources, self._codec, cancel)
+        return build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)
 
     def delete_parity(self, ref: control.ParityRef) -> None:
         file = self._arena.find(parity_key(ref))

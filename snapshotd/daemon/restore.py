@@ -42,6 +42,13 @@ __all__ = ["MAX_BATCH_BYTES", "Batch", "Restore"]
 MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
 """Of one request, not counting what is answered in place: bounds the buffers of a restore."""
 
+_KEPT_BYTES: Final = 33 * 1024 * 1024
+"""A worker asks for 32 MiB at once. Memory that is touched for the first time costs more than the network, so buffers
+of this size are used again."""
+
+_KEPT_FROM_BYTES: Final = 4 * 1024 * 1024
+_MAX_KEPT: Final = 16
+
 _ALIGN_BYTES: Final = 64
 """Of each want in a buffer: the worker makes tensors of any element type on it."""
 
@@ -100,6 +107,7 @@ class Restore:
         self._next_batch = 1
         self._batches: dict[int, list[_Held]] = {}
         self._closed = False
+        self._free: list[BufferFile] = []
         self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
         self._plan = PlanSources(order, sources)
         try:
@@ -216,8 +224,10 @@ class Restore:
             self._closed = True
             batches = list(self._batches.values())
             self._batches.clear()
+            free, self._free = self._free, []
         for held in batches:
             self._give_back(held)
+        self._give_back(free)
         self._plan.close()
 
     def __enter__(self) -> Restore:
@@ -303,7 +313,7 @@ class Restore:
             raise UsageError(f"{wanted} bytes were asked for at once; the limit is {MAX_BATCH_BYTES}: ask for less")
         remote = fetched = 0
         if place:
-            buffer = self._arena.create_buffer(max(end, _ALIGN_BYTES))
+            buffer = self._buffer(end)
             held.append(buffer)
             for number, offset in place.items():
                 files[number], offsets[number] = len(paths), offset
@@ -364,11 +374,25 @@ class Restore:
             self._batches[batch_id] = held
             return batch_id
 
-    def _give_back(self, held: list[_Held]) -> None:
+    def _buffer(self, nbytes: int) -> BufferFile:
+        """Return a buffer of at least so many bytes: memory that was used before, or else new."""
+        with self._lock:
+            for place, buffer in enumerate(self._free):
+                if buffer.file_bytes >= nbytes:
+                    return self._free.pop(place)
+        kept = _KEPT_FROM_BYTES <= nbytes <= _KEPT_BYTES
+        return self._arena.create_buffer(_KEPT_BYTES if kept else max(nbytes, _ALIGN_BYTES))
+
+    def _give_back(self, held: Iterable[_Held]) -> None:
         for item in held:
             if isinstance(item, Lease):
                 item.close()
-            else:
+                continue
+            with self._lock:
+                kept = not self._closed and item.file_bytes == _KEPT_BYTES and len(self._free) < _MAX_KEPT
+                if kept:
+                    self._free.append(item)
+            if not kept:
                 self._arena.release(item)
 
 

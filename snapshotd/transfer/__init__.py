@@ -4,6 +4,7 @@ from snapshotd.transfer.answers import Lookup, Servable
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX
 from snapshotd.transfer.client import BulkClient, ObjectInfo
 from snapshotd.transfer.incoming import Incoming
+from snapshotd.transfer.pacing import Pacer
 from snapshotd.transfer.server import BulkServer
 from snapshotd.transfer.wire import (
     RANGES_MAX,
@@ -25,6 +26,7 @@ __all__ = [
     "Lookup",
     "ObjectInfo",
     "ObjectMissing",
+    "Pacer",
     "Servable",
     "TransferCancelled",
     "format_address",

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from snapshotd.daemon.node import _route_begins_at
+from snapshotd.errors import UsageError
+
 
 def daemon(directory: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -60,6 +63,23 @@ def test_one_node_alone_needs_no_coordinator_and_ends_cleanly(shared_memory: Pat
     assert (0, False) == (process.returncode, "Traceback" in errors), errors
     assert not (shared_memory / "run" / "d.sock").exists()
     assert 0o700 == (shared_memory / "arena").stat().st_mode & 0o777
+
+
+def test_peers_are_told_an_address_that_leads_here_and_not_the_hosts_name(shared_memory: Path) -> None:
+    """A node that advertises 0.0.0.0, or a name that resolves to the slow network, is lost or slow for its peers."""
+    process = daemon(shared_memory, "--budget", "64MiB", "--listen", "0.0.0.0:0", "--insecure")
+    assert process.stdout is not None
+    process.stdout.readline()
+    host, _, port = status(shared_memory)["nodes"][0]["bulk"].rpartition(":")
+    process.terminate()
+    process.communicate(timeout=60)
+    assert ("127.0.0.1", True) == (host, int(port) > 0)
+
+
+def test_the_interface_is_the_one_of_the_route_to_the_coordinator() -> None:
+    assert "127.0.0.1" == _route_begins_at("127.0.0.9:7070")
+    with pytest.raises(UsageError, match="--advertise"):
+        _route_begins_at("no-such-host.invalid:7070")
 
 
 TRAINING = """

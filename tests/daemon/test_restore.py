@@ -17,6 +17,7 @@ from snapshotd.errors import CorruptionError, LayoutError, LocalProtocolError, P
 from snapshotd.layout import Box, TensorBox
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
+from tests.daemon.conftest import whole
 
 TENSORS = {
     "emb": np.random.default_rng(1).random((1031, 300), np.float32),
@@ -432,3 +433,24 @@ def test_from_a_durable_snapshot_after_all_memory_is_gone(cluster, tmp_path) -> 
     durable.source_step = 8
     with pytest.raises(CorruptionError, match="expected"):
         Restore(durable, 2, fresh.arena, fresh.sources)
+
+
+def test_buffers_are_used_again_and_the_bytes_are_the_new_ones(cluster) -> None:
+    """Memory that is touched for the first time costs more than the network; old bytes in it must not be seen."""
+    here, there = cluster.add("n0", "n1")
+    values = [np.random.default_rng(seed).random(1_500_000, np.float32) for seed in range(2)]
+    boxes = [(whole(f"w{i}", value), value) for i, value in enumerate(values)]
+    plan = plan_of(cluster, [cluster.seal(there, boxes)], ["n1"])
+    with Restore(plan, 1, here.arena, here.sources) as restore:
+        paths = set()
+        for _ in range(3):
+            for i, value in enumerate(values):
+                batch = restore.assemble(0, [want(f"w{i}", (0,), value.shape)])
+                assert bytes_at(batch, 0, value.nbytes) == value.tobytes()
+                paths.update(batch.paths)
+                restore.release(batch.batch_id)
+        assert len(paths) == 1
+        held = [restore.assemble(0, [want(f"w{i}", (0,), value.shape)]) for i, value in enumerate(values)]
+        for batch, value in zip(held, values, strict=True):  # none is taken away from under a worker
+            assert bytes_at(batch, 0, value.nbytes) == value.tobytes()
+    assert not list((here.arena.root / "buffers").iterdir())
