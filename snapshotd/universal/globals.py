@@ -327,6 +327,11 @@ _RECORDS: Final[tuple[str, ...]] = (
     # torch 1.13 and 2.0 described tensors with the classes of ShardedTensor.
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
     "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    # values that trainers keep beside the tensors
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *("uuid.UUID", "decimal.Decimal", "fractions.Fraction", "types.SimpleNamespace"),
+    *("lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict"),
+    *("lightning_fabric.utilities.data.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
     # DeepSpeed
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",

@@ -26,6 +26,7 @@ __all__ = ["from_json", "to_json"]
 
 _MAX_DEPTH: Final = 200
 _MAX_NODES: Final = 20_000_000
+_OBJECT_KEYS: Final = frozenset({"$object", "args", "fields", "state"})
 
 
 def to_json(value: Any, name: str, tensors: list[Tensor] | None = None) -> Any:
@@ -72,6 +73,8 @@ class _Encoder:
         return {"$tensor": self._tensor(value, name)}
 
     def _mapping(self, value: Mapping[Any, Any], name: str, depth: int) -> Any:
+        if "$object" in value and value.keys() <= _OBJECT_KEYS:  # as from_json gave it
+            return {key: self.encode(item, name, depth + 1) for key, item in value.items()}
         if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: self.encode(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
         return {

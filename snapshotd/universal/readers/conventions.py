@@ -8,16 +8,25 @@ rule stands here with its reason. Rules never change a value: they choose the ki
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import View, slabs
-from snapshotd.universal.words import word_dtype
+from snapshotd.universal.views import View, read_all, slabs
+from snapshotd.universal.words import to_float, word_dtype
 
-__all__ = ["Model", "find_step", "is_rng", "looks_like_buffer", "same_bytes"]
+__all__ = [
+    "Model",
+    "find_step",
+    "is_extra_state",
+    "is_rng",
+    "looks_like_buffer",
+    "same_bytes",
+    "step_of_name",
+    "unwrapped",
+]
 
 _INTEGERS: Final = frozenset({"bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"})
 
@@ -37,12 +46,18 @@ _STEP_PATHS: Final = (
 )
 
 
+_STEP_NAME: Final = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration)[-_=]?([0-9]+)(?![0-9])")
+
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What torch.compile, activation checkpointing and FSDP1 put into names: no module of a user's is called so."""
+
+
 class Model:
     """
     The tensors of a model's state dict, in its order, and what is known of them.
 
     ``sharded``: names that were cut over ranks: parameters, since no framework cuts buffers. ``listed``: names in the
-    optimizer's groups, None where there is no optimizer.
+    optimizer's groups, None where there is no optimizer. ``idle``: those of them that have no state.
     """
 
     def __init__(
@@ -50,12 +65,14 @@ class Model:
         views: Mapping[str, View],
         *,
         listed: Collection[str] | None,
+        idle: Collection[str] = (),
         sharded: Collection[str] = (),
         parameters: Collection[str] = (),
         tied: Mapping[str, str] | None = None,
     ) -> None:
         self.views = views
         self.listed = None if listed is None else set(listed)
+        self.idle = set(idle)
         self.sharded = set(sharded)
         self.parameters = set(parameters)
         self.tied = dict(tied or {})
@@ -100,7 +117,9 @@ class Model:
         return not any(other in self.listed for other in mine[mine.index(name) + 1 :])
 
     def _is_frozen(self, name: str) -> bool:
-        return self.listed is not None and name not in self.listed and not self.is_buffer(name)
+        if self.listed is None or self.is_buffer(name):
+            return False
+        return name in self.idle or name not in self.listed
 
     def _find_tied_copies(self) -> None:
         """
@@ -140,33 +159,71 @@ def same_bytes(one: View, other: View, slab_bytes: int = 1 << 20) -> bool:
     return True
 
 
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """
+    Return {name: name in the model that nobody has wrapped}.
+
+    torch.compile, activation checkpointing and FSDP1 leave marks that are unmistakable; DDP's and DataParallel's
+    ``module.`` is one where all names begin with it.
+    """
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    while plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {name: _WRAPPERS.sub("", inner[len("module.") :]) for name, inner in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a model's state dict is what a module's ``get_extra_state`` gave: no tensor of the model."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
 def is_rng(path: Sequence[Any], view: View) -> str | None:
     """
     Return the name under which a random generator's state is kept (see state.py), None for any other tensor.
 
-    The rank is the first number in the path, as in ``rng_3`` or ``rank_3.rng``; 0 where there is none.
+    The rank is the first number in the path, as in ``rng_3`` or ``rank_3.rng``; 0 where there is none. A list's index
+    is the rank too, unless its name speaks of an accelerator: then it is the device.
     """
     text = ".".join(map(str, path)).lower()
     if view.dtype != "uint8" or len(view.shape) != 1 or not re.search(r"(^|[._])(rng|random|generator)", text):
         return None
-    number = re.search(r"[0-9]+", text)
-    rank = number.group() if number else "0"
     device = re.search(r"(cuda|xpu|npu|hpu|mps)(?:[._:]*([0-9]+))?", text)
     if device is None:
-        return str(int(rank))
-    if device.group(2) and number is not None and number.start() == device.start(2):
-        rank = "0"
-    return f"{int(rank)}/{device.group(1)}" + (f":{int(device.group(2))}" if device.group(2) else "")
+        number = re.search(r"[0-9]+", text)
+        return str(int(number.group())) if number else "0"
+    index = device.group(2)
+    if index is None and type(path[-1]) is int:
+        index = str(path[-1])
+        text = ".".join(map(str, path[:-1])).lower()
+    number = re.search(r"[0-9]+", text)
+    of_device = number is not None and number.start() == device.start(2)
+    rank = number.group() if number is not None and not of_device else "0"
+    return f"{int(rank)}/{device.group(1)}" + (f":{int(index)}" if index else "")
 
 
-def find_step(extra: Mapping[str, Any]) -> int | None:
-    """Return the step that the trainer's own values tell, if one does."""
-    for path in _STEP_PATHS:
-        value: Any = extra
+def find_step(state: State) -> int | None:
+    """Return the step that the trainer's own values tell, if one does: numbers, or tensors of one number."""
+    numbers = {tensor.name: tensor.view for tensor in state.tensors if tensor.kind == "extra"}
+    for path in (*_STEP_PATHS, *(("app", *path) for path in _STEP_PATHS)):
+        value: Any = state.extra
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and isinstance(value.get("$tensor"), str):
+            value = _number(numbers.get(value["$tensor"]))
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is int and value >= 0:
             return value
     return None
+
+
+def step_of_name(name: str) -> int | None:
+    """Return the step that a file's or folder's name tells, as in ``checkpoint-500`` or ``epoch=1-step=500.ckpt``."""
+    found = _STEP_NAME.findall(name.lower())
+    return int(found[-1]) if found else None
+
+
+def _number(view: View | None) -> Any:
+    if view is None or view.numel != 1 or view.dtype not in _INTEGERS | {"float32", "float64"}:
+        return None
+    return to_float(read_all(view), view.dtype).reshape(-1)[0].item()

@@ -16,6 +16,8 @@ from typing import Any, Final
 from snapshotd.errors import FormatError
 from snapshotd.layout.header import decode_json
 from snapshotd.universal.derived import Deferred
+from snapshotd.universal.readers.companions import put_companions
+from snapshotd.universal.readers.conventions import step_of_name
 from snapshotd.universal.readers.dcp_keys import Item, assemble
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
@@ -55,9 +57,9 @@ def read(path: Path) -> State:
             items += items_of(folder, metadata)
     state = assemble(items)
     state.source.update(source)
-    match = re.search(r"(?:step|global_step|checkpoint|iter)[-_]?([0-9]+)\Z", path.name)
-    if state.step is None and match:
-        state.step = int(match.group(1))
+    put_companions(state, path)
+    if state.step is None:
+        state.step = step_of_name(path.name)
     return state
 
 

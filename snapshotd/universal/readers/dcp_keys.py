@@ -19,14 +19,14 @@ fqn, because no optimizer's state and no hyperparameter has a dot in its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.plain import to_json
-from snapshotd.universal.readers.conventions import Model, find_step, is_rng
-from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.readers.conventions import Model, find_step, is_rng, unwrapped
+from snapshotd.universal.readers.optimizers import Optimizer, name_optimizers
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import View
 
@@ -38,6 +38,12 @@ NOTE_KEY: Final = "snapshotd"
 _REST_PREFIXES: Final = re.compile(
     r"(lr_scheduler|scheduler|dataloader|train_state|train|rng|extra|args|config|ema)[._]"
 )
+
+_EXTRA_STATE: Final = re.compile(r"(^|\.)_extra_state(\.|$)")
+"""What ``get_extra_state`` of a module gave, or a part of it."""
+
+_COUNTERS: Final = frozenset({"step", "epoch", "iteration", "iter", "global_step", "tokens"})
+"""Names that trainers give to numbers at the top level, and nobody to a weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,22 +88,28 @@ def assemble(items: Sequence[Item]) -> State:
     names = [name for optimizer in optimizers for name in optimizer.names if isinstance(name, str)]
     prefix = _model_prefix(rest, names)
     weights = {item.key[len(prefix) :]: item for item in rest if _is_weight(item, prefix, set(names))}
+    taken = {item.key for item in weights.values()}
+    plain = unwrapped(weights)
+    weights = {plain[name]: item for name, item in weights.items()}
     views = {name: item.view for name, item in weights.items() if item.view is not None}
     for optimizer in optimizers:
-        warning = name_optimizer(optimizer, views)
-        if warning:
-            state.warnings.append(warning)
-    taken = {item.key for item in weights.values()}
-    _put_rest(state, [item for item in rest if item.key not in taken])
+        optimizer.rename(plain)
+    warning = name_optimizers(optimizers, views)
+    if warning:
+        state.warnings.append(warning)
+    renamed = note.get("renamed") if note is not None else None
+    others = [_of_module(item, prefix) for item in rest if item.key not in taken]
+    _put_rest(state, others, renamed if isinstance(renamed, dict) else {})
     listed = {name for optimizer in optimizers for name in optimizer.names}
     sharded = [name for name, item in weights.items() if item.sharded]
+    idle = [name for optimizer in optimizers for name in optimizer.idle]
     if note is not None:
         Model.put_noted(state, views, note)
     else:
-        Model(views, listed=listed if optimizers else None, sharded=sharded).put(state)
+        Model(views, listed=listed if optimizers else None, idle=idle, sharded=sharded).put(state)
     for optimizer in optimizers:
         optimizer.put(state)
-    state.step = find_step(state.extra) if note is None else note.get("step")
+    state.step = find_step(state) if note is None else note.get("step")
     return state
 
 
@@ -207,17 +219,25 @@ def _is_weight(item: Item, prefix: str, listed: set[str]) -> bool:
     name = item.key[len(prefix) :]
     if name in listed:
         return True
-    if is_rng(item.path or (item.key,), item.view) is not None:
+    if _EXTRA_STATE.search(name) or is_rng(item.path or (item.key,), item.view) is not None:
         return False
     if prefix:
         return True
     # At the top level weights stand beside the trainer's own sections, which have paths of several parts.
     if item.path is not None:
-        return len(item.path) == 1
+        return len(item.path) == 1 and name not in _COUNTERS
     return _REST_PREFIXES.match(name) is None
 
 
-def _put_rest(state: State, items: Sequence[Item]) -> None:
+def _of_module(item: Item, prefix: str) -> Item:
+    """What a module has in its state dict besides tensors goes where the reader of torch.save files puts it."""
+    path = item.path or (item.key,)
+    depth = prefix.count(".")
+    inside = item.key.startswith(prefix) and len(path) > depth and (prefix or _EXTRA_STATE.search(item.key))
+    return replace(item, path=("model_state", *path[depth:])) if inside else item
+
+
+def _put_rest(state: State, items: Sequence[Item], renamed: Mapping[str, str]) -> None:
     """Everything that is neither model nor optimizer: random generators, and the tree of the rest."""
     tree = _Node()
     ranks: set[str] = set()
@@ -237,7 +257,8 @@ def _put_rest(state: State, items: Sequence[Item]) -> None:
             node = inner
         node[path[-1]] = item.view if item.view is not None else item.value
     for key, value in tree.items():
-        state.extra[str(key)] = to_json(_lists(value), str(key), state.tensors)
+        name = renamed.get(str(key), str(key))
+        state.extra[name] = to_json(_lists(value), name, state.tensors)
 
 
 class _Node(dict[Any, Any]):

@@ -6,18 +6,17 @@ Names are those in the files; transformers may call them otherwise inside (it ma
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.layout.header import decode_json
-from snapshotd.universal.globals import NumpyArray, TensorRef
 from snapshotd.universal.plain import to_json
-from snapshotd.universal.readers.conventions import Model
-from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.readers.companions import put_companions
+from snapshotd.universal.readers.conventions import Model, step_of_name
+from snapshotd.universal.readers.module_order import module_order
+from snapshotd.universal.readers.optimizers import Optimizer, name_optimizers
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
@@ -28,9 +27,7 @@ __all__ = ["detect", "read"]
 
 INDEX_NAMES: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES: Final = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
-_CONFIGS: Final = ("config.json", "generation_config.json", "trainer_state.json", "adapter_config.json")
 NOTE_KEY: Final = "snapshotd"
-_MAX_JSON: Final = 64 << 20
 
 _EMBEDDINGS: Final = (
     *("model.embed_tokens.weight", "transformer.wte.weight", "model.decoder.embed_tokens.weight", "shared.weight"),
@@ -51,18 +48,13 @@ def read(path: Path) -> State:
     state = State(format="hf", tensors=[])
     folder = path if path.is_dir() else path.parent
     views, metadata = _weights(path)
-    configs = _configs(folder) if path.is_dir() else {}
-    tied = _tied(configs.get("config.json", {}), views)
-    optimizer, warning = _optimizer(folder, views) if path.is_dir() else (None, None)
-    if warning:
-        state.warnings.append(warning)
-    if configs:
-        state.extra["configs"] = {key: to_json(value, key) for key, value in configs.items()}
     note = _note(metadata)
     if metadata:
         state.source["metadata"] = metadata
     if path.is_dir():
-        _trainer_files(state, folder)
+        put_companions(state, folder)
+    tied = _tied(state.extra.get("configs", {}).get("config.json", {}), views)
+    optimizer = _optimizer(state, folder, views) if path.is_dir() else None
     if note is not None:
         Model.put_noted(state, views, note)
     elif optimizer is None:
@@ -70,10 +62,13 @@ def read(path: Path) -> State:
         state.tensors += [Tensor("model", name, view) for name, view in views.items()]
         state.tied.update({alias: name for alias, name in tied.items() if alias not in views})
     else:
-        Model(views, listed=optimizer.names).put(state)
+        Model(views, listed=optimizer.names, idle=optimizer.idle).put(state)
         state.tied.update({alias: name for alias, name in tied.items() if alias not in views})
         optimizer.put(state)
-    state.step = note.get("step") if note is not None else _step(configs, path)
+    if note is not None:
+        state.step = note.get("step")
+    elif state.step is None:
+        state.step = step_of_name(path.name)
     return state
 
 
@@ -133,21 +128,6 @@ def _said(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _configs(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in _CONFIGS:
-        if (folder / name).is_file():
-            source = FileSource(folder / name)
-            if source.size > _MAX_JSON:
-                raise FormatError(f"{source.label} has {source.size} bytes; the limit is {_MAX_JSON}")
-            text = read_bytes(source, 0, source.size)
-            try:
-                found[name] = json.loads(text)  # Trainer writes NaN, which strict JSON does not know
-            except (ValueError, RecursionError) as error:
-                raise FormatError(f"{source.label} is not JSON: {error!s:.200}") from error
-    return found
-
-
 def _tied(config: Any, views: Mapping[str, View]) -> dict[str, str]:
     """transformers leaves the alias out of the files where the config says that it is tied."""
     if not isinstance(config, Mapping):
@@ -160,45 +140,34 @@ def _tied(config: Any, views: Mapping[str, View]) -> dict[str, str]:
     return {"lm_head.weight": embedding}
 
 
-def _optimizer(folder: Path, views: Mapping[str, View]) -> tuple[Optimizer | None, str | None]:
+def _optimizer(state: State, folder: Path, views: Mapping[str, View]) -> Optimizer | None:
+    """
+    Return Trainer's or accelerate's optimizer, under the names of ``views``; None where there is none.
+
+    The weights' files are sorted by name, the optimizer's numbers count in the order of the modules. Where no order
+    that is known fits, the optimizer's state is kept as it is in ``extra``.
+    """
     file = next((folder / name for name in ("optimizer.pt", "optimizer.bin") if (folder / name).is_file()), None)
     if file is None:
-        return None, None
+        return None
     value = load(FileSource(file))
     if not isinstance(value, Mapping) or not isinstance(value.get("param_groups"), list):
         raise FormatError(f"{file} is not the state of an optimizer")
-    optimizer = Optimizer(list(map(dict, value["param_groups"])), value.get("state", {}))
-    warning = name_optimizer(optimizer, views)
-    return optimizer, f"{file.name}: {warning}" if warning else None
-
-
-def _trainer_files(state: State, folder: Path) -> None:
-    """scheduler.pt, and the random generators of each rank."""
-    for name, key in (("scheduler.pt", "lr_scheduler"), ("scheduler.bin", "lr_scheduler"), ("scaler.pt", "scaler")):
-        if (folder / name).is_file():
-            state.extra[key] = to_json(load(FileSource(folder / name)), key, state.tensors)
-    for file in sorted(folder.glob("rng_state*.pth")):
-        match = re.match(r"rng_state(?:_([0-9]+))?\.pth\Z", file.name)
-        rank = (match.group(1) or "0") if match else "0"
-        value = load(FileSource(file))
-        if not isinstance(value, Mapping):
+    reason = ""
+    for order in (module_order(views), list(views)):
+        optimizer = Optimizer(list(map(dict, value["param_groups"])), value.get("state", {}))
+        numbered = not all(isinstance(name, str) for name in optimizer.names)
+        try:
+            name_optimizers([optimizer], {name: views[name] for name in order})
+        except FormatError as error:
+            reason = str(error)
             continue
-        rest: dict[str, Any] = {}
-        for key, item in value.items():
-            if isinstance(item, TensorRef):
-                state.tensors.append(Tensor("rng", rank if key == "cpu" else f"{rank}/{key}", item.view))
-            elif isinstance(item, NumpyArray) or item is not None:
-                rest[str(key)] = item
-        if rest:
-            kept = state.extra.setdefault("rng", {})
-            kept[rank] = to_json(rest, f"rng.{rank}", state.tensors)
-    if (folder / "training_args.bin").is_file():
-        state.warnings.append("training_args.bin is an object of transformers and is not carried over")
-
-
-def _step(configs: Mapping[str, Any], path: Path) -> int | None:
-    trainer = configs.get("trainer_state.json")
-    if isinstance(trainer, Mapping) and type(trainer.get("global_step")) is int:
-        return int(trainer["global_step"])
-    match = re.search(r"(?:checkpoint|step)[-_]([0-9]+)\Z", path.name)
-    return int(match.group(1)) if match else None
+        if numbered:
+            state.warnings.append(
+                f"{file.name} has numbers instead of names: they are given to the weights in the order in which "
+                "well-known models list them, which fits by shape"
+            )
+        return optimizer
+    state.warnings.append(f"{file.name} is kept in extra.optimizer, without the model's names: {reason}")
+    state.extra["optimizer"] = to_json(dict(value), "optimizer", state.tensors)
+    return None

@@ -9,35 +9,38 @@ commonly make (matrices in the group with weight decay, norms and biases in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.readers.conventions import looks_like_buffer
 
-__all__ = ["names_of_ids"]
+__all__ = ["Fits", "names_of_ids"]
 
 _MAX_STATES: Final = 200_000
 
 Shape = tuple[int, ...]
+Fits = Callable[[Shape], bool]
+"""Whether a parameter of some shape can have the state that is there."""
+
 _Node = tuple[int, int, tuple[int, ...] | None, int]
 """(score, number of ways, positions before, group taken or -1)"""
 
 
 def names_of_ids(
     groups: Sequence[Mapping[str, Any]],
-    shapes: Mapping[Any, Shape | None],
+    shapes: Mapping[Any, Shape | Fits | None],
     model: Mapping[str, Shape],
-    integers: frozenset[str] = frozenset(),
+    never: frozenset[str] = frozenset(),
 ) -> tuple[dict[Any, str], str | None]:
     """
     Return {id: name} and a warning or None.
 
     Args:
         groups: the optimizer's, each with ``params``.
-        shapes: of the state of each id; ids without state are not there.
+        shapes: the shape of the state of each id, or which shapes it allows; ids without state are not there.
         model: name to shape in the model's order, tied aliases left out.
-        integers: names of tensors that are no floating point numbers.
+        never: names of tensors that no optimizer trains, integers among them.
 
     FormatError when no assignment fits.
     """
@@ -48,7 +51,7 @@ def names_of_ids(
     if all(isinstance(item, str) for members in ids for item in members):
         return {item: item for members in ids for item in members}, None
     total = sum(map(len, ids))
-    candidates = [name for name in model if name not in integers]
+    candidates = [name for name in model if name not in never]
     nodes: list[dict[tuple[int, ...], _Node]] = [{(0,) * len(ids): (0, 1, None, -1)}]
     left = len(candidates)
     for name in candidates:
@@ -96,7 +99,7 @@ def _step(
     before: Mapping[tuple[int, ...], _Node],
     groups: Sequence[Mapping[str, Any]],
     ids: Sequence[Sequence[Any]],
-    shapes: Mapping[Any, Shape | None],
+    shapes: Mapping[Any, Shape | Fits | None],
     needed: int,
 ) -> dict[tuple[int, ...], _Node]:
     """One more parameter: in one of the groups, or in none. ``needed``: how many must be placed by now at least."""
@@ -104,21 +107,29 @@ def _step(
 
     def reach(at: tuple[int, ...], score: int, ways: int, origin: tuple[int, ...], group: int) -> None:
         known = after.get(at)
-        if known is None or score > known[0]:
+        # Of two that go equally well the earlier is taken: a module's parameters come before its buffers.
+        if known is None or score > known[0] or (score == known[0] and group < 0):
             after[at] = (score, min(2, ways + (known[1] if known else 0)), origin, group)
         else:
             after[at] = (known[0], min(2, known[1] + ways), known[2], known[3])
 
     for at, (score, ways, _, _) in before.items():
         if sum(at) >= needed:
-            reach(at, score + (1 if looks_like_buffer(name) else -2), ways, at, -1)
+            reach(at, score + _left_out(name, shape), ways, at, -1)
         for g, members in enumerate(ids):
             if at[g] < len(members):
-                found = shapes.get(members[at[g]])
-                if found is None or found == shape:
+                fits = shapes.get(members[at[g]])
+                if fits is None or (fits(shape) if callable(fits) else fits == shape):
                     gain = 2 if len(groups) == 1 or _fits(name, shape, groups[g]) else 0
                     reach((*at[:g], at[g] + 1, *at[g + 1 :]), score + gain, ways, at, g)
     return after
+
+
+def _left_out(name: str, shape: Shape) -> int:
+    """How well it goes that no group has the tensor: well for buffers, and for tables that are often not trained."""
+    if looks_like_buffer(name) or 0 in shape:
+        return 1
+    return -1 if "pos" in name.lower() else -2
 
 
 def _fits(name: str, shape: Shape, group: Mapping[str, Any]) -> bool:

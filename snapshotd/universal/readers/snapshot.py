@@ -90,7 +90,7 @@ def assemble(ranks: _Ranks) -> State:
         if kind in ("param", "buffer") and rank in (0, None):
             weights[_plain(name)] = view
             buffers += [_plain(name)] if kind == "buffer" else []
-    listed = {name for optimizer in optimizers for name in optimizer.names}
+    listed = {name for optimizer in optimizers for name in optimizer.names if name not in optimizer.idle}
     frozen = [name for name in weights if name not in listed and name not in buffers] if optimizers else []
     tied = {_plain(alias): _plain(name) for alias, name in ties.items() if _plain(name) in weights}
     Model.put_noted(state, weights, {"buffers": buffers, "tied": tied, "frozen": frozen})

@@ -7,7 +7,6 @@ names to tensors. The optimizer's ids become names (param_ids.py); what shares a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +15,8 @@ from snapshotd.errors import FormatError
 from snapshotd.layout.header import decode_json
 from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
-from snapshotd.universal.readers.conventions import Model, find_step, is_rng
-from snapshotd.universal.readers.optimizers import Optimizer, name_optimizer
+from snapshotd.universal.readers.conventions import Model, find_step, is_extra_state, is_rng, step_of_name, unwrapped
+from snapshotd.universal.readers.optimizers import Optimizer, name_optimizers
 from snapshotd.universal.readers.rank_files import find_ranks
 from snapshotd.universal.rules import Rules, join_ranks, rules_of_record
 from snapshotd.universal.sources import FileSource, read_bytes
@@ -60,9 +59,8 @@ def read(path: Path, rules: Rules | None = None) -> State:
             raise FormatError(f"{path} has no file of torch.save, or several: name the one")
         value = load(FileSource(file))
     state = assemble(value, str(path))
-    match = re.search(r"(?:step|epoch_step|checkpoint|iter)[-_=]?([0-9]+)", path.name)
-    if state.step is None and match:
-        state.step = int(match.group(1))
+    if state.step is None:
+        state.step = step_of_name(path.name)
     return state
 
 
@@ -83,34 +81,42 @@ def _read_ranks(files: Sequence[Path], rules: Rules | None) -> State:
 def assemble(value: Any, label: str) -> State:
     """Return the state that a loaded object is; FormatError when there is no model in it."""
     state = State(format="torch", tensors=[])
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+        value = {str(i): item for i, item in enumerate(value)}
     if not isinstance(value, Mapping):
         raise FormatError(f"{label} holds a {type(value).__name__}, not a dict: save state dicts")
     optimizers = list(_find_optimizers(value))
     path, weights = _find_model(value, label, [place for place, _ in optimizers])
+    others = list(_others(value, path, weights))
+    plain = unwrapped(weights)
+    weights = {plain[name]: tensor for name, tensor in weights.items()}
     tied = _tied(weights)
     views: dict[str, View] = {name: tensor.view for name, tensor in weights.items()}
     found = [Optimizer(list(map(dict, item["param_groups"])), item["state"]) for _, item in optimizers]
     for optimizer in found:
-        warning = name_optimizer(optimizer, views, tied)
-        if warning:
-            state.warnings.append(warning)
+        optimizer.rename(plain)
+    warning = name_optimizers(found, views, tied)
+    if warning:
+        state.warnings.append(warning)
     listed = {name for optimizer in found for name in optimizer.names} if found else None
     parameters = [name for name, tensor in weights.items() if tensor.parameter or tensor.requires_grad]
     note = _note(value)
     noted = note is not None
     masters = _masters(value) if noted else {}
     taken = {path, *(place for place, _ in optimizers)} | ({(NOTE_KEY,), ("fp32",)} if noted else set())
-    _put_rest(state, value, taken)
+    renamed = note.get("renamed") if note is not None else None
+    _put_rest(state, value, taken, renamed if isinstance(renamed, Mapping) else {})
+    idle = [name for optimizer in found for name in optimizer.idle]
     if note is not None:
         Model.put_noted(state, views, note)
         state.tensors += [Tensor("fp32", name, tensor.view) for name, tensor in masters.items()]
     else:
-        Model(views, listed=listed, parameters=parameters, tied=tied).put(state)
-    for name, item in _others(value, path, weights):
+        Model(views, listed=listed, idle=idle, parameters=parameters, tied=tied).put(state)
+    for name, item in others:
         state.extra.setdefault("model_state", {})[name] = to_json(item, f"model_state.{name}", state.tensors)
     for optimizer in found:
         optimizer.put(state)
-    state.step = find_step(state.extra)
+    state.step = find_step(state)
     if note is not None:
         state.step = note.get("step")
         if not note.get("step_in_extra"):
@@ -190,7 +196,11 @@ def _find_model(
     for path, node in _nodes(value):
         if any(path[: len(place)] == place for place in optimizers if place or path):
             continue
-        tensors = {name: item for name, item in node.items() if isinstance(item, TensorRef) and isinstance(name, str)}
+        tensors = {
+            name: item
+            for name, item in node.items()
+            if isinstance(item, TensorRef) and isinstance(name, str) and not is_extra_state(name)
+        }
         if not tensors or (not path and any(isinstance(item, Mapping) and item for item in node.values())):
             continue
         named = bool(path) and path[-1] in _MODEL_KEYS
@@ -224,7 +234,7 @@ def _others(value: Mapping[str, Any], path: Path_, weights: Mapping[str, TensorR
             yield str(name), item
 
 
-def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_]) -> None:
+def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_], renamed: Mapping[str, str]) -> None:
     if () in taken and all(isinstance(item, TensorRef) for item in value.values()):
         return
     for key, item in value.items():
@@ -232,7 +242,8 @@ def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_]) -> None
         if rest is not _TAKEN and not (() in taken and isinstance(rest, TensorRef)):
             rest = _take_rng(state, (key,), rest)
             if rest is not _TAKEN:
-                state.extra[str(key)] = to_json(rest, str(key), state.tensors)
+                name = renamed.get(str(key), str(key))
+                state.extra[name] = to_json(rest, name, state.tensors)
 
 
 _TAKEN: Final = object()

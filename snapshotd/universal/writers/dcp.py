@@ -23,10 +23,12 @@ from snapshotd.universal.views import Cut, View
 from snapshotd.universal.writers.torch_tree import (
     NOTE_KEY,
     is_plain_step,
+    modules_of,
     note_of,
     optimizer_groups,
     plain_value,
     rest_of,
+    stand_ins,
 )
 from snapshotd.universal.writers.universal import write_whole
 
@@ -91,6 +93,8 @@ def _items(state: State) -> Iterator[tuple[_PathOf, Any]]:
         group["params"] = group.pop("names")
         for key, value in group.items():
             yield ("optim", "param_groups", i, key), value
+    for name, value in modules_of(state, extra).items():
+        yield from _flatten(("model", name), value)
     for key, value in rest_of(state, extra).items():
         yield from _flatten((key,), value)
     yield (NOTE_KEY,), note_of(state)
@@ -146,7 +150,15 @@ class _Plan:
 
     def value(self, path: _PathOf, value: Any) -> None:
         key = self._key(path)
-        self._append(self._next(), key, None, dumps(value), [])
+        storages: list[tuple[str, str, View]] = []
+
+        def put(view: View) -> Call:
+            number = str(len(storages))
+            storages.append((number, f"{key}#{number}", view))
+            return tensor_call(number, view.dtype, view.shape, view.nbytes)
+
+        pickled = dumps(stand_ins(value, put))
+        self._append(self._next(), key, None, pickled, storages)
         self.described[key] = _instance("BytesStorageMetadata")
 
     def files(self) -> list[OutFile]:

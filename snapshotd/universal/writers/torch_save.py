@@ -22,10 +22,12 @@ from snapshotd.universal.views import View
 from snapshotd.universal.writers.torch_tree import (
     NOTE_KEY,
     is_plain_step,
+    modules_of,
     note_of,
     optimizer_groups,
     plain_value,
     rest_of,
+    stand_ins,
 )
 
 __all__ = ["losses", "write"]
@@ -60,22 +62,26 @@ def _file(state: State, name: str, note: Mapping[str, Any]) -> OutFile:
     storages: list[tuple[str, str, View]] = []
 
     def put(tensor: Tensor) -> Call:
-        key = str(len(storages))
-        storages.append((key, f"{tensor.kind}/{tensor.name}", tensor.view))
-        return tensor_call(key, tensor.dtype, tensor.shape, tensor.nbytes)
+        return put_view(tensor.view, f"{tensor.kind}/{tensor.name}")
 
-    weights = {t.name: put(t) for t in state.tensors if t.kind in ("model", "buffer")}
+    def put_view(view: View, name: str = "") -> Call:
+        key = str(len(storages))
+        storages.append((key, name or f"extra/{key}", view))
+        return tensor_call(key, view.dtype, view.shape, view.nbytes)
+
+    weights: dict[str, Any] = {t.name: put(t) for t in state.tensors if t.kind in ("model", "buffer")}
     weights.update({alias: weights[name] for alias, name in state.tied.items() if name in weights})
+    extra = {t.name: t.view for t in state.tensors if t.kind == "extra"}
+    weights.update(stand_ins(modules_of(state, extra), put_view))
     tree: dict[str, Any] = {"model": Ordered(weights)}
-    extra = {t.name: put(t) for t in state.tensors if t.kind == "extra"}
     if state.optimizer_kinds or state.param_groups:
-        tree["optimizer"] = _optimizer(state, put, extra)
+        tree["optimizer"] = stand_ins(_optimizer(state, put, extra), put_view)
     if masters := {t.name: put(t) for t in state.tensors if t.kind == "fp32"}:
         tree["fp32"] = masters
     if generators := {t.name: put(t) for t in state.tensors if t.kind == "rng"}:
         tree["rng_state"] = generators
     for key, value in rest_of(state, extra).items():
-        tree[key if key not in tree else f"extra_{key}"] = value
+        tree[key] = stand_ins(value, put_view)
     if state.step is not None:
         tree.setdefault("step", state.step)
     tree[NOTE_KEY] = {**note_of(state), **note}
