@@ -10,17 +10,18 @@ further each time that this fails in a row (1, 2, 4 ... 64 steps), until a commi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 from snapshotd.coordinator.inventory import Node
 from snapshotd.coordinator.job import Context, Job, Sealed
 from snapshotd.coordinator.membership import Epoch
+from snapshotd.coordinator.protecting import Protecting, Shards, begin_protecting
 from snapshotd.coordinator.snapshots import collect
-from snapshotd.erasure.geometry import StripeGeometry
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["SLACK_STEPS_MAX", "Commits", "stripe_sets"]
+__all__ = ["SLACK_STEPS_MAX", "Commits"]
 
 SLACK_STEPS_MAX = 64
 _STEPS_KEPT = 64
@@ -29,47 +30,15 @@ SEALED = control.Committed.LEVEL_SEALED
 PROTECTED = control.Committed.LEVEL_PROTECTED
 
 
-@dataclass(slots=True)
-class Protecting:
-    """A step whose parity is being built. waiting: nodes that have not said ParityBuilt."""
-
-    step: int
-    order: control.Protect
-    since: float
-    waiting: set[str]
-    expected: dict[str, set[tuple[str, int, int, int, int, int]]] = field(default_factory=dict)
-
-
-def stripe_sets(
-    job: str, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]
-) -> list[control.StripeSet]:
-    """Return what is coded together: for each group and each lane, the slots of that lane on the group's nodes."""
-    sets = []
-    for index, group in enumerate(epoch.groups):
-        ranks = {node_id: epoch.ranks_of(node_id) for node_id in group}
-        for lane in range(max(len(of_node) for of_node in ranks.values())):
-            members = [
-                control.StripeMember(
-                    node_id=node_id,
-                    slot=shards[ranks[node_id][lane]].slot if lane < len(ranks[node_id]) else control.SlotRef(),
-                )
-                for node_id in group
-            ]
-            m = min(epoch.m, len(group) - 1)
-            sets.append(
-                control.StripeSet(job=job, epoch=epoch.number, step=step, group=index, lane=lane, m=m, members=members)
-            )
-    return sets
-
-
 class Commits:
     """The uncommitted steps of one job's current epoch."""
 
     def __init__(self, ctx: Context, job: Job, on_commit: Callable[[Job], None]) -> None:
         self.in_flight: Protecting | None = None
         self.min_step = 0
-        self.sealed: dict[int, dict[int, control.NodeSealed.Shard]] = {}
+        self.sealed: dict[int, Shards] = {}
         self.progress: dict[int, int] = {}
+        self.furthest = -1
         self._skipped: dict[int, set[int]] = {}
         self._streak = 0
         self._adopted = False
@@ -85,11 +54,12 @@ class Commits:
         """A new epoch begins (or, adopt: is heard of): nothing of the older ones can be committed any more."""
         self._adopted = not adopt
         self.in_flight, self._abandon = None, None
-        self.min_step, self._streak = 0, 0
+        self.min_step, self._streak, self.furthest = 0, 0, -1
         self.sealed, self.progress, self._skipped = {}, {}, {}
+        self._adopting_since = None
 
     def on_sealed(self, node: Node, message: control.NodeSealed) -> None:
-        node.add((shard.slot for shard in message.shards), iter(()))
+        self._ctx.nodes.add(node, (shard.slot for shard in message.shards), ())
         if message.shards:
             self._job.saw((message.epoch, message.step))
         epoch = self._current(message.epoch, f"step {message.step} sealed by {node.node_id}")
@@ -118,7 +88,7 @@ class Commits:
         self.advance()
 
     def on_parity_built(self, node: Node, message: control.ParityBuilt) -> None:
-        node.add(iter(()), iter(message.parities))
+        self._ctx.nodes.add(node, (), message.parities)
         epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
         flight = self.in_flight
         if epoch is None or flight is None or flight.step != message.step:
@@ -153,7 +123,7 @@ class Commits:
         if self.in_flight is not None:
             self._note_built(node)
             if node.node_id in self.in_flight.waiting:
-                self._ctx.out.to_node(node.session, protect=self.in_flight.order)
+                self._ctx.out.to_node(node.session, protect=self.in_flight.order_of(node.node_id))
 
     def tick(self) -> None:
         flight = self.in_flight
@@ -178,6 +148,8 @@ class Commits:
             if self.in_flight.waiting:
                 return False
             return self._finish(epoch)
+        if self._adopted and self._job.fallback is None and not self._may_go_on(epoch):
+            return False
         if self._away(epoch):
             # Whoever is away may know of a newer commit than the store, or come back with what is missing here.
             return False
@@ -186,7 +158,7 @@ class Commits:
             self._adopt(epoch)
         if self._is_adopting(epoch):
             return False
-        whole = [step for step, shards in self.sealed.items() if self._is_whole(epoch, step, shards)]
+        whole = [step for step, shards in self.sealed.items() if len(shards) == epoch.world_size]
         if whole:
             self._begin(epoch, max(whole))
             return True
@@ -239,8 +211,12 @@ class Commits:
         self._commit(epoch, adopted.step, SEALED)
         return False
 
-    def _is_whole(self, epoch: Epoch, step: int, shards: dict[int, control.NodeSealed.Shard]) -> bool:
-        return all(rank in shards for rank in range(epoch.world_size))
+    def _may_go_on(self, epoch: Epoch) -> bool:
+        """Whether any step is whole, or might be impossible. Asked with each message, so no look at each rank."""
+        return any(
+            len(shards) == epoch.world_size or self.furthest > step or step in self._skipped
+            for step, shards in self.sealed.items()
+        )
 
     def _is_impossible(self, epoch: Epoch, step: int) -> bool:
         shards, skipped = self.sealed[step], self._skipped.get(step, set())
@@ -262,25 +238,10 @@ class Commits:
         if epoch.m == 0:
             self._commit(epoch, step, SEALED)
             return
-        sets = stripe_sets(self._job.name, epoch, step, shards)
-        order = control.Protect(
-            job=self._job.name,
-            epoch=epoch.number,
-            step=step,
-            sets=sets,
-            peers=self._ctx.nodes.peers(epoch.node_ids),
-        )
-        expected: dict[str, set[tuple[str, int, int, int, int, int]]] = {node_id: set() for node_id in epoch.node_ids}
-        for one in sets:
-            geometry = StripeGeometry([member.slot.file_bytes for member in one.members], one.m)
-            for position, member in enumerate(one.members):
-                if geometry.parity_bytes(position):
-                    key = (one.job, one.epoch, one.step, one.group, one.lane, position)
-                    expected[member.node_id].add(key)
-        self.in_flight = Protecting(
-            step=step, order=order, since=self._ctx.now, waiting=set(epoch.node_ids), expected=expected
-        )
-        self._to_epoch(epoch, protect=order)
+        nodes = self._ctx.nodes
+        self.in_flight = begin_protecting(self._job.name, epoch, step, shards, nodes, self._ctx.now)
+        for group, order in zip(epoch.groups, self.in_flight.orders, strict=True):
+            self._ctx.out.to_nodes((nodes.session_of(node_id) for node_id in group), protect=order)
 
     def _finish(self, epoch: Epoch) -> bool:
         flight = self.in_flight
@@ -289,6 +250,7 @@ class Commits:
         if missing:
             self._give_up(f"parts are gone before the commit: {', '.join(missing[:4])}")
             return True
+        self._ctx.nodes.settled[self._job.name, epoch.number, flight.step] = True
         self.in_flight = None
         self._commit(epoch, flight.step, PROTECTED)
         return True
@@ -319,9 +281,10 @@ class Commits:
         first = older is None or older.epoch != epoch.number
         self._ctx.out.put(self._job.name, "commit", self._job.commit_json(), sync=first)
         committed = control.Committed(job=self._job.name, epoch=epoch.number, step=step, level=level)
-        for node in self._ctx.nodes.connected():
-            if node.node_id in epoch.node_ids or node.holds_job(self._job.name):
-                self._ctx.out.to_node(node.session, committed=committed)
+        members = set(epoch.node_ids)
+        nodes = self._ctx.nodes.connected()
+        concerned = (node for node in nodes if node.node_id in members or node.holds_job(self._job.name))
+        self._ctx.out.to_nodes((node.session for node in concerned), committed=committed)
         self._on_commit(self._job)
 
     def _give_up(self, reason: str) -> None:
@@ -335,7 +298,7 @@ class Commits:
     def _send_abandon(self, reason: str) -> None:
         slack = min(SLACK_STEPS_MAX, (1 << self._streak) >> 1)
         self._streak = min(self._streak + 1, 10)
-        self.min_step = max(self.progress.values(), default=-1) + 1 + slack
+        self.min_step = self.furthest + 1 + slack
         self.sealed = {}
         self._skipped = {}
         self._abandon = control.Abandon(
@@ -379,30 +342,18 @@ class Commits:
 
     def _saw_progress(self, rank: int, step: int) -> None:
         self.progress[rank] = max(self.progress.get(rank, -1), step)
+        self.furthest = max(self.furthest, step)
 
     def _note_built(self, node: Node) -> None:
         flight = self.in_flight
         if flight is not None and flight.expected.get(node.node_id, set()) <= node.parities.keys():
             flight.waiting.discard(node.node_id)
 
-    def _to_epoch(
-        self,
-        epoch: Epoch,
-        *,
-        protect: control.Protect | None = None,
-        abandon: control.Abandon | None = None,
-        set_replica_mode: control.SetReplicaMode | None = None,
-    ) -> None:
-        for node_id in epoch.node_ids:
-            self._ctx.out.to_node(
-                self._ctx.nodes.session_of(node_id),
-                protect=protect,
-                abandon=abandon,
-                set_replica_mode=set_replica_mode,
-            )
+    def _to_epoch(self, epoch: Epoch, **body: Any) -> None:
+        self._ctx.out.to_nodes(map(self._ctx.nodes.session_of, epoch.node_ids), **body)
 
     @staticmethod
-    def _replica_conflict(shards: dict[int, control.NodeSealed.Shard]) -> str:
+    def _replica_conflict(shards: Shards) -> str:
         """Return in words which ranks disagree about what is replicated, or ""."""
         groups: dict[str, tuple[int, control.NodeSealed.Shard]] = {}
         digests: dict[str, tuple[int, str]] = {}
@@ -420,8 +371,9 @@ class Commits:
                     return (
                         f"replicated values differ between ranks {first} and {rank}: each rank captures all of its own"
                     )
+        sizes = Counter(shard.replica_group for shard in shards.values())
         for group, (first, _) in groups.items():
-            if sum(shard.replica_group == group for shard in shards.values()) != _group_size(group):
+            if sizes[group] != _group_size(group):
                 return f"rank {first} splits its replicated state with ranks that do not: each rank captures all of it"
         return ""
 

@@ -154,6 +154,8 @@ class CoordinatorCore:
         seen[message.seq] = None
         if len(seen) > _SEQS_KEPT:
             del seen[next(iter(seen))]
+        if message.HasField("freed"):
+            self.ctx.nodes.remove(node, message.freed)
         if body == "heartbeat":
             node.counters = dict(message.heartbeat.counters)
             node.arena_bytes, node.budget_bytes = message.heartbeat.arena_bytes, message.heartbeat.budget_bytes
@@ -176,10 +178,10 @@ class CoordinatorCore:
             self.epochs.on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
             parts.commits.on_sealed(node, message.sealed)
-            parts.hangs.advance(parts.commits.progress)
+            parts.hangs.advance(parts.commits.progress, parts.commits.furthest)
         elif body == "skipped":
             parts.commits.on_skipped(node, message.skipped)
-            parts.hangs.advance(parts.commits.progress)
+            parts.hangs.advance(parts.commits.progress, parts.commits.furthest)
         elif body == "parity_built":
             parts.commits.on_parity_built(node, message.parity_built)
         elif body == "parity_failed":
@@ -254,7 +256,7 @@ class CoordinatorCore:
                 parts.job.sign(self.ctx.now, f"the daemon of {node.node_id} lost its connection")
 
     def _on_inventory_change(self, node: Node, change: control.InventoryChange) -> None:
-        node.add(iter(change.slots_added), iter(change.parities_added))
+        self.ctx.nodes.add(node, change.slots_added, change.parities_added)
         self.ctx.nodes.remove(node, change)
         touched = {ref.job for ref in (*change.slots_added, *change.slots_removed)}
         touched |= {ref.set.job for ref in (*change.parities_added, *change.parities_removed)}
@@ -264,8 +266,7 @@ class CoordinatorCore:
                 parts.job.counts["corrupt_objects"] += len(change.slots_removed) + len(change.parities_removed)
                 text = f"{node.node_id} found bytes that do not match their digest: they count as lost and are rebuilt"
                 self.ctx.out.note("integrity", name, text)
-            if change.reason != "freed":
-                parts.recovery.advance()
+            parts.recovery.advance()
 
     def _on_restore_finished(self, parts: JobParts, done: control.RestoreFinished) -> None:
         episode = parts.job.episode(done.epoch)
@@ -356,5 +357,5 @@ class CoordinatorCore:
             parts.rebuilds.tick()
             parts.commits.tick()
             parts.recovery.advance()
-            parts.hangs.advance(parts.commits.progress)
+            parts.hangs.advance(parts.commits.progress, parts.commits.furthest)
             self.epochs.note_late(parts)

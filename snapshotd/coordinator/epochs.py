@@ -71,7 +71,7 @@ class Epochs:
             self._ctx.out.note("membership", job.name, text, epoch=epoch.number)
             job.counts["refused_messages"] += 1
             return
-        epoch.ranks[worker.rank] = who
+        epoch.attach(worker.rank, who)
         if epoch.complete():
             self._formed(parts, epoch)
 
@@ -158,8 +158,8 @@ class Epochs:
         if episode is not None and episode.formed_at is None:
             episode.formed_at = self._ctx.now
         self.put(parts)
-        for node_id in epoch.node_ids:
-            self._ctx.out.to_node(self._ctx.nodes.session_of(node_id), epoch_formed=epoch.message(job.name))
+        sessions = map(self._ctx.nodes.session_of, epoch.node_ids)
+        self._ctx.out.to_nodes(sessions, epoch_formed=epoch.message(job.name))
         where = ", ".join(epoch.node_ids[:_NODES_IN_REASONS])
         text = f"epoch {epoch.number} is complete: {epoch.world_size} ranks on {where}, m={epoch.m}"
         text += f" ({epoch.reason})" if epoch.reason else ""
@@ -181,7 +181,7 @@ class Epochs:
             job.finished = True
             return
         if not epoch.formed:
-            del epoch.ranks[gone.rank]
+            epoch.detach(gone.rank)
         job.sign(self._ctx.now, f"rank {gone.rank} on {node.node_id} ended")
 
     def put(self, parts: JobParts) -> None:

@@ -36,8 +36,8 @@ class HangWatch:
         self._since = 0.0
         self._step_s: deque[float] = deque(maxlen=_STEPS_KEPT)
 
-    def advance(self, progress: dict[int, int]) -> None:
-        """Take the newest step that each rank has reported in the current epoch."""
+    def advance(self, progress: dict[int, int], newest: int) -> None:
+        """Take the newest step that each rank has reported in the current epoch, and the newest of all."""
         job, now = self._job, self._ctx.now
         epoch = job.current
         if epoch is None or not epoch.formed or epoch.number != job.number or job.finished or not progress:
@@ -45,7 +45,6 @@ class HangWatch:
             return
         if self._epoch != epoch.number:
             self._begin(epoch.number)
-        newest = max(progress.values())
         if newest > self._newest:
             if self._newest >= 0:
                 self._step_s.append((now - self._since) / (newest - self._newest))

@@ -4,18 +4,19 @@ Which nodes there are, and what each of them holds.
 Rule 1: a node without a session for longer than its lease is dead, and what it held is lost.
 Rule 2: a hello is the whole truth about its node: it replaces what was known.
 Rule 3: a remembered node that has not been heard of since the coordinator started is waited for.
+Rule 4: what is `settled` about a snapshot holds until any node gains or loses a part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from snapshotd.coordinator.events import SessionId
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["Inventory", "Node", "ParityKey", "SlotKey", "SnapshotKey", "parity_key", "slot_key"]
+__all__ = ["Inventory", "JobSnapshot", "Node", "ParityKey", "SlotKey", "SnapshotKey", "parity_key", "slot_key"]
 
 DEAD_KEPT = 64
 """Dead nodes that are still named in reasons and shown in the status."""
@@ -26,6 +27,8 @@ SlotKey: TypeAlias = tuple[str, int, int, int]
 """job, epoch, step, rank"""
 ParityKey: TypeAlias = tuple[str, int, int, int, int, int]
 """job, epoch, step, group, lane, position"""
+JobSnapshot: TypeAlias = tuple[str, int, int]
+"""job, epoch, step"""
 
 
 def slot_key(ref: control.SlotRef) -> SlotKey:
@@ -65,18 +68,17 @@ class Node:
     def holds_job(self, job: str) -> bool:
         return any(key[0] == job for key in self.slots) or any(key[0] == job for key in self.parities)
 
-    def add(self, slots: Iterator[control.SlotRef], parities: Iterator[control.ParityRef]) -> None:
-        for slot in slots:
-            self.slots[slot_key(slot)] = slot
-        for parity in parities:
-            self.parities[parity_key(parity)] = parity
-
 
 class Inventory:
-    """All nodes, by id and by session."""
+    """
+    All nodes, by id and by session.
+
+    settled: whether a snapshot lacks nothing, where that is known. Not in it: look at what the nodes hold.
+    """
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
+        self.settled: dict[JobSnapshot, bool] = {}
         self._sessions: dict[SessionId, Node] = {}
 
     def remember(self, node_id: str) -> None:
@@ -112,8 +114,8 @@ class Inventory:
         node.alive, node.heard, node.down_since = True, True, None
         node.budget_bytes = hello.budget_bytes
         node.persist_every_steps, node.persist_every_s = hello.persist_every_steps, hello.persist_every_s
-        node.slots, node.parities = {}, {}
-        node.add(iter(hello.slots), iter(hello.parities))
+        self._lose_all(node)
+        self.add(node, hello.slots, hello.parities)
         self._sessions[session] = node
         return node, older, restarted
 
@@ -134,7 +136,7 @@ class Inventory:
                 node.down_since = now
             if now - node.down_since >= (lease_s if node.heard else max(lease_s, grace_s)):
                 node.alive = False
-                node.slots, node.parities = {}, {}
+                self._lose_all(node)
                 dead.append(node)
         gone = [node for node in self.nodes.values() if not node.alive]
         for node in sorted(gone, key=lambda node: node.down_since or 0.0)[:-DEAD_KEPT]:
@@ -161,13 +163,35 @@ class Inventory:
                 found.append(control.PeerAddress(node_id=node_id, bulk=node.bulk))
         return found
 
+    def add(self, node: Node, slots: Iterable[control.SlotRef], parities: Iterable[control.ParityRef]) -> None:
+        for slot in slots:
+            slot_place = slot_key(slot)
+            node.slots[slot_place] = slot
+            self.settled.pop(slot_place[:3], None)
+        for parity in parities:
+            parity_place = parity_key(parity)
+            node.parities[parity_place] = parity
+            self.settled.pop(parity_place[:3], None)
+
     def remove(self, node: Node, change: control.InventoryChange) -> None:
         for slot in change.slots_removed:
-            node.slots.pop(slot_key(slot), None)
+            slot_place = slot_key(slot)
+            node.slots.pop(slot_place, None)
+            self.settled.pop(slot_place[:3], None)
         for parity in change.parities_removed:
-            node.parities.pop(parity_key(parity), None)
+            parity_place = parity_key(parity)
+            node.parities.pop(parity_place, None)
+            self.settled.pop(parity_place[:3], None)
+
+    def _lose_all(self, node: Node) -> None:
+        for slot_place in node.slots:
+            self.settled.pop(slot_place[:3], None)
+        for parity_place in node.parities:
+            self.settled.pop(parity_place[:3], None)
+        node.slots, node.parities = {}, {}
 
     def drop_job(self, job: str) -> None:
+        self.settled = {key: whole for key, whole in self.settled.items() if key[0] != job}
         for node in self.nodes.values():
             node.slots = {key: ref for key, ref in node.slots.items() if key[0] != job}
             node.parities = {key: ref for key, ref in node.parities.items() if key[0] != job}

@@ -35,7 +35,7 @@ class Round:
 
 @dataclass(slots=True)
 class Epoch:
-    """One membership. world_size is 0 until the first worker says it."""
+    """One membership. world_size is 0 until the first worker says it. `ranks` changes by `attach` and `detach` only."""
 
     number: int
     formation: str = ""
@@ -47,6 +47,15 @@ class Epoch:
     reason: str = ""
     minted_at: float = 0.0
     formed_at: float = 0.0
+    _lanes: dict[str, list[int]] | None = field(default=None, repr=False, compare=False)
+
+    def attach(self, rank: int, who: Attached) -> None:
+        self.ranks[rank] = who
+        self._lanes = None
+
+    def detach(self, rank: int) -> None:
+        del self.ranks[rank]
+        self._lanes = None
 
     @property
     def nodes(self) -> list[str]:
@@ -56,15 +65,24 @@ class Epoch:
     @property
     def node_ids(self) -> list[str]:
         """Each node once, in the order of its lowest rank."""
-        return list(dict.fromkeys(self.nodes))
+        return list(self._by_node())
 
     def ranks_of(self, node_id: str) -> list[int]:
         """Ranks of a node in the order of their local ranks: index = lane."""
-        mine = [(who.local_rank, rank) for rank, who in self.ranks.items() if who.node_id == node_id]
-        return [rank for _, rank in sorted(mine)]
+        return self._by_node().get(node_id, [])
+
+    def _by_node(self) -> dict[str, list[int]]:
+        """Kept: with a thousand ranks it would be most of what a commit costs."""
+        if self._lanes is None:
+            self._lanes = {}
+            for rank in sorted(self.ranks):
+                self._lanes.setdefault(self.ranks[rank].node_id, []).append(rank)
+            for lanes in self._lanes.values():
+                lanes.sort(key=lambda rank: (self.ranks[rank].local_rank, rank))
+        return self._lanes
 
     def complete(self) -> bool:
-        return self.world_size > 0 and sorted(self.ranks) == list(range(self.world_size))
+        return 0 < self.world_size == len(self.ranks)
 
     def message(self, job: str) -> control.EpochFormed:
         return control.EpochFormed(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from snapshotd.coordinator.events import Answer, Delete, Note, Output, Put, SessionId, ToAgent, ToNode
@@ -47,6 +47,11 @@ class Outbox:
         """Send to a daemon; without a session nothing is sent, because its next hello brings it up to date."""
         if session is not None:
             self._send.append(ToNode(session=session, message=control.CoordinatorMessage(**body)))
+
+    def to_nodes(self, sessions: Iterable[SessionId | None], **body: Any) -> None:
+        """The same words to many daemons: one message, made once."""
+        message = control.CoordinatorMessage(**body)
+        self._send.extend(ToNode(session=session, message=message) for session in sessions if session is not None)
 
     def to_agent(self, session: SessionId | None, **body: Any) -> None:
         if session is not None:

@@ -68,10 +68,8 @@ class Rebuilds:
         if done.ok:
             if done.HasField("slot"):
                 self.decoded.setdefault((done.epoch, done.step), set()).add(done.slot.rank)
-            node.add(
-                iter([done.slot] if done.HasField("slot") else []),
-                iter([done.parity] if done.HasField("parity") else []),
-            )
+            slots = [done.slot] if done.HasField("slot") else []
+            self._ctx.nodes.add(node, slots, [done.parity] if done.HasField("parity") else [])
 
     def on_node_lost(self, node: Node) -> None:
         for key, order in list(self.orders.items()):

@@ -369,11 +369,17 @@ class Recovery:
 
     def _make_whole(self, sealed: Sealed) -> bool:
         """Order what a snapshot lacks. Return whether it lacks nothing, parity included."""
+        settled = self._ctx.nodes.settled
+        place = (self._job.name, *sealed.key)
+        if place in settled:
+            return settled[place]
         alive = [node for node in self._ctx.nodes.nodes.values() if node.alive]
         snapshot = collect(self._job.name, alive, lambda key: key == sealed.key).get(sealed.key)
         if snapshot is None or not snapshot.sets or not snapshot.verdict()[0]:
+            settled[place] = False
             return False
         if snapshot.redundant():
+            settled[place] = True
             return True
         if not self._ctx.nodes.unheard():  # after a restart, a part that nobody has named yet is not a lost part
             self._rebuilds.drive(snapshot, parity=True)

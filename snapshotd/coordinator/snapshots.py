@@ -15,7 +15,7 @@ from snapshotd.coordinator.inventory import Node, SnapshotKey
 from snapshotd.erasure.geometry import StripeGeometry, recoverable
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["Snapshot", "collect", "has_parity", "margin"]
+__all__ = ["Snapshot", "collect", "margin", "parity_sizes"]
 
 _COMBINATIONS_MAX = 2000
 
@@ -43,10 +43,11 @@ class Snapshot:
     def losses(self, of: control.StripeSet, without: Collection[str] = ()) -> tuple[frozenset[int], frozenset[int]]:
         """Positions of a stripe set whose slot, and whose parity, no living node (outside `without`) holds."""
         data, parity = set(), set()
-        for position, member in enumerate(of.members):
+        group, lane, sizes = of.group, of.lane, parity_sizes(_lengths(of), of.m)
+        for position, (member, parity_bytes) in enumerate(zip(of.members, sizes, strict=True)):
             if member.slot.file_bytes and not _left(self.holders.get(member.slot.rank), without):
                 data.add(position)
-            if has_parity(of, position) and not _left(self.parity_holders.get((of.group, of.lane, position)), without):
+            if parity_bytes and not _left(self.parity_holders.get((group, lane, position)), without):
                 parity.add(position)
         return frozenset(data), frozenset(parity)
 
@@ -101,9 +102,11 @@ def collect(job: str, nodes: Iterable[Node], wanted: Callable[[SnapshotKey], boo
     return found
 
 
-def has_parity(of: control.StripeSet, position: int) -> bool:
-    """Whether the position has any parity bytes (tiny or empty shards may leave it none)."""
-    return _parity_bytes(_lengths(of), of.m, position) > 0
+@lru_cache(maxsize=4096)
+def parity_sizes(lengths: tuple[int, ...], m: int) -> tuple[int, ...]:
+    """Return how many bytes of parity each position of a stripe set holds; tiny or empty shards may leave it none."""
+    geometry = StripeGeometry(lengths, m)
+    return tuple(geometry.parity_bytes(position) for position in range(len(lengths)))
 
 
 def margin(snapshot: Snapshot) -> int:
@@ -130,11 +133,6 @@ def _left(holders: list[str] | None, without: Collection[str]) -> bool:
 
 def _lengths(of: control.StripeSet) -> tuple[int, ...]:
     return tuple(member.slot.file_bytes for member in of.members)
-
-
-@lru_cache(maxsize=4096)
-def _parity_bytes(lengths: tuple[int, ...], m: int, position: int) -> int:
-    return StripeGeometry(lengths, m).parity_bytes(position)
 
 
 @lru_cache(maxsize=4096)

@@ -362,7 +362,7 @@ class NodeCore:
     # ------------------------------------------------------------ coordinator, corruption, time
 
     def _on_coordinator_up(self) -> None:
-        self.state.connected = True
+        self.state.set_connected(True)
         self._heartbeat_at = self.state.now
         self.state.tell(control.NodeMessage(hello=self.orders.hello()))
         for job in self.state.jobs.values():
@@ -372,7 +372,7 @@ class NodeCore:
                 self.orders.answer_queries(job)
 
     def _on_coordinator_down(self) -> None:
-        self.state.connected = False
+        self.state.set_connected(False)
         for job in self.state.jobs.values():
             self.slots.cancel_build(job)
             self.slots.serve(job)
@@ -406,6 +406,7 @@ class NodeCore:
         for job in self.state.jobs.values():
             self.orders.give_up_queries(job)
             self.slots.serve(job)
+        self.state.tell_freed()
         if self._heartbeat_at is None or now - self._heartbeat_at >= HEARTBEAT_S:
             self._heartbeat_at = now
             self.state.tell(control.NodeMessage(heartbeat=control.Heartbeat(counters=self.state.counters)))

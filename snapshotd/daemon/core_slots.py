@@ -267,8 +267,7 @@ class Slots:
             slot.doomed = True
             return
         if slot.state is State.SEALED and slot.ref is not None:
-            change = control.InventoryChange(slots_removed=[slot.ref], reason="freed")
-            self._state.tell(control.NodeMessage(inventory_change=change))
+            self._state.freed(slots=[slot.ref])
         slot.ref, slot.shard, slot.conn, slot.doomed = None, None, None, False
         one = self._state.worker_of(slot.job, slot.rank)
         wrong = one is not None and one.layout_hash not in ("", slot.layout_hash)
@@ -296,9 +295,7 @@ class Slots:
         job.built = {key for key in job.built if not gone(key)}
         job.reported = {key for key in job.reported if not gone(key)}
         job.unsure = {key for key in job.unsure if not gone(key)}
-        if removed:
-            change = control.InventoryChange(parities_removed=removed, reason="freed")
-            self._state.tell(control.NodeMessage(inventory_change=change))
+        self._state.freed(parities=removed)
 
     def free_doomed(self, job: JobState) -> None:
         for slot in self.of_job(job.name):

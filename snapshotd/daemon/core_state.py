@@ -9,6 +9,7 @@ The life of a slot::
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -178,6 +179,7 @@ class NodeState:
         self.settings = settings
         self.now = 0.0
         self.connected = False
+        self._freed = control.InventoryChange()
         self.workers: dict[WorkerConn, Worker] = {}
         self.jobs: dict[str, JobState] = {}
         self.slots: dict[SlotId, Slot] = {}
@@ -204,12 +206,37 @@ class NodeState:
     def note(self, stream: str, job: str, text: str, *, epoch: int = 0, step: int = -1) -> None:
         self._effects.append(Note(stream=stream, job=job, text=text, epoch=epoch, step=step))
 
+    def set_connected(self, connected: bool) -> None:
+        """The session with the coordinator begins or ends; what was freed is known from the hello that comes next."""
+        self.connected = connected
+        self._freed.Clear()
+
     def tell(self, message: control.NodeMessage) -> None:
         """Say something to the coordinator; without a session it is dropped: the next hello says it all."""
         if self.connected:
             self._seq += 1
             message.seq = self._seq
+            if self._has_freed:
+                message.freed.CopyFrom(self._freed)
+                self._freed.Clear()
             self._effects.append(ToCoordinator(message=message))
+
+    def freed(
+        self, slots: Iterable[control.SlotRef] = (), parities: Iterable[control.ParityRef] = ()
+    ) -> None:
+        """Objects are gone from here on purpose. There is no hurry: it is said with the next message, or tick."""
+        if self.connected:
+            self._freed.slots_removed.extend(slots)
+            self._freed.parities_removed.extend(parities)
+
+    def tell_freed(self) -> None:
+        """Say now what was freed, if anything was."""
+        if self._has_freed:
+            self.tell(control.NodeMessage())
+
+    @property
+    def _has_freed(self) -> bool:
+        return bool(self._freed.slots_removed or self._freed.parities_removed)
 
     def send(self, conn: WorkerConn, frame: worker.Frame) -> None:
         if conn in self.workers:

@@ -103,8 +103,9 @@ class PeerAddress(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., bulk: _Optional[str] = ...) -> None: ...
 
 class NodeMessage(_message.Message):
-    __slots__ = ("seq", "hello", "heartbeat", "worker_attached", "worker_detached", "sealed", "skipped", "parity_built", "parity_failed", "persist_done", "rebuild_done", "inventory_change", "restore_asked", "restore_finished", "first_step", "persist_sealed")
+    __slots__ = ("seq", "freed", "hello", "heartbeat", "worker_attached", "worker_detached", "sealed", "skipped", "parity_built", "parity_failed", "persist_done", "rebuild_done", "inventory_change", "restore_asked", "restore_finished", "first_step", "persist_sealed")
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    FREED_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     WORKER_ATTACHED_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +122,7 @@ class NodeMessage(_message.Message):
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     PERSIST_SEALED_FIELD_NUMBER: _ClassVar[int]
     seq: int
+    freed: InventoryChange
     hello: NodeHello
     heartbeat: Heartbeat
     worker_attached: WorkerAttached
@@ -136,7 +138,7 @@ class NodeMessage(_message.Message):
     restore_finished: RestoreFinished
     first_step: FirstStep
     persist_sealed: PersistSealed
-    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., worker_attached: _Optional[_Union[WorkerAttached, _Mapping]] = ..., worker_detached: _Optional[_Union[WorkerDetached, _Mapping]] = ..., sealed: _Optional[_Union[NodeSealed, _Mapping]] = ..., skipped: _Optional[_Union[NodeSkipped, _Mapping]] = ..., parity_built: _Optional[_Union[ParityBuilt, _Mapping]] = ..., parity_failed: _Optional[_Union[ParityFailed, _Mapping]] = ..., persist_done: _Optional[_Union[PersistDone, _Mapping]] = ..., rebuild_done: _Optional[_Union[RebuildDone, _Mapping]] = ..., inventory_change: _Optional[_Union[InventoryChange, _Mapping]] = ..., restore_asked: _Optional[_Union[RestoreAsked, _Mapping]] = ..., restore_finished: _Optional[_Union[RestoreFinished, _Mapping]] = ..., first_step: _Optional[_Union[FirstStep, _Mapping]] = ..., persist_sealed: _Optional[_Union[PersistSealed, _Mapping]] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., freed: _Optional[_Union[InventoryChange, _Mapping]] = ..., hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., worker_attached: _Optional[_Union[WorkerAttached, _Mapping]] = ..., worker_detached: _Optional[_Union[WorkerDetached, _Mapping]] = ..., sealed: _Optional[_Union[NodeSealed, _Mapping]] = ..., skipped: _Optional[_Union[NodeSkipped, _Mapping]] = ..., parity_built: _Optional[_Union[ParityBuilt, _Mapping]] = ..., parity_failed: _Optional[_Union[ParityFailed, _Mapping]] = ..., persist_done: _Optional[_Union[PersistDone, _Mapping]] = ..., rebuild_done: _Optional[_Union[RebuildDone, _Mapping]] = ..., inventory_change: _Optional[_Union[InventoryChange, _Mapping]] = ..., restore_asked: _Optional[_Union[RestoreAsked, _Mapping]] = ..., restore_finished: _Optional[_Union[RestoreFinished, _Mapping]] = ..., first_step: _Optional[_Union[FirstStep, _Mapping]] = ..., persist_sealed: _Optional[_Union[PersistSealed, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
     __slots__ = ("node_id", "nonce", "version", "bulk_address", "domain", "budget_bytes", "persist_every_steps", "persist_every_s", "slots", "parities", "durables", "workers", "epochs")

@@ -1,0 +1,79 @@
+"""
+One step on its way to being protected: what is coded together, what each node is told, and who has not done it yet.
+
+A node is told of its own parity group only: with hundreds of nodes the whole order would be most of a commit's cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from snapshotd.coordinator.inventory import Inventory, ParityKey
+from snapshotd.coordinator.membership import Epoch
+from snapshotd.coordinator.snapshots import parity_sizes
+from snapshotd.v1 import control_pb2 as control
+
+__all__ = ["Protecting", "Shards", "begin_protecting"]
+
+Shards: TypeAlias = dict[int, control.NodeSealed.Shard]
+"""What each rank has sealed of one step."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Protecting:
+    """
+    A step whose parity is being built.
+
+    orders: by parity group. group_of: where a node finds its order. expected: the parity that each node is to build.
+    waiting: nodes that have not said ParityBuilt.
+    """
+
+    step: int
+    since: float
+    orders: list[control.Protect]
+    group_of: dict[str, int]
+    expected: dict[str, set[ParityKey]]
+    waiting: set[str]
+
+    def order_of(self, node_id: str) -> control.Protect:
+        return self.orders[self.group_of[node_id]]
+
+
+def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: Inventory, now: float) -> Protecting:
+    """The orders for a step that all ranks have sealed."""
+    flight = Protecting(
+        step=step,
+        since=now,
+        orders=[],
+        group_of={node_id: index for index, group in enumerate(epoch.groups) for node_id in group},
+        expected={node_id: set() for node_id in epoch.node_ids},
+        waiting=set(epoch.node_ids),
+    )
+    for index, group in enumerate(epoch.groups):
+        order = control.Protect(job=job, epoch=epoch.number, step=step, peers=nodes.peers(group))
+        lanes = max(len(epoch.ranks_of(node_id)) for node_id in group)
+        for lane in range(lanes):
+            lengths = _add_set(order, epoch, index, lane, shards)
+            for node_id, nbytes in zip(group, parity_sizes(lengths, order.sets[-1].m), strict=True):
+                if nbytes:
+                    position = group.index(node_id)
+                    flight.expected[node_id].add((job, epoch.number, step, index, lane, position))
+        flight.orders.append(order)
+    return flight
+
+
+def _add_set(order: control.Protect, epoch: Epoch, group: int, lane: int, shards: Shards) -> tuple[int, ...]:
+    """Add to the order what one lane of a group codes together: its slots, one of each node. Return their lengths."""
+    members = epoch.groups[group]
+    one = order.sets.add(
+        job=order.job, epoch=order.epoch, step=order.step, group=group, lane=lane, m=min(epoch.m, len(members) - 1)
+    )
+    lengths = []
+    for node_id in members:
+        member = one.members.add(node_id=node_id)
+        ranks = epoch.ranks_of(node_id)
+        if lane < len(ranks):
+            member.slot.CopyFrom(shards[ranks[lane]].slot)
+        lengths.append(member.slot.file_bytes)
+    return tuple(lengths)
