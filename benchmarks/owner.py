@@ -1,0 +1,98 @@
+"""
+The other end of an exchange: `python -m benchmarks.owner FILE ADDRESSES [CERT KEY]` serves a file until it is ended.
+
+By a daemon's bulk listener, and by the plainest loop there is: 16 bytes say which range is wanted, then it comes.
+Both also over TLS where there is a certificate (of its own making, which is the CA too). ADDRESSES: a file to write
+the ports to, and the chunk digests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import socket
+import ssl
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshotd.layout import chunk_digests, root_digest
+from snapshotd.security import TlsFiles
+from snapshotd.transfer import BulkServer
+from snapshotd.v1.bulk_pb2 import ObjectKey
+
+RANGE = struct.Struct("<QQ")
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a bulk server needs to know of the file."""
+
+    view: memoryview
+    digests: bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return self.view.nbytes
+
+    @property
+    def root(self) -> str:
+        return root_digest(self.digests)
+
+
+def certificate(cert: str, key: str) -> TlsFiles:
+    return TlsFiles(cert=Path(cert), key=Path(key), ca=Path(cert))
+
+
+def main(file: str, addresses: str, cert: str = "", key: str = "") -> None:
+    with open(file, "r+b") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    view = memoryview(mapping)
+    whole = Whole(view, chunk_digests(view, view.nbytes))
+
+    @contextlib.contextmanager
+    def lookup(key: ObjectKey) -> Iterator[Whole]:
+        yield whole
+
+    found: dict[str, object] = {"digests": whole.digests.hex()}
+    for name in ("plain", "tls") if cert else ("plain",):
+        context = certificate(cert, key).server_context() if name == "tls" else None
+        server = BulkServer(("127.0.0.1", 0), lookup, tls=context)
+        found[f"ours-{name}"] = server.address[1]
+        found[f"floor-{name}"] = _serve_plainly(view, context)
+    part = Path(f"{addresses}.part")
+    part.write_text(json.dumps(found), encoding="ascii")
+    os.rename(part, addresses)
+    threading.Event().wait()
+
+
+def _serve_plainly(view: memoryview, context: ssl.SSLContext | None) -> int:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            sock, _ = listener.accept()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    def serve(sock: socket.socket) -> None:
+        if context is not None:
+            sock = context.wrap_socket(sock, server_side=True)
+        with sock, contextlib.suppress(OSError):
+            while asked := sock.recv(RANGE.size):
+                begin, end = RANGE.unpack(asked)
+                for at in range(begin, end, PIECE_BYTES):
+                    sock.sendall(view[at : min(at + PIECE_BYTES, end)])
+
+    threading.Thread(target=accept, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
