@@ -26,6 +26,7 @@ from snapshotd.universal.readers.deepspeed_files import (
 )
 from snapshotd.universal.readers.deepspeed_groups import mapped_shapes, stage_of
 from snapshotd.universal.readers.deepspeed_plain import read_plain
+from snapshotd.universal.readers.deepspeed_stages import read_experts, read_stages
 from snapshotd.universal.readers.deepspeed_tp import Shards
 from snapshotd.universal.readers.deepspeed_weights import (
     Weights,
@@ -169,11 +170,6 @@ class _Checkpoint:
                 f"{self.folder.path}: {path.name} is of a run with ZeRO, but {first.name} of one without: they are of "
                 "different runs with the same tag; move away the files of the older one"
             )
-        if self.folder.expp and not zero and len(self.folder.expp) > topology.pp * topology.tp:
-            raise FormatError(
-                f"{self.folder.path}: {next(iter(self.folder.expp.values())).name} is of experts without ZeRO on "
-                "several ranks, which is not read: their optimizer has no names. Save with ZeRO stage 1"
-            )
         optims, weights = self._zero() if zero or bf16_pipeline else self._plain()
         return assemble(topology, optims, weights, self.stage, self.warnings, rules=self.rules)
 
@@ -238,12 +234,13 @@ class _Checkpoint:
             weights = [
                 pipeline_weights(self.folder, t, models[t :: topology.tp], {}) for t in range(topology.tp)
             ]
-            if any(saved.get("optimizer") is not None for saved in models):
-                raise FormatError(
-                    f"{self.folder.path}: a pipeline without ZeRO: its optimizer has no names. Save with ZeRO stage 1"
-                )
-            return [Optim() for _ in models], weights
-        optims: list[Optim] = []
+            if all(saved.get("optimizer") is None for saved in models):
+                return [Optim() for _ in models], weights
+            rows = [read_stages(models[t :: topology.tp], weights[t]) for t in range(topology.tp)]
+            optims = [rows[t][s] for s in range(topology.pp) for t in range(topology.tp)]
+            check_steps(optims, topology.models)
+            return optims, weights
+        optims = []
         weights = []
         for mp, (saved, *_) in enumerate(topology.models):
             found = module_weights(saved, {})
@@ -251,7 +248,14 @@ class _Checkpoint:
                 found.model[name] = view
                 found.order.append(name)
             weights.append(found)
-            optims.append(Optim() if saved.get("optimizer") is None else read_plain(saved, found))
+            ranks = {rank: path for (rank, place), path in self.folder.expp.items() if place == mp}
+            if len(ranks) > 1:
+                name = f"expp_rank_{{}}_mp_rank_{mp:02d}_optim_states.pt"
+                why = f"the highest rank is {max(ranks)}"
+                files = require_ranks(ranks, max(ranks) + 1, name=name, why=why, folder=self.folder.path)
+                optims.append(read_experts([load(path) for path in files], found))
+            else:
+                optims.append(Optim() if saved.get("optimizer") is None else read_plain(saved, found))
         return optims, weights
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast
 from snapshotd.universal.globals import TensorRef
+from snapshotd.universal.readers.deepspeed_experts import EXPERT
 from snapshotd.universal.readers.deepspeed_files import Saved
 from snapshotd.universal.readers.deepspeed_groups import dict_of
 from snapshotd.universal.readers.deepspeed_weights import Weights
@@ -24,7 +25,7 @@ from snapshotd.universal.readers.param_ids import names_of_ids
 from snapshotd.universal.views import Cut, Reshaped, View, flat_part
 from snapshotd.universal.words import Words, word_dtype
 
-__all__ = ["read_plain"]
+__all__ = ["num_parameters", "read_plain"]
 
 _PREFIX: Final = 16
 _SAMPLE: Final = 4096
@@ -36,11 +37,7 @@ _TRIES_MAX: Final = 100_000
 def read_plain(saved: Saved, weights: Weights) -> Optim:
     """Return the optimizer in the model file ``saved``, whose weights are ``weights``."""
     outer = dict_of(saved.get("optimizer"), "optimizer", saved)
-    state = outer.get("optimizer_state_dict", outer)
-    state = dict_of(state, "optimizer_state_dict", saved)
-    groups = state.get("param_groups")
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
-        raise FormatError(f"{saved.path}: the optimizer has no param_groups: not a file that DeepSpeed wrote")
+    state, groups = _state_of(saved)
     states = dict_of(state.get("state", {}), "state", saved)
     result = Optim()
     result.rest = {
@@ -57,6 +54,21 @@ def read_plain(saved: Saved, weights: Weights) -> Optim:
     else:
         _read_by_shape(result, saved, weights, groups, states)
     return result
+
+
+def num_parameters(saved: Saved) -> int:
+    """How many parameters the optimizer in ``saved`` has at least: FP16_Optimizer puts a group's into one."""
+    return sum(len(group["params"]) for group in _state_of(saved)[1])
+
+
+def _state_of(saved: Saved) -> tuple[dict[Any, Any], list[Any]]:
+    """The state dict of torch's optimizer, and its groups."""
+    outer = dict_of(saved.get("optimizer"), "optimizer", saved)
+    state = dict_of(outer.get("optimizer_state_dict", outer), "optimizer_state_dict", saved)
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+        raise FormatError(f"{saved.path}: the optimizer has no param_groups: not a file that DeepSpeed wrote")
+    return state, groups
 
 
 def _read_masters(
@@ -116,12 +128,18 @@ def _read_by_shape(
         # The state of a parameter with one element is told from the step by the parameter's own dimensions.
         shapes[key] = tensors[0] if tensors and all(shape == tensors[0] for shape in tensors) else None
     floating = {name: view.shape for name, view in weights.model.items() if "float" in view.dtype}
-    try:
-        names, warning = names_of_ids(groups, shapes, floating)
-    except FormatError as error:
-        raise FormatError(f"{saved.path}: {error}") from error
-    if warning:
-        result.warnings.append(warning)
+    names: dict[Any, str] = {}
+    has_experts = any(group.get("moe") for group in groups)
+    for is_moe in sorted({bool(group.get("moe")) for group in groups}):
+        chosen = [group for group in groups if bool(group.get("moe")) == is_moe]
+        own = {n: s for n, s in floating.items() if not has_experts or (EXPERT.match(n) is not None) == is_moe}
+        try:
+            found, warning = names_of_ids(chosen, shapes, own)
+        except FormatError as error:
+            raise FormatError(f"{saved.path}: {error}") from error
+        names.update(found)
+        if warning:
+            result.warnings.append(warning)
     for group in groups:
         members = [names[key] for key in group["params"]]
         for key, name in zip(group["params"], members, strict=True):

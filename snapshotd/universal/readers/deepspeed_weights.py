@@ -193,16 +193,20 @@ def _tied_key(
     trained: Mapping[str, tuple[int, ...]],
     buffers: Collection[str],
 ) -> str | None:
-    """The key of the tied module that a layer file is of: all its tensors are known under it."""
-    fitting = [
-        key
-        for key in keys
-        if all(
-            f"tied_modules.{key}.{name}" in buffers
-            or trained.get(f"tied_modules.{key}.{name}") in (value.shape, (value.numel,))
-            for name, value in tensors.items()
-        )
-    ]
+    """The key of the tied module that a layer file is of: all its tensors are known under it, or all that is known."""
+    if trained:
+        fitting = [
+            key
+            for key in keys
+            if all(
+                f"tied_modules.{key}.{name}" in buffers
+                or trained.get(f"tied_modules.{key}.{name}") in (value.shape, (value.numel,))
+                for name, value in tensors.items()
+            )
+        ]
+    else:
+        known = {key: [name for name in buffers if name.startswith(f"tied_modules.{key}.")] for key in keys}
+        fitting = [key for key in keys if all(name.split(".", 2)[2] in tensors for name in known[key])]
     fresh = [key for key in fitting if key not in used]
     return next(iter(fresh or fitting), None)
 
