@@ -1,7 +1,10 @@
 """
-Copies between arrays by several threads, split by bytes and not by arrays.
+Copies of many arrays at once by several threads: what is copied is sorted out once, then copied at each step.
 
-``np.copyto`` lets other Python threads run, so threads are enough; see the measurements in the design notes.
+Rule 1: arrays that lie side by side on both sides become one.
+Rule 2: small ones go in a single call of torch, which holds the interpreter's lock for none of them: the training
+thread needs it. Large ones go one by one through ``np.copyto``, which is faster and lets go of the lock as well.
+Rule 3: the rest is split over the threads by bytes, not by arrays.
 """
 
 from __future__ import annotations
@@ -9,29 +12,61 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
+import torch
 
 from snapshotd_client.arrays import Array
 
-__all__ = ["CopyPool", "split_by_bytes"]
+__all__ = ["CopyList", "CopyPool", "join_neighbours", "split_by_bytes"]
+
+SMALL_BYTES: Final = 32 * 1024
+"""Below this torch would not think of using threads of its own either."""
 
 Pairs = list[tuple[Array, Array]]
 Done: TypeAlias = "queue.SimpleQueue[BaseException | None]"
+
+
+class CopyList:
+    """(target, source) pairs, ready to be copied by ``threads`` threads, again and again."""
+
+    def __init__(self, pairs: Sequence[tuple[Array, Array]], threads: int) -> None:
+        self._arrays = list(pairs)  # what was joined does not keep alive all that it shows
+        joined = join_neighbours(pairs)
+        # Two halves, so that there is a middle.
+        self.halves = [
+            [_Share(part) for part in split_by_bytes(half, threads)] for half in split_by_bytes(joined, 2)
+        ]
+
+
+class _Share:
+    """What one thread copies in one go."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        small = [(target, source) for target, source in pairs if target.nbytes < SMALL_BYTES]
+        self._targets = [torch.from_numpy(target) for target, _ in small]
+        self._sources = [torch.from_numpy(source) for _, source in small]
+        self._large = [(target, source) for target, source in pairs if target.nbytes >= SMALL_BYTES]
+
+    def copy(self) -> None:
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources)
+        for target, source in self._large:
+            np.copyto(target, source)
 
 
 class CopyPool:
     """``threads - 1`` helpers beside the thread that calls ``copy``; they start with the first copy that needs them."""
 
     def __init__(self, threads: int) -> None:
-        self._count = threads
-        self._queue: queue.SimpleQueue[tuple[Pairs, Done] | None] = queue.SimpleQueue()
+        self.threads = threads
+        self._queue: queue.SimpleQueue[tuple[_Share, Done] | None] = queue.SimpleQueue()
         self._helpers: list[threading.Thread] = []
 
-    def copy(self, pairs: Sequence[tuple[Array, Array]], middle: Callable[[], object]) -> None:
-        """Copy each (target, source); call ``middle`` once in between. Raises what a helper raised."""
-        first, second = split_by_bytes(pairs, 2)
+    def copy(self, copies: CopyList, middle: Callable[[], object]) -> None:
+        """Copy all of it; call ``middle`` once in between. Raises what a helper raised."""
+        first, second = copies.halves
         self._copy_all(first)
         middle()
         self._copy_all(second)
@@ -43,19 +78,16 @@ class CopyPool:
             helper.join(2.0)
         self._helpers.clear()
 
-    def _copy_all(self, pairs: Pairs) -> None:
-        if self._count == 1:
-            _copy(pairs)
-            return
-        while len(self._helpers) < self._count - 1:
+    def _copy_all(self, shares: list[_Share]) -> None:
+        mine, *others = shares
+        while len(self._helpers) < len(others):
             helper = threading.Thread(target=self._help, name=f"snapshotd-copy-{len(self._helpers)}", daemon=True)
             helper.start()
             self._helpers.append(helper)
         done: Done = queue.SimpleQueue()
-        mine, *others = split_by_bytes(pairs, self._count)
-        for part in others:
-            self._queue.put((part, done))
-        _copy(mine)
+        for share in others:
+            self._queue.put((share, done))
+        mine.copy()
         errors = [done.get() for _ in others]
         for error in errors:
             if error is not None:
@@ -63,13 +95,35 @@ class CopyPool:
 
     def _help(self) -> None:
         while (item := self._queue.get()) is not None:
-            pairs, done = item
+            share, done = item
             try:
-                _copy(pairs)
+                share.copy()
             except BaseException as error:  # goes to the thread that waits, and is raised there
                 done.put(error)
             else:
                 done.put(None)
+
+
+def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:
+    """Return the same copies, without the empty ones, as bytes where both sides are dense; neighbours are joined."""
+    runs: list[tuple[Array, Array, int]] = []
+    ends = (0, 0)
+    for target, source in pairs:
+        nbytes = target.nbytes
+        if not nbytes:
+            continue
+        if not (target.flags.c_contiguous and source.flags.c_contiguous):
+            runs.append((target, source, 0))
+            ends = (0, 0)
+            continue
+        begins = (target.ctypes.data, source.ctypes.data)
+        if begins == ends:
+            first_target, first_source, length = runs.pop()
+            runs.append((first_target, first_source, length + nbytes))
+        else:
+            runs.append((target, source, nbytes))
+        ends = (begins[0] + nbytes, begins[1] + nbytes)
+    return [(_bytes(t, length), _bytes(s, length)) if length else (t, s) for t, s, length in runs]
 
 
 def split_by_bytes(pairs: Sequence[tuple[Array, Array]], count: int) -> list[Pairs]:
@@ -97,6 +151,7 @@ def split_by_bytes(pairs: Sequence[tuple[Array, Array]], count: int) -> list[Pai
     return out
 
 
-def _copy(pairs: Pairs) -> None:
-    for target, source in pairs:
-        np.copyto(target, source)
+def _bytes(array: Array, length: int) -> Array:
+    """Return ``length`` bytes from where ``array`` begins."""
+    flat = array.reshape(-1).view(np.uint8)
+    return flat if flat.nbytes == length else np.lib.stride_tricks.as_strided(flat, shape=(length,), strides=(1,))

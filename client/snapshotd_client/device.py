@@ -28,8 +28,8 @@ class CopyStream(Protocol):
     def begin(self, mark: Any) -> None:
         """The copies that follow see everything before ``mark``."""
 
-    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
-        """Issue a copy of ``source`` into host memory of the same shape and item size."""
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], pinned: bool) -> None:
+        """Issue copies of ``sources`` into host memory of the same shapes and types, which may be ``pinned``."""
 
     def mark_copied(self) -> Any:
         """A mark behind all copies that were issued."""
@@ -64,12 +64,13 @@ class DeviceStream:
     def begin(self, mark: Any) -> None:
         self._stream.wait_event(mark)
 
-    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], pinned: bool) -> None:
         with self._module.stream(self._stream):
             if pinned:
-                torch.from_numpy(target).copy_(source, non_blocking=True)
+                torch._foreach_copy_(targets, sources, non_blocking=True)
                 return
-            self._copy_by_bounce(target, source)
+            for target, source in zip(targets, sources, strict=True):
+                self._copy_by_bounce(target, source)
 
     def mark_copied(self) -> Any:
         event = self._module.Event()
@@ -94,10 +95,10 @@ class DeviceStream:
         if cudart is not None:
             cudart().cudaHostUnregister(memory.ctypes.data)
 
-    def _copy_by_bounce(self, target: Array, source: torch.Tensor) -> None:
+    def _copy_by_bounce(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if source.numel() == 0:
             return
-        flat_target = torch.from_numpy(target).reshape(-1)  # slot memory is contiguous: this is a view
+        flat_target = target.reshape(-1)  # slot memory is contiguous: this is a view
         flat = source.contiguous().reshape(-1)
         if self._bounce is None:
             self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -118,8 +119,8 @@ class HostStream:
     def begin(self, mark: Any) -> None:
         pass
 
-    def copy(self, target: Array, source: torch.Tensor, pinned: bool) -> None:
-        torch.from_numpy(target).copy_(source)
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], pinned: bool) -> None:
+        torch._foreach_copy_(targets, sources)
 
     def mark_copied(self) -> Any:
         return None

@@ -5,7 +5,6 @@ All of the user's training state in one place: modules, optimizers and the rest,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,12 +12,13 @@ from snapshotd_client.codec import dumps
 from snapshotd_client.dtensors import is_dtensor
 from snapshotd_client.errors import CannotExpress
 from snapshotd_client.extras import Extras
+from snapshotd_client.held import is_same
 from snapshotd_client.leaves import Leaf
 from snapshotd_client.models import ModelTree, Param
-from snapshotd_client.optim import Change, OptimizerView, named_optimizers, unseen_state
+from snapshotd_client.optim import OptimizerView, named_optimizers, unseen_state
 from snapshotd_client.placement import Placement, place_dtensor, place_plain
 from snapshotd_client.plan import Plan, Planned, build_plan, meta_capacity_for, plan_leaf
-from snapshotd_client.rng import accelerators_of, rng_json
+from snapshotd_client.rng import RngText, accelerators_of
 
 __all__ = ["Inventory", "Reading", "check_expressible"]
 
@@ -27,19 +27,30 @@ META_VERSION = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """One step's leaves, in the plan's order, and the parts of its JSON that do not depend on the step's number."""
+    """
+    One step's leaves, in the plan's order, and the parts of its JSON that do not depend on the step's number.
 
-    leaves: list[Leaf]
-    optimizers: str
+    Attributes:
+        lasting: those that stay unchanged until the next update; the same list as before while they are the same.
+        sync: those that may change at any time.
+    """
+
+    lasting: list[Leaf]
+    sync: list[Leaf]
+    optimizers: bytes
     rest: str
 
-    def meta(self, step: int, rank: int, world_size: int, epoch: int | None) -> bytes:
-        """Return the text of ``__meta__``."""
+    @property
+    def leaves(self) -> list[Leaf]:
+        return [*self.lasting, *self.sync]
+
+    def meta(self, step: int, rank: int, world_size: int, epoch: int | None) -> list[bytes]:
+        """Return the text of ``__meta__``, in pieces: that of the optimizers is large and seldom another."""
         head = (
             f'{{"version":{META_VERSION},"step":{step},"rank":{rank},"world_size":{world_size},'
-            f'"epoch":{dumps(epoch)},"optimizers":{self.optimizers},"rest":{self.rest}}}'
+            f'"epoch":{dumps(epoch)},"optimizers":['
         )
-        return head.encode()
+        return [head.encode(), self.optimizers, f'],"rest":{self.rest}}}'.encode()]
 
 
 class Inventory:
@@ -53,13 +64,17 @@ class Inventory:
         self.optimizers: list[OptimizerView] = named_optimizers(optimizer)
         self.extras = Extras(scheduler, scaler, extra)
         self._fixed: list[Leaf] = []
+        self._lasting: list[Leaf] = []
+        self._lasting_of: list[list[Leaf]] = []
+        self._buffers: dict[str, Leaf] = {}
+        self._rng = RngText()
         self._devices: list[torch.device] = []
         self._scan()
 
     def read(self) -> tuple[Reading, bool]:
         """Return this step's state, and whether the layout may be another one than before."""
         changed = not self.tree.unchanged()
-        changed = changed or any(view.refresh() is Change.LAYOUT for view in self.optimizers)
+        changed = changed or not all(view.refresh() for view in self.optimizers)
         if changed:
             self._scan()
         return self._read(), changed
@@ -116,21 +131,25 @@ class Inventory:
         params = {id(p.tensor): p for p in (*self.tree.params.values(), *self.strays())}
         self._fixed = [Leaf(param.name, "param", param.tensor, param) for param in params.values()]
         self._devices = accelerators_of(leaf.tensor for leaf in self._fixed)
+        self._lasting_of, self._buffers = [], {}
 
     def _read(self) -> Reading:
-        leaves = list(self._fixed)
-        texts: list[str] = []
-        for view in self.optimizers:
-            leaves += view.leaves()
-            texts.append(view.text())
-        for spot in self.tree.buffers.values():
+        parts = [self._fixed, *(view.leaves() for view in self.optimizers)]
+        if not is_same(parts, self._lasting_of):
+            self._lasting = [leaf for part in parts for leaf in part]
+            self._lasting_of = parts
+        sync: list[Leaf] = []
+        for name, spot in self.tree.buffers.items():
             buffer = spot.get()
             if buffer is not None:
-                leaves.append(Leaf(spot.name, "buffer", buffer, None, sync=True))
+                known = self._buffers.get(name)
+                if known is None or known.tensor is not buffer:
+                    known = self._buffers[name] = Leaf(name, "buffer", buffer, None, sync=True)
+                sync.append(known)
         data, extra_leaves = self.extras.encode(self.tree.extra_states)
-        leaves += extra_leaves
-        rest: dict[str, Any] = {**data, "rng": rng_json(self._devices)}
-        return Reading(leaves, f"[{','.join(texts)}]", dumps(rest))
+        sync += extra_leaves
+        rest = f'{dumps(data)[:-1]},"rng":{self._rng.read(self._devices)}}}'
+        return Reading(self._lasting, sync, b",".join(view.text() for view in self.optimizers), rest)
 
 
 def check_expressible(inventory: Inventory) -> None:

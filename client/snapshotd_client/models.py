@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from snapshotd_client.dtensors import is_dtensor, is_fsdp1, is_fsdp2, local_of
+from snapshotd_client.held import Held
 from snapshotd_client.placement import Placement, place_dtensor, place_plain
 
 __all__ = ["BufferSpot", "ModelTree", "Param", "check_tensor"]
@@ -78,7 +79,7 @@ class ModelTree:
     _sharded: list[Any] = field(default_factory=list)
     _dicts: list[dict[str, Any]] = field(default_factory=list)
     _fsdp_dicts: list[dict[str, Any]] = field(default_factory=list)
-    _ids: list[int] = field(default_factory=list)
+    _held: Held = field(default_factory=lambda: Held(()))
     _sizes: list[int] = field(default_factory=list)
 
     @classmethod
@@ -98,12 +99,12 @@ class ModelTree:
                 seen[id(module)] = visit.name
                 self._note_module(visit)
             self._note_tensors(visit)
-        self._ids, self._sizes = self._identity()
+        self._held, self._sizes = Held(self._dicts), list(map(len, self._fsdp_dicts))
 
     def unchanged(self) -> bool:
         """Whether all parameters are the objects of the last scan, and no module came or went. Cheap."""
-        ids, sizes = self._identity()
-        return ids == self._ids and sizes == self._sizes
+        # FSDP2 swaps sharded and unsharded parameters in and out of the module: only their number is looked at.
+        return list(map(len, self._fsdp_dicts)) == self._sizes and self._held.unchanged()
 
     def reshard(self) -> None:
         """Let FSDP2 modules hold their sharded parameters again (an eval forward can leave the root unsharded)."""
@@ -131,11 +132,6 @@ class ModelTree:
         )
         for part in everything:
             part.clear()
-
-    def _identity(self) -> tuple[list[int], list[int]]:
-        # FSDP2 swaps sharded and unsharded parameters in and out of the module: only their number is looked at.
-        ids = [id(value) for entries in self._dicts for value in entries.values()]
-        return ids, [len(entries) for entries in self._fsdp_dicts]
 
     def _visits(self) -> Iterator[_Visit]:
         for prefix, model in self.models.items():

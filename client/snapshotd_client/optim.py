@@ -3,9 +3,8 @@ What is inside an optimizer: no names of any algorithm, just what is really ther
 
 Rule 1: the state is whatever ``optimizer.state`` holds: tensors become leaves, all else JSON. It may appear late, nest,
 or be replaced by new objects each step. An optimizer inside another one (an attribute of it) is one of its own.
-Rule 2: looking again is cheap. Each parameter's state is an ``_Entry`` that is scanned again only if one of its values
-is another object than before.
-Rule 3: ids are compared only while we hold the objects, so an id never stands for two of them.
+Rule 2: looking again is cheap. One pass tells whether all values are the objects that they were (``Held``). Only where
+that is not so, each parameter's state, an ``_Entry``, is looked at, and scanned again if one of its values is another.
 """
 
 from __future__ import annotations
@@ -13,28 +12,22 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from snapshotd_client.codec import Json, dumps, encode
 from snapshotd_client.errors import CannotExpress
+from snapshotd_client.held import Held, is_same
 from snapshotd_client.leaves import Leaf, LeafSink, Names
 from snapshotd_client.models import ModelTree, Param, check_tensor
 
-__all__ = ["Change", "OptimizerView", "named_optimizers", "unseen_state"]
+__all__ = ["OptimizerView", "named_optimizers", "unseen_state"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _MAPPINGS = (dict, OrderedDict, defaultdict)
-
-
-class Change(Enum):
-    """What ``refresh`` found."""
-
-    NONE = "none"
-    MOVED = "moved"  # other objects or values, the same tensors by name, shape and type
-    LAYOUT = "layout"  # something else: scan again
 
 
 @dataclass(slots=True, eq=False)
@@ -47,34 +40,56 @@ class _Entry:
     key: Any = None
     keys: tuple[Any, ...] = ()
     values: list[Any] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
     flat: bool = False
     moves: bool = False
     leaves: list[Leaf] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # of the leaves, by path
     signature: tuple[Any, ...] = ()
     text: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
     key_text: str = ""
 
     def is_same(self, container: Any) -> bool:
         """Whether a scan of ``container`` would give what the last one gave."""
-        if not self.flat or type(container) not in _MAPPINGS or not self.ids:
-            return self.flat and not self.keys and not container
-        return list(map(id, container.values())) == self.ids and tuple(container) == self.keys
+        if not self.flat or type(container) not in _MAPPINGS:
+            return False
+        return is_same(list(container.values()), self.values) and tuple(container) == self.keys
 
     def scan(self, container: Any, names: Callable[[str], str], skip: str | None = None) -> None:
-        self.container = container
-        sink = LeafSink("optim", self.param, inline_bytes=0, name=names)
+        def take(path: str) -> str:
+            self.names[path] = name = names(path)
+            return name
+
+        self.container, self.names = container, {}
+        sink = LeafSink("optim", self.param, inline_bytes=0, name=take)
         value = container if skip is None else {k: v for k, v in container.items() if k != skip}
-        self.text = dumps(encode(value, self.path, sink))
+        data = encode(value, self.path, sink)
+        self.text = dumps(data)
         self.leaves = sink.leaves
         self.signature = tuple(_sign(leaf) for leaf in sink.leaves)
+        self.flat, self.texts = False, {}
         if type(container) in _MAPPINGS:
             self.keys = tuple(container)
             self.values = list(container.values())
-            self.ids = list(map(id, self.values))
-            self.flat = all(_is_flat(v) for k, v in container.items() if k != skip)
-        else:
-            self.flat = False
+            self.flat = all(_is_flat(v) for v in value.values()) and all(type(key) is str for key in self.keys)
+            is_plain = type(container) is dict and "$" not in value  # else it is tagged in the JSON
+            if self.flat and is_plain and any(type(item) in _SCALARS for item in value.values()):
+                self.texts = {key: f"{dumps(key)}:{dumps(item)}" for key, item in data.items()}
+
+    def take_scalars(self, container: Any) -> bool:
+        """Take in numbers and strings that are others than at the last scan; False if more than that has changed."""
+        if not self.texts or type(container) not in _MAPPINGS or tuple(container) != self.keys:
+            return False
+        values = list(container.values())
+        pairs = zip(self.keys, self.values, values, strict=True)
+        changed = [(key, old, new) for key, old, new in pairs if old is not new]
+        if any(type(old) not in _SCALARS or type(new) not in _SCALARS for _, old, new in changed):
+            return False
+        self.container, self.values = container, values
+        for key, _, new in changed:
+            self.texts[key] = f"{dumps(key)}:{dumps(encode(new, self.path))}"
+        self.text = f"{{{','.join(self.texts.values())}}}"
+        return True
 
 
 class OptimizerView:
@@ -87,9 +102,13 @@ class OptimizerView:
         self.strays: list[Param] = []  # parameters that are in no model
         self._names: Names = Names()
         self._groups: list[_Entry] = []
-        self._members: list[int] = []
+        self._members: list[Any] = []
         self._member_texts: list[str] = []
         self._entries: list[_Entry] = []
+        self._held: tuple[list[Any], list[Any], Held] | None = None  # keys of the state, its dicts, what is in them
+        self._moving: list[_Entry] = []
+        self._leaves: list[Leaf] | None = None
+        self._text: bytes | None = None
 
     def scan(self, tree: ModelTree) -> None:
         """Look at everything anew. CannotExpress or ValueError for what cannot be kept."""
@@ -109,7 +128,7 @@ class OptimizerView:
                 members.append(param)
             self.params += members
             self._member_texts.append(dumps([param.name for param in members]))
-        self._members = self._member_ids()
+        self._members = self._found_members()
         self._groups = []
         for g, group in enumerate(self.optimizer.param_groups):
             entry = _Entry(f"{self.key}.group{g}", group, None)
@@ -123,28 +142,28 @@ class OptimizerView:
             entry.key_text = self._key_text(entry)
             entry.scan(value, self._names.take)
             self._entries.append(entry)
+        self._leaves = self._text = None
+        self._hold()
 
-    def refresh(self) -> Change:
-        """Look whether anything is other than at the last scan, and take in what can be taken in."""
-        if self._member_ids() != self._members or len(self.optimizer.param_groups) != len(self._groups):
-            return Change.LAYOUT
-        found = Change.NONE
-        for entry, group in zip(self._groups, self.optimizer.param_groups, strict=True):
-            if not entry.is_same(group):
-                if not self._rescan(entry, group, "params"):
-                    return Change.LAYOUT
-                found = Change.MOVED
-        state = self.optimizer.state
+    def refresh(self) -> bool:
+        """Take in what is other than at the last scan; False where that needs a new scan: another layout."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if not is_same(self._found_members(), self._members) or len(groups) != len(self._groups):
+            return False
+        for entry, group in zip(self._groups, groups, strict=True):
+            if not entry.is_same(group) and not self._take_in(entry, group, "params"):
+                return False
+        if self._holds(state):
+            return True
         if len(state) != len(self._entries):
-            return Change.LAYOUT
+            return False
         for entry, (key, value) in zip(self._entries, state.items(), strict=True):
             if entry.key is not key and (isinstance(key, torch.Tensor) or entry.key != key):
-                return Change.LAYOUT
-            if not entry.is_same(value):
-                if not self._rescan(entry, value, None):
-                    return Change.LAYOUT
-                found = Change.MOVED
-        return found
+                return False
+            if not entry.is_same(value) and not self._take_in(entry, value, None):
+                return False
+        self._hold()
+        return True
 
     def state_path(self, name: str) -> str:
         """Return what the names of a parameter's state begin with."""
@@ -152,36 +171,61 @@ class OptimizerView:
         return f"{self.key}.{short}"
 
     def leaves(self) -> list[Leaf]:
-        """Return all leaves, in an order that only a new scan changes."""
-        return [leaf for entries in (self._groups, self._entries) for entry in entries for leaf in entry.leaves]
+        """Return all leaves, in an order that only a new scan changes; the same list while they are the same."""
+        if self._leaves is None:
+            self._leaves = [leaf for entry in (*self._groups, *self._entries) for leaf in entry.leaves]
+        return self._leaves
 
     def forget_moving(self) -> bool:
         """Let go of state that is replaced each step, so that the old does not stay alive beside the new."""
-        dropped = False
-        for entry in self._entries:
-            if entry.moves:
-                entry.values, entry.ids, entry.leaves, dropped = [], [], [], True
-        return dropped
+        moving = [entry for entry in self._moving if entry.values]
+        for entry in moving:
+            entry.values, entry.leaves, entry.texts = [], [], {}
+        if moving:
+            self._held = self._leaves = None
+        return bool(moving)
 
-    def text(self) -> str:
+    def text(self) -> bytes:
         """Return the JSON text of groups and state, for the step's meta."""
-        groups = ",".join(
-            f'{{"params":{members},"hyper":{entry.text}}}'
-            for members, entry in zip(self._member_texts, self._groups, strict=True)
-        )
-        state = ",".join(f"[{entry.key_text},{entry.text}]" for entry in self._entries)
-        return f'{{"key":{dumps(self.key)},"groups":[{groups}],"state":[{state}]}}'
+        if self._text is None:
+            groups = ",".join(
+                f'{{"params":{members},"hyper":{entry.text}}}'
+                for members, entry in zip(self._member_texts, self._groups, strict=True)
+            )
+            state = ",".join(f"[{entry.key_text},{entry.text}]" for entry in self._entries)
+            self._text = f'{{"key":{dumps(self.key)},"groups":[{groups}],"state":[{state}]}}'.encode()
+        return self._text
 
-    def _rescan(self, entry: _Entry, container: Any, skip: str | None) -> bool:
-        before, old_names = entry.signature, iter([sign[0] for sign in entry.signature])
-        kept = entry.leaves  # held until the end of this function, so that ids mean something
-        entry.scan(container, lambda path: next(old_names, path), skip)
-        if kept and [id(leaf.tensor) for leaf in kept] != [id(leaf.tensor) for leaf in entry.leaves]:
-            entry.moves = True
+    def _hold(self) -> None:
+        """Remember what the state is made of, where one look can tell that it still is."""
+        self._moving = [entry for entry in self._entries if entry.moves]
+        self._held = None
+        if all(entry.flat for entry in self._entries):
+            containers = [entry.container for entry in self._entries]
+            self._held = ([entry.key for entry in self._entries], containers, Held(containers))
+
+    def _holds(self, state: Mapping[Any, Any]) -> bool:
+        if self._held is None:
+            return False
+        keys, containers, values = self._held
+        return is_same(list(state), keys) and is_same(list(state.values()), containers) and values.unchanged()
+
+    def _take_in(self, entry: _Entry, container: Any, skip: str | None) -> bool:
+        """Look at one entry anew; False where its leaves are not what they were, but for being other objects."""
+        self._text = None
+        if entry.take_scalars(container):
+            return True
+        before, names, kept = entry.signature, entry.names, entry.leaves
+        entry.scan(container, lambda path: names.get(path, path), skip)
+        if is_same([leaf.tensor for leaf in kept], [leaf.tensor for leaf in entry.leaves]):
+            entry.leaves = kept
+        else:
+            entry.moves = entry.moves or bool(kept)
+            self._leaves = None
         return before == entry.signature
 
-    def _member_ids(self) -> list[int]:
-        return [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
+    def _found_members(self) -> list[Any]:
+        return list(chain.from_iterable(map(itemgetter("params"), self.optimizer.param_groups)))
 
     def _owner(self, key: Any, by_id: dict[int, Param], tree: ModelTree) -> Param | None:
         if not isinstance(key, torch.Tensor):

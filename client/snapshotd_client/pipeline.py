@@ -20,20 +20,17 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import torch
-
+from snapshotd.errors import SnapshotdError
 from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
-from snapshotd_client.arrays import Array
-from snapshotd_client.copying import CopyPool
-from snapshotd_client.counters import Counters, Warner
+from snapshotd_client.binding import Binding
+from snapshotd_client.copier import Copier, Marks
+from snapshotd_client.counters import Counters, Warner, logger
 from snapshotd_client.device import CopyStream
 from snapshotd_client.link import Link
-from snapshotd_client.plan import Binding, Plan
-from snapshotd_client.slots import Mapping, MappingCache
+from snapshotd_client.plan import Plan
 
 __all__ = ["Job", "Pipeline", "Registration"]
 
@@ -72,14 +69,14 @@ class Job:
 
     step: int
     binding: Binding
-    meta: bytes
+    meta: list[bytes]
     wants_digest: bool
     session: int
-    marks: list[tuple[CopyStream, Any]] = field(default_factory=list)
+    marks: Marks = field(default_factory=list)
     state: _State = _State.WAITING
     fenced: bool = False
     stall_ns: int = 0
-    copied_marks: list[tuple[CopyStream, Any]] = field(default_factory=list)
+    copied_marks: Marks = field(default_factory=list)
 
 
 class Pipeline:
@@ -98,17 +95,14 @@ class Pipeline:
         self._link = link
         self._counters = counters
         self._warner = warner
-        self._streams = streams
         self._compare = compare
-        self._pool = CopyPool(copy_threads)
+        self._copier = Copier(copy_threads, streams)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._job: Job | None = None
         self._grants: deque[pb.Grant] = deque(maxlen=_MAX_GRANTS)
         self._registration: Registration | None = None
-        self._slots = MappingCache()
-        self._slots_layout = ""
-        self._pinned: list[tuple[CopyStream, Array]] = []
+        self._opened: set[int] = set()  # slots that were mapped ahead, or could not be
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="snapshotd-copy", daemon=True)
 
@@ -136,6 +130,7 @@ class Pipeline:
             known, self._registration = self._registration, registration
             if known is None or known.session != session or known.plan.layout.hash != plan.layout.hash:
                 self._grants.clear()
+                self._opened.clear()
             self._link.post(frame, session)
             self._changed.notify_all()
 
@@ -189,9 +184,8 @@ class Pipeline:
             self._changed.notify_all()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
-        self._pool.close()
         if not self._thread.is_alive():
-            self._forget_slots("")
+            self._copier.close()
 
     def idle(self) -> bool:
         return self._job is None
@@ -235,23 +229,24 @@ class Pipeline:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._next_is_ready)
+                self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())
                 if self._stopping:
                     return
-                job = self._job
-                if job is None or job.state is not _State.WAITING:
-                    continue
-                outcome = self._take_grant(job)
-                if isinstance(outcome, pb.Grant):
-                    job.state = _State.COPYING
-            if isinstance(outcome, pb.Grant):
+                job = self._job if self._job_is_ready() else None
+                ahead = self._unopened()
+                if job is not None:
+                    outcome = self._take_grant(job)
+                    if isinstance(outcome, pb.Grant):
+                        job.state = _State.COPYING
+            if job is None:
+                if ahead is not None:
+                    self._open_ahead(*ahead)
+            elif isinstance(outcome, pb.Grant):
                 self._serve(job, outcome)
             else:
                 self._finish(job, outcome)
 
-    def _next_is_ready(self) -> bool:
-        if self._stopping:
-            return True
+    def _job_is_ready(self) -> bool:
         job = self._job
         if job is None or job.state is not _State.WAITING:
             return False
@@ -259,6 +254,19 @@ class Pipeline:
         if registration is None or registration.session != job.session or registration.accepted is False:
             return True
         return bool(self._grants)
+
+    def _unopened(self) -> tuple[pb.Grant, Plan] | None:
+        """Return a slot that was granted and is not mapped yet: that takes as long as a copy; no step should wait."""
+        registration = self._registration
+        grant = next((g for g in self._grants if g.slot_id not in self._opened), None)
+        return None if grant is None or registration is None else (grant, registration.plan)
+
+    def _open_ahead(self, grant: pb.Grant, plan: Plan) -> None:
+        self._opened.add(grant.slot_id)
+        try:
+            self._copier.open(grant, plan)
+        except (OSError, ValueError, SnapshotdError) as error:  # the first capture into it tries again, and says why
+            logger.debug("the slot %s could not be mapped ahead: %s", grant.path, error)
 
     def _take_grant(self, job: Job) -> pb.Grant | pb.Frame | None:
         """Return a slot, or the Skip for why there is none; None where the daemon is gone. The lock is held."""
@@ -328,16 +336,16 @@ class Pipeline:
         self._finish(job, frame)
 
     def _capture(self, job: Job, grant: pb.Grant) -> tuple[pb.Frame | None, bool]:
-        plan = job.binding.plan
+        plan, binding = job.binding.plan, job.binding
         begun = time.perf_counter_ns()
         try:
-            mapping = self._map(grant, plan)
-            marks = self._copy(job, mapping)
-            moved = job.binding.moved()
-            digest = job.binding.replica_digest() if job.wants_digest and plan.replicated and not moved else ""
-            moved = moved or job.binding.moved()
+            slot = self._copier.open(grant, plan)
+            job.copied_marks = marks = self._copier.issue(slot, binding, job.marks)
+            self._copier.copy(slot, binding)
+            digest = binding.replica_digest() if job.wants_digest and plan.replicated else ""
+            moved = binding.moved()
             if self._compare and not moved:
-                self._check_equal(job, mapping)
+                self._copier.check_equal(slot, binding)
         finally:
             if job.marks and not job.copied_marks:  # an error: what was issued must still be waited for
                 job.copied_marks = [(stream, stream.mark_copied()) for stream, _ in job.marks]
@@ -349,15 +357,12 @@ class Pipeline:
         with self._changed:
             # Behind the fence the next update may change them: it is ordered after these copies.
             if marks and not moved and not job.fenced:
-                moved = job.binding.moved()
+                moved = binding.moved()
         if moved:
             self._counters.add("torn")
             names = ", ".join(moved[:5])
             return self._skip(job, pb.Skip.REASON_TORN, f"{len(moved)} tensors changed: {names}"), False
-        begin, end = plan.layout.meta
-        meta = np.frombuffer(job.meta, dtype=np.uint8)
-        mapping.bytes[begin : begin + meta.nbytes] = meta
-        mapping.bytes[begin + meta.nbytes : end] = 0x20
+        self._copier.write_meta(slot, plan, job.meta)
         failpoint("client.before_seal")
         copy_ns = time.perf_counter_ns() - begun
         seal = pb.Seal(
@@ -377,51 +382,3 @@ class Pipeline:
         self._counters.add("copy_ns", copy_ns)
         self._counters.add("copied_bytes", plan.layout.file_bytes)
         return None, True
-
-    def _map(self, grant: pb.Grant, plan: Plan) -> Mapping:
-        layout = plan.layout
-        if self._slots_layout != layout.hash:
-            self._forget_slots(layout.hash)
-        if grant.file_bytes != layout.file_bytes:
-            raise ValueError(f"the granted slot has {grant.file_bytes} bytes, the layout {layout.file_bytes}")
-        mapping, is_new = self._slots.get(grant.path, grant.file_bytes)
-        if is_new:
-            mapping.views = plan.slot_views(mapping.bytes)
-            header = np.frombuffer(layout.header, dtype=np.uint8)
-            if not np.array_equal(mapping.bytes[: header.nbytes], header):
-                mapping.bytes[: header.nbytes] = header
-            for stream in self._streams.values():
-                if stream.pin(mapping.bytes):
-                    mapping.pinned = True
-                    self._pinned.append((stream, mapping.bytes))
-                    break
-        return mapping
-
-    def _copy(self, job: Job, mapping: Mapping) -> list[tuple[CopyStream, Any]]:
-        """Issue all copies; return the marks behind those that go on by themselves."""
-        for stream, mark in job.marks:
-            stream.begin(mark)
-        on_host: list[tuple[Array, Array]] = []
-        for target, source in zip(mapping.views, job.binding.sources, strict=True):
-            if isinstance(source, torch.Tensor):
-                self._streams[str(source.device)].copy(target, source, mapping.pinned)
-            else:
-                on_host.append((target, source))
-        marks = [(stream, stream.mark_copied()) for stream, _ in job.marks]
-        job.copied_marks = marks
-        self._pool.copy(on_host, middle=lambda: failpoint("client.mid_copy"))
-        return marks
-
-    def _check_equal(self, job: Job, mapping: Mapping) -> None:
-        for part, target, source in zip(job.binding.plan.parts, mapping.views, job.binding.sources, strict=True):
-            host = source.cpu().numpy() if isinstance(source, torch.Tensor) else source
-            if target.tobytes() != np.ascontiguousarray(host).tobytes():
-                name = job.binding.plan.planned[part.index].name
-                raise AssertionError(f"the copy of {name} is not equal to the tensor")
-
-    def _forget_slots(self, layout_hash: str) -> None:
-        for stream, memory in self._pinned:
-            stream.unpin(memory)
-        self._pinned.clear()
-        self._slots.clear()
-        self._slots_layout = layout_hash

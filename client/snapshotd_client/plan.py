@@ -17,16 +17,15 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
-import torch
 import xxhash
 
 from snapshotd.layout import Layout, TensorBox
-from snapshotd_client.arrays import Array, carrier, carrier_dtype, dtype_name, version_of, view_of
+from snapshotd_client.arrays import Array, carrier, dtype_name
 from snapshotd_client.dtensors import local_of
 from snapshotd_client.leaves import Leaf
 from snapshotd_client.placement import Piece, Placement, place_plain, share
 
-__all__ = ["Binding", "Part", "Plan", "Planned", "build_plan", "meta_capacity_for", "plan_leaf"]
+__all__ = ["Part", "Plan", "Planned", "build_plan", "meta_capacity_for", "plan_leaf"]
 
 _META_STEP: Final = 64 * 1024
 _MAX_GROUP_TEXT: Final = 200
@@ -141,113 +140,6 @@ def build_plan(
         replica_hash=_replica_hash(planned, replicated) if main else "",
         replicated=replicated,
     )
-
-
-class Binding:
-    """
-    The live tensors behind a plan: views for the copy thread, and what tells whether they changed under it.
-
-    ``bind`` is called for each capture, after the fence of the one before.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._is_sync = [item.sync for item in plan.planned]
-        self._parts_of: list[list[int]] = [[] for _ in plan.planned]
-        for number, part in enumerate(plan.parts):
-            self._parts_of[part.index].append(number)
-        self._locals: list[torch.Tensor | None] = [None] * len(plan.planned)
-        self._watched: list[torch.Tensor] = []
-        self._facts: list[object] = []
-        self._scratch: dict[int, torch.Tensor] = {}
-        self.sources: list[Array | torch.Tensor] = [_NOTHING] * len(plan.parts)
-        self.versions: list[int] = []
-
-    def bind(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """
-        Take the tensors of this step, in the plan's order, and clone those that may change.
-
-        False when their shapes or types are not the plan's: then a new plan is needed.
-        """
-        found = [local_of(tensor) for tensor in tensors]
-        facts: list[object] = [(t.data_ptr(), t.stride()) for t in found]
-        if len(found) != len(self._locals):
-            return False
-        old = self._facts or [None] * len(found)
-        for index, tensor in enumerate(found):
-            if tensor is self._locals[index] and facts[index] == old[index] and not self._is_sync[index]:
-                continue
-            item = self.plan.planned[index]
-            if tuple(tensor.shape) != item.local_shape or tensor.dtype != getattr(torch, item.dtype):
-                self._facts = []
-                return False
-            self._locals[index] = tensor
-            if self._is_sync[index]:
-                self._clone(index, tensor)
-            else:
-                self._view(index, tensor)
-        self._facts = facts
-        self._watched = [t for t, sync in zip(found, self._is_sync, strict=True) if not sync]
-        self.versions = self._read_versions()
-        return True
-
-    def moved(self) -> list[str]:
-        """Return the names of tensors that were changed in place since ``bind``."""
-        now = self._read_versions()
-        if now == self.versions:
-            return []
-        names = [item.name for item in self.plan.planned if not item.sync]
-        return [name for name, a, b in zip(names, now, self.versions, strict=True) if a != b]
-
-    def forget(self) -> None:
-        """Let go of all tensors; the next ``bind`` finds them again."""
-        self._locals = [None] * len(self._locals)
-        self._facts, self._watched, self.versions = [], [], []
-        for index, parts in enumerate(self._parts_of):
-            if not self._is_sync[index]:
-                for number in parts:
-                    self.sources[number] = _NOTHING
-
-    def replica_digest(self) -> str:
-        """Return the digest over the values of all replicated tensors of the main group."""
-        digest = xxhash.xxh3_128()
-        for index in self.plan.replicated:
-            local = self._locals[index]
-            if local is None or local.numel() == 0:
-                continue
-            raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().tobytes() if raw.numel() < 4096 else raw.numpy().data)
-        return digest.hexdigest()
-
-    def _read_versions(self) -> list[int]:
-        try:
-            return [tensor._version for tensor in self._watched]
-        except RuntimeError:
-            return [version_of(tensor) for tensor in self._watched]
-
-    def _clone(self, index: int, tensor: torch.Tensor) -> None:
-        scratch = self._scratch.get(index)
-        if scratch is None or scratch.device != tensor.device:
-            scratch = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            self._scratch[index] = scratch
-            self._view(index, scratch)
-        with torch.no_grad():
-            scratch.copy_(tensor.detach())
-
-    def _view(self, index: int, tensor: torch.Tensor) -> None:
-        on_host = tensor.device.type == "cpu"
-        whole = view_of(tensor) if on_host else _device_view(tensor)
-        for number in self._parts_of[index]:
-            part = self.plan.parts[number]
-            # A 0-d index would give a scalar, not a view.
-            self.sources[number] = whole[part.slices] if part.slices else whole
-
-
-_NOTHING: Final[torch.Tensor] = torch.empty(0)
-
-
-def _device_view(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(carrier_dtype(tensor.element_size()))
 
 
 def _nbytes(item: Planned) -> int:

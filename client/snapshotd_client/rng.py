@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import random
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["accelerators_of", "rng_json", "set_rng"]
+from snapshotd_client.codec import dumps
+
+__all__ = ["RngText", "accelerators_of", "set_rng"]
 
 
 def accelerators_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
@@ -25,27 +27,43 @@ def accelerators_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
     return [torch.device(kind, index) for kind, index in sorted(found)]
 
 
-def rng_json(devices: Iterable[torch.device]) -> dict[str, Any]:
-    """Return the state of all generators as JSON."""
-    version, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    kind, keys, position, has_gauss, cached = legacy[:5]
-    data: dict[str, Any] = {
-        "python": [version, _b64(struct.pack(f"<{len(words)}Q", *words)), gauss],
-        "torch": _b64(torch.get_rng_state().numpy().tobytes()),
-        "devices": [],
-    }
-    if kind == "MT19937":
-        raw = np.asarray(keys, dtype="<u4").tobytes()
-        data["numpy"] = [_b64(raw), int(position), int(has_gauss), float(cached).hex()]
-    for device in devices:
-        state = torch.get_device_module(device).get_rng_state(device)
-        data["devices"].append([device.type, _b64(state.cpu().numpy().tobytes())])
-    return data
+class RngText:
+    """
+    The state of all generators as JSON text.
+
+    Each generator's text is kept until it has drawn again: most are idle in most steps, and to write one out takes ten
+    times longer than to look whether it is as before.
+    """
+
+    def __init__(self) -> None:
+        self._texts: dict[str, tuple[Any, str]] = {}
+
+    def read(self, devices: Iterable[torch.device]) -> str:
+        """Return the text for now; ``set_rng`` takes what it says."""
+        parts = [f'"python":{self._text("python", random.getstate(), _python_json)}']
+        parts.append(f'"torch":{self._text("torch", torch.get_rng_state().numpy().tobytes(), _b64)}')
+        found = []
+        for number, device in enumerate(devices):
+            state = torch.get_device_module(device).get_rng_state(device).cpu().numpy().tobytes()
+            text = self._text(f"{device.type} {number}", state, _b64)
+            found.append(f"[{dumps(device.type)},{text}]")
+        parts.append(f'"devices":[{",".join(found)}]')
+        legacy: Any = np.random.get_state(legacy=True)
+        kind, keys, position, has_gauss, cached = legacy[:5]
+        if kind == "MT19937":
+            state = (keys.tobytes(), int(position), int(has_gauss), float(cached))
+            parts.append(f'"numpy":{self._text("numpy", state, _numpy_json)}')
+        return f"{{{','.join(parts)}}}"
+
+    def _text(self, name: str, state: Any, form: Callable[[Any], Any]) -> str:
+        known = self._texts.get(name)
+        if known is None or known[0] != state:
+            known = self._texts[name] = (state, dumps(form(state)))
+        return known[1]
 
 
 def set_rng(data: dict[str, Any], devices: Iterable[torch.device]) -> None:
-    """Set all generators to what ``rng_json`` gave. ValueError when it can't be that."""
+    """Set all generators to what ``RngText`` gave. ValueError when it can't be that."""
     version, words, gauss = data["python"]
     raw = base64.b64decode(words)
     random.setstate((version, struct.unpack(f"<{len(raw) // 8}Q", raw), gauss))
@@ -61,6 +79,17 @@ def set_rng(data: dict[str, Any], devices: Iterable[torch.device]) -> None:
 
 def _bytes_tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).clone()
+
+
+def _python_json(state: Any) -> list[Any]:
+    version, words, gauss = state
+    return [version, _b64(struct.pack(f"<{len(words)}Q", *words)), gauss]
+
+
+def _numpy_json(state: Any) -> list[Any]:
+    keys, position, has_gauss, cached = state
+    raw = np.frombuffer(keys, dtype=np.uint32).astype("<u4").tobytes()
+    return [_b64(raw), position, has_gauss, cached.hex()]
 
 
 def _b64(raw: bytes) -> str:

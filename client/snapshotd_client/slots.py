@@ -3,21 +3,21 @@ Slot files mapped into this process, checked before they are believed, and kept 
 
 Rule 1: a path from the daemon is opened only if it is a regular file of ours, of exactly the expected size, in a
 directory that nobody else can write to.
-Rule 2: a mapping and its views live as long as the layout. First touch of shared memory costs four copies (it is
-populated by the daemon; MAP_POPULATE maps its pages in one go).
+Rule 2: a mapping lives as long as the layout, and its pages are there before they are written to: first touch of
+shared memory costs four copies.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from snapshotd.errors import AccessDenied, FormatError
+from snapshotd.mapping import map_file
 from snapshotd_client.arrays import Array
 
 __all__ = ["Mapping", "MappingCache", "open_checked"]
@@ -25,15 +25,12 @@ __all__ = ["Mapping", "MappingCache", "open_checked"]
 _MAX_MAPPINGS: Final = 16
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mapping:
-    """One mapped file: ``bytes`` is all of it, ``views`` what its user has cut it into; ``pinned``: see device."""
+    """One mapped file: ``bytes`` is all of it."""
 
-    path: str
     bytes: Array
     identity: tuple[int, int]
-    views: list[Array] = field(default_factory=list)
-    pinned: bool = False
 
 
 class MappingCache:
@@ -42,24 +39,23 @@ class MappingCache:
     def __init__(self) -> None:
         self._mappings: dict[str, Mapping] = {}
 
-    def get(self, path: str, file_bytes: int) -> tuple[Mapping, bool]:
-        """Return the mapping of ``path`` and whether it is new. AccessDenied, FormatError or OSError if not."""
+    def get(self, path: str, file_bytes: int) -> Mapping:
+        """Return the mapping of ``path``, the same while it is the same file. AccessDenied, FormatError or OSError."""
         fd = open_checked(path, os.O_RDWR, file_bytes)
         try:
             info = os.fstat(fd)
             identity = (info.st_dev, info.st_ino)
             found = self._mappings.get(path)
             if found is not None and found.identity == identity and found.bytes.nbytes == file_bytes:
-                return found, False
+                return found
             if len(self._mappings) >= _MAX_MAPPINGS:
                 self._mappings.clear()
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            mapped = mmap.mmap(fd, file_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapped = map_file(fd, file_bytes)
         finally:
             os.close(fd)
-        mapping = Mapping(path=path, bytes=np.frombuffer(mapped, dtype=np.uint8), identity=identity)
+        mapping = Mapping(bytes=np.frombuffer(mapped, dtype=np.uint8), identity=identity)
         self._mappings[path] = mapping
-        return mapping, True
+        return mapping
 
     def clear(self) -> None:
         self._mappings.clear()

@@ -18,13 +18,14 @@ from typing import Any
 
 from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
+from snapshotd_client.binding import Binding
 from snapshotd_client.counters import Counters, Warner, logger
 from snapshotd_client.device import CopyStream, stream_for
 from snapshotd_client.fence import Fence
 from snapshotd_client.inventory import Inventory, Reading, check_expressible
 from snapshotd_client.link import Link
 from snapshotd_client.pipeline import Job, Pipeline
-from snapshotd_client.plan import Binding, Plan
+from snapshotd_client.plan import Plan
 from snapshotd_client.restore import Restorer
 from snapshotd_client.settings import Settings
 
@@ -258,20 +259,19 @@ class Snapshotter:
         if self.settings.debug_copy:
             self._pipeline.wait(_DEBUG_WAIT_S)
 
-    def _prepare(self, step: int) -> tuple[Binding, bytes]:
+    def _prepare(self, step: int) -> tuple[Binding, list[bytes]]:
         """Return this step's tensors, bound to a plan that fits them, and its meta."""
         reading, changed = self._inventory.read()
         meta = self._meta(reading, step)
         binding = self._binding
-        if binding is not None and not changed and self._fits(binding.plan, reading, meta):
-            tensors = [leaf.tensor for leaf in reading.leaves]
-            if binding.bind(tensors):
+        if binding is not None and not changed and self._has_room(binding.plan, meta):
+            if binding.bind(reading.lasting, reading.sync):
                 return binding, meta
             reading = self._inventory.rescan()
             meta = self._meta(reading, step)
-        plan = self._inventory.plan(reading, len(meta), self.settings.rank, self._split)
+        plan = self._inventory.plan(reading, sum(map(len, meta)), self.settings.rank, self._split)
         binding = Binding(plan)
-        if not binding.bind([leaf.tensor for leaf in reading.leaves]):
+        if not binding.bind(reading.lasting, reading.sync):
             raise RuntimeError("the state changed while it was looked at")
         for leaf in reading.leaves:
             device = leaf.tensor.device
@@ -281,14 +281,11 @@ class Snapshotter:
         self._counters.add("layouts")
         return binding, meta
 
-    def _fits(self, plan: Plan, reading: Reading, meta: bytes) -> bool:
-        if self._plan is not plan:
-            return False
+    def _has_room(self, plan: Plan, meta: list[bytes]) -> bool:
         begin, end = plan.layout.meta
-        names = [leaf.name for leaf in reading.leaves]
-        return len(meta) <= end - begin and names == [item.name for item in plan.planned]
+        return self._plan is plan and sum(map(len, meta)) <= end - begin
 
-    def _meta(self, reading: Reading, step: int) -> bytes:
+    def _meta(self, reading: Reading, step: int) -> list[bytes]:
         settings = self.settings
         return reading.meta(step, settings.rank, settings.world_size, settings.epoch)
 

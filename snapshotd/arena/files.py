@@ -3,25 +3,23 @@ Files of an arena, mapped: slots, parity, and buffers for restores.
 
 Rule 1: a file's memory is all there before anybody gets it (fallocate), so that a full tmpfs is an error here
         and never a SIGBUS in a worker that writes through its mapping.
-Rule 2: a mapping is populated in one system call, outside Python's global lock: touching pages one by one costs
-        twice the time, and a daemon that holds the lock for a second looks dead to its peers.
-Rule 3: the fields of these objects change under their arena's lock only; ``view`` is anybody's.
+Rule 2: the fields of these objects change under their arena's lock only; ``view`` is anybody's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import errno
 import mmap
 import os
 import stat
 from pathlib import Path
-from typing import Final, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from snapshotd.arena.keys import KeyId, ref_key
 from snapshotd.errors import BudgetError, FormatError, LocalProtocolError, UsageError
 from snapshotd.layout import digest
+from snapshotd.mapping import map_file
 from snapshotd.sizes import format_bytes
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
 
@@ -36,15 +34,9 @@ __all__ = [
     "check_header",
     "check_private",
     "create_file",
-    "map_file",
     "open_file",
     "seal_key",
 ]
-
-_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python's mmap.madvise would hold the global lock
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.madvise.restype = ctypes.c_int
 
 Outcome = Literal["pool", "delete"]
 RefT = TypeVar("RefT", SlotRef, ParityRef)
@@ -199,23 +191,6 @@ def check_private(descriptor: int, name: str) -> None:
         raise FormatError(
             f"{name} is not private: user {status.st_uid}, mode {status.st_mode & 0o777:04o}, {status.st_nlink} names"
         )
-
-
-def map_file(descriptor: int, nbytes: int) -> mmap.mmap:
-    """Return ``nbytes`` (at least 1) of the file, shared, writable and populated."""
-    mapping = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    first = ctypes.c_char.from_buffer(mapping)
-    failed = _libc.madvise(ctypes.addressof(first), nbytes, _MADV_POPULATE_WRITE)
-    code = ctypes.get_errno()
-    del first
-    if not failed:
-        return mapping
-    mapping.close()
-    if code != errno.EINVAL:
-        raise OSError(code, os.strerror(code))
-    # An older kernel. The same, with the global lock held.
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    return mmap.mmap(descriptor, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def check_header(header: bytes, file_bytes: int) -> None:

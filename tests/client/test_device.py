@@ -10,9 +10,8 @@ import threading
 
 import pytest
 import torch
-from snapshotd_client import plan
+from snapshotd_client import binding
 from snapshotd_client import snapshotter as module
-from snapshotd_client.arrays import view_of
 from torch import nn
 
 
@@ -35,9 +34,9 @@ class LazyStream:
     def begin(self, mark):
         self.log.append("begin")
 
-    def copy(self, target, source, pinned):
+    def copy(self, targets, sources, pinned):
         assert pinned == self.pins
-        self.pending.append((target, source))
+        self.pending += zip(targets, sources, strict=True)
 
     def mark_copied(self):
         self.log.append("mark_copied")
@@ -64,7 +63,7 @@ class LazyStream:
             for number in range(mark):
                 if self.pending[number] is not None:
                     target, source = self.pending[number]
-                    target[...] = view_of(source)
+                    target.copy_(source)
                     self.pending[number] = None
 
 
@@ -73,11 +72,11 @@ def stream(request, monkeypatch):
     fake = LazyStream(request.param)
 
     def device_view(self, index, tensor):
-        whole = plan._device_view(tensor)
+        whole = binding._device_view(tensor)
         for number in self._parts_of[index]:
             self.sources[number] = whole[self.plan.parts[number].slices]
 
-    monkeypatch.setattr(plan.Binding, "_view", device_view)
+    monkeypatch.setattr(binding.Binding, "_view", device_view)
     return fake
 
 

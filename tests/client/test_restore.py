@@ -97,7 +97,7 @@ def test_optimizers_that_do_not_fit_are_refused(snapshotter):
     with pytest.raises(RestoreError, match="other parameters"):
         snapshotter(model, torch.optim.SGD([model[0].weight], lr=0.1)).restore()
     with pytest.raises(RestoreError, match="optim.1 .not in the snapshot"):
-        snapshotter(model, [torch.optim.SGD(model.parameters(), lr=0.1)] * 2).restore()
+        snapshotter(model, [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]).restore()
 
 
 @pytest.mark.parametrize("what", ["missing", "short", "link", "error", "few"])

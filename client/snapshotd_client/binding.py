@@ -1,0 +1,188 @@
+"""
+The live tensors behind a plan: what the copy thread reads, and what tells whether it changed under it.
+
+Rule 1: ``bind`` is called for each capture, after the fence of the one before. Where nothing is another object or lies
+elsewhere, it takes three passes without a line of Python per tensor (``Held``'s rule).
+Rule 2: a view keeps the memory that it shows, so memory at the same address is the same memory.
+Rule 3: what ``bind`` can only find out slowly (the same memory under another shape) is found by ``moved``, behind the
+copy and off the training thread. Then this step is not kept, and the next ``bind`` looks at everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+import xxhash
+
+from snapshotd_client.arrays import Array, carrier_dtype, version_of, view_of
+from snapshotd_client.dtensors import is_dtensor, local_of
+from snapshotd_client.leaves import Leaf
+from snapshotd_client.plan import Plan
+
+__all__ = ["Binding"]
+
+_NOTHING: Final[torch.Tensor] = torch.empty(0)
+_NOWHERE: Final = -1
+_AT_ONCE: Final = 256
+"""Tensors that ``moved`` looks at before it lets the training thread go on: some 0.1 ms."""
+
+_pointer_of: Final = torch.Tensor.data_ptr
+_shape_of: Final = torch.Tensor.size
+_strides_of: Final = torch.Tensor.stride
+
+
+class Binding:
+    """
+    Which tensor lies behind which part of a plan now.
+
+    Attributes:
+        sources: for each part of the plan a view of host memory, or a tensor on an accelerator.
+        copies: what was made of ``sources``, by the slot that it is for; emptied whenever one of them is another.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self.sources: list[Array | torch.Tensor] = [_NOTHING] * len(plan.parts)
+        self._parts_of: list[list[int]] = [[] for _ in plan.planned]
+        for number, part in enumerate(plan.parts):
+            self._parts_of[part.index].append(number)
+        self._names = [item.name for item in plan.planned]
+        self._num_lasting = sum(not item.sync for item in plan.planned)
+        self._scratch: list[torch.Tensor] = []
+        self._lasting: list[Leaf] | None = None
+        self._locals: list[torch.Tensor] = []
+        self._sharded: list[tuple[int, torch.Tensor]] = []
+        self._pointers: list[int] = []
+        self._shapes: list[object] = [None] * self._num_lasting
+        self._strides: list[object] = [None] * self._num_lasting
+        self._versions: list[int] = []
+
+    def bind(self, lasting: list[Leaf], sync: Sequence[Leaf]) -> bool:
+        """
+        Take the leaves of this step, in the plan's order, and clone the ``sync`` ones, which may change.
+
+        False when their names, shapes or types are not the plan's: then a new plan is needed.
+        """
+        if lasting is not self._lasting and not self._take(lasting):
+            return False
+        if not self._follow() or not self._clone(sync):
+            return False
+        self._versions = _versions(self._locals)
+        return True
+
+    def moved(self) -> list[str]:
+        """Return the names of the tensors that are not what they were at ``bind``: changed in place, or reshaped."""
+        moved: list[str] = []
+        for begin in range(0, len(self._locals), _AT_ONCE):
+            part = slice(begin, begin + _AT_ONCE)
+            tensors, names = self._locals[part], self._names[part]
+            now = _versions(tensors)
+            if now != self._versions[part]:
+                moved += [name for name, a, b in zip(names, now, self._versions[part], strict=False) if a != b]
+            shapes, strides = list(map(_shape_of, tensors)), list(map(_strides_of, tensors))
+            if shapes != self._shapes[part] or strides != self._strides[part]:
+                self._lasting = None
+                looks = zip(names, shapes, self._shapes[part], strides, self._strides[part], strict=False)
+                moved += [name for name, a, b, c, d in looks if a != b or c != d]
+            time.sleep(0)
+        return moved
+
+    def forget(self) -> None:
+        """Let go of all tensors that are not our own; the next ``bind`` finds them again."""
+        self.copies.clear()
+        self._lasting, self._locals, self._sharded, self._versions = None, [], [], []
+        for parts in self._parts_of[: self._num_lasting]:
+            for number in parts:
+                self.sources[number] = _NOTHING
+
+    def replica_digest(self) -> str:
+        """Return the digest over the values of all replicated tensors of the main group."""
+        digest = xxhash.xxh3_128()
+        tensors = [*self._locals, *self._scratch]
+        for index in self.plan.replicated:
+            local = tensors[index]
+            if local.numel() == 0:
+                continue
+            raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().tobytes() if raw.numel() < 4096 else raw.numpy().data)
+        return digest.hexdigest()
+
+    def _take(self, lasting: list[Leaf]) -> bool:
+        """Other leaves than before: by their objects, or because there was a doubt."""
+        if [leaf.name for leaf in lasting] != self._names[: self._num_lasting]:
+            return False
+        self._lasting = lasting
+        self._locals = [local_of(leaf.tensor) for leaf in lasting]
+        self._sharded = [(index, leaf.tensor) for index, leaf in enumerate(lasting) if is_dtensor(leaf.tensor)]
+        self._pointers = [_NOWHERE] * len(lasting)
+        return True
+
+    def _follow(self) -> bool:
+        """Look where the tensors lie now; False where one is not what the plan says."""
+        for index, tensor in self._sharded:  # the local part of a DTensor can be another tensor at any time
+            local = local_of(tensor)
+            if local is not self._locals[index]:
+                self._locals[index], self._pointers[index] = local, _NOWHERE
+        pointers = list(map(_pointer_of, self._locals))
+        if pointers == self._pointers:
+            return True
+        self.copies.clear()
+        for index, pointer in enumerate(pointers):
+            if pointer != self._pointers[index] and not self._look(index, self._locals[index]):
+                self._lasting = None
+                return False
+        self._pointers = pointers
+        return True
+
+    def _look(self, index: int, tensor: torch.Tensor) -> bool:
+        if not self._is_planned(index, tensor):
+            return False
+        self._shapes[index], self._strides[index] = _shape_of(tensor), _strides_of(tensor)
+        self._view(index, tensor)
+        return True
+
+    def _is_planned(self, index: int, tensor: torch.Tensor) -> bool:
+        item = self.plan.planned[index]
+        return tuple(tensor.shape) == item.local_shape and tensor.dtype == getattr(torch, item.dtype)
+
+    def _clone(self, sync: Sequence[Leaf]) -> bool:
+        begin = self._num_lasting
+        if [leaf.name for leaf in sync] != self._names[begin:]:
+            return False
+        if not sync:
+            return True
+        found = [local_of(leaf.tensor).detach() for leaf in sync]
+        if not all(self._is_planned(begin + number, tensor) for number, tensor in enumerate(found)):
+            return False
+        if [tensor.device for tensor in found] != [tensor.device for tensor in self._scratch]:
+            self.copies.clear()
+            self._scratch = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+            for number, tensor in enumerate(self._scratch):
+                self._view(begin + number, tensor)
+        with torch.no_grad():
+            torch._foreach_copy_(self._scratch, found)
+        return True
+
+    def _view(self, index: int, tensor: torch.Tensor) -> None:
+        on_host = tensor.device.type == "cpu"
+        whole = view_of(tensor) if on_host else _device_view(tensor)
+        for number in self._parts_of[index]:
+            part = self.plan.parts[number]
+            # A 0-d index would give a scalar, not a view.
+            self.sources[number] = whole[part.slices] if part.slices else whole
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [version_of(tensor) for tensor in tensors]
+
+
+def _device_view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(carrier_dtype(tensor.element_size()))

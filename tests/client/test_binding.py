@@ -1,0 +1,152 @@
+"""
+What is looked at in each step must be seen when it changes, however cheap the look is.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from snapshotd_client.held import Held, is_same
+from snapshotd_client.rng import RngText, set_rng
+from torch import nn
+
+
+def captured(daemon, snap, step):
+    snap.capture(step)
+    assert snap.wait(20)
+    daemon.wait_for(lambda: step in daemon.sealed or any(skip.step == step for skip in daemon.skips))
+    return daemon.sealed.get(step, {}).get(0)
+
+
+@pytest.fixture
+def job(snapshotter):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    opt = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 6)).sum().backward()
+    opt.step()
+    return model, opt, snapshotter(model, opt)
+
+
+@pytest.mark.parametrize("change", ["rows", "transposed", "shape", "optimizer"])
+def test_same_memory_under_another_shape_is_not_captured_as_before(daemon, job, change):
+    """Breaks: a weight that was cut or transposed in place is captured with its old shape for ever after."""
+    model, opt, snap = job
+    assert captured(daemon, snap, 0)
+    weight = model[0].weight
+    tensor = opt.state[weight]["exp_avg"] if change == "optimizer" else weight
+    tensor.data = {
+        "rows": tensor.data[:4],
+        "transposed": tensor.data.t(),
+        "shape": tensor.data.view(4, 9),
+        "optimizer": tensor.data[:5],
+    }[change]
+    assert captured(daemon, snap, 1) is None
+    assert snap.stats["torn"] == 1
+    assert "0.weight" in daemon.skips[0].detail
+    name = "optim.0.weight.exp_avg" if change == "optimizer" else "model.0.weight"
+    kept = captured(daemon, snap, 2).tensor(name)
+    assert (kept.shape, kept.tobytes()) == (tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes())
+
+
+def test_other_memory_is_followed(daemon, job):
+    """Breaks: memory that was left is captured, or what was prepared for it is copied."""
+    model, opt, snap = job
+    for step in range(6):
+        for tensor in (model[1].bias, opt.state[model[1].bias]["exp_avg"]):
+            tensor.data = torch.full((6,), float(step))
+        sealed = captured(daemon, snap, step)
+        for name in ("model.1.bias", "optim.1.bias.exp_avg"):
+            assert np.full(6, step, np.float32).tobytes() == sealed.tensor(name).tobytes()
+    assert snap.stats["layouts"] == 1
+
+
+def test_numbers_in_the_state_are_those_of_the_step(daemon, job):
+    """Breaks: a learning rate or a step count of an older step, because the text was kept."""
+    model, opt, snap = job
+    state = opt.state[model[0].weight]
+    for step, (rate, count) in enumerate([(0.5, 1), (0.25, 1), (0.25, 2), (0.125, True), (float("inf"), None)]):
+        opt.param_groups[0]["lr"] = rate
+        state["count"] = count
+        sealed = captured(daemon, snap, step)
+        [entry] = sealed.meta["optimizers"]
+        found = {key[1]: value for key, value in entry["state"]}["model.0.weight"]["count"]
+        assert (type(count), count) == (type(found), found)
+        hyper = entry["groups"][0]["hyper"]["lr"]
+        assert hyper == (rate if step < 4 else {"$": "float", "v": "000000000000f07f"})
+
+
+def test_renamed_and_reordered_state_is_seen(daemon, job):
+    """Breaks: tensors are restored under the name that they had before."""
+    model, opt, snap = job
+    assert captured(daemon, snap, 0)
+    state = opt.state[model[0].bias]
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]
+    sealed = captured(daemon, snap, 1)
+    assert state["exp_avg"].numpy().tobytes() == sealed.tensor("optim.0.bias.exp_avg").tobytes()
+    state["renamed"] = state.pop("exp_avg")
+    sealed = captured(daemon, snap, 2)
+    assert "optim.0.bias.exp_avg" not in sealed.layout.by_key
+    assert state["renamed"].numpy().tobytes() == sealed.tensor("optim.0.bias.renamed").tobytes()
+    model.add_module("other", model._modules.pop("1"))
+    sealed = captured(daemon, snap, 3)
+    assert "model.other.weight" in sealed.layout.by_key
+
+
+def test_each_generator_is_written_when_it_has_drawn():
+    """Breaks: after a restore, dropout or shuffling repeats an older step."""
+    text = RngText()
+    draws = [
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: float(np.random.random()),
+        lambda: float(np.random.normal()),
+        lambda: float(np.random.normal()),  # from what the one before has left over
+        lambda: float(torch.rand(())),
+        lambda: 0.0,
+    ]
+    for draw in draws:
+        draw()
+        kept = json.loads(text.read([]))
+        expected = [one() for one in draws]
+        set_rng(kept, [])
+        assert expected == [one() for one in draws]
+
+
+def test_slots_are_mapped_before_a_step_needs_them(daemon, job):
+    """Breaks: the first steps wait at their fence until a gigabyte is mapped."""
+    _, _, snap = job
+    snap._register_early()
+    with snap._pipeline._changed:
+        assert snap._pipeline._changed.wait_for(lambda: len(snap._pipeline._grants) == daemon.num_slots, 20)
+    while len(snap._pipeline._copier._slots) < daemon.num_slots:
+        threading.Event().wait(0.001)
+    before = dict(snap._pipeline._copier._slots)
+    assert captured(daemon, snap, 0)
+    assert before == snap._pipeline._copier._slots
+
+
+@pytest.mark.parametrize("change", ["value", "key", "order", "more", "fewer", "filled"])
+def test_held_sees_every_change(change):
+    first, second = {"a": 1000, "b": [1]}, {}
+    held = Held([first, second])
+    assert held.unchanged()
+    if change == "value":
+        first["b"] = [1]
+    elif change == "key":
+        first["c"] = first.pop("b")
+    elif change == "order":
+        first["a"] = first.pop("a")
+    elif change == "more":
+        first["c"] = 3
+    elif change == "fewer":
+        del first["a"]
+    else:
+        second["a"] = 1
+    assert not held.unchanged()
+    assert not is_same([first], [dict(first)])

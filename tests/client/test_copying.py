@@ -1,0 +1,102 @@
+"""
+Lists of copies: whatever the arrays look like, the bytes arrive, and what lies side by side is copied in one piece.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from snapshotd_client.arrays import carrier
+from snapshotd_client.copying import CopyList, CopyPool, join_neighbours
+
+
+def nothing():
+    pass
+
+
+def copied(pairs, threads):
+    pool = CopyPool(threads)
+    try:
+        pool.copy(CopyList(pairs, threads), nothing)
+    finally:
+        pool.close()
+
+
+@st.composite
+def arrays(draw):
+    """(source, shape): dense, transposed, strided, a slice, 0-d or empty, of any item size."""
+    kind = carrier(draw(st.sampled_from([1, 2, 4, 8, 16])))
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=2)))
+    if draw(st.booleans()):
+        shape = (*shape, draw(st.sampled_from([1, 7, 9000])))
+    whole = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, size=(*(2 * n for n in shape),))
+    whole = whole.astype(kind)
+    form = draw(st.sampled_from(["dense", "strided", "corner", "transposed"]))
+    if form == "strided":
+        return whole[tuple(slice(None, None, 2) for _ in shape)] if shape else whole
+    part = whole[tuple(slice(0, n) for n in shape)] if shape else whole
+    if form == "corner":
+        return part
+    return np.ascontiguousarray(part) if form == "dense" else np.ascontiguousarray(part.T).T
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(arrays(), max_size=6), st.integers(1, 4))
+def test_any_arrays_by_any_number_of_threads(sources, threads):
+    """Breaks: some shape, stride or size of a tensor is garbage in the snapshot."""
+    sources.sort(key=lambda array: -array.itemsize)
+    slot = np.full(sum(array.nbytes for array in sources), 0xA5, dtype=np.uint8)
+    pairs, position = [], 0
+    for source in sources:
+        end = position + source.nbytes
+        pairs.append((slot[position:end].view(source.dtype).reshape(source.shape), source))
+        position = end
+    copied(pairs, threads)
+    assert [source.tobytes() for source in sources] == [target.tobytes() for target, _ in pairs]
+
+
+def test_neighbours_are_copied_in_one_piece():
+    """Breaks: flat buffers that a framework has cut into thousands of parameters are copied part by part."""
+    source = np.arange(1000, dtype=np.int64)
+    slot = np.zeros(8000, dtype=np.uint8)
+    cuts = [0, 10, 10, 400, 401, 1000]
+    pairs = [
+        (slot[8 * a : 8 * b].view(np.int64), source[a:b].reshape(-1, 1)[:, 0])
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    joined = join_neighbours(pairs)
+    assert [8000] == [target.nbytes for target, _ in joined]
+    copied(pairs, 1)
+    assert source.tobytes() == slot.tobytes()
+
+
+@pytest.mark.parametrize("gap", ["source", "target", "order"])
+def test_what_has_a_gap_is_not_joined(gap):
+    """Breaks: bytes between two tensors end up in the snapshot, and the rest one tensor too far."""
+    source, slot = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
+    first, second = (slice(0, 16), slice(16, 32))
+    behind = slice(17, 33)
+    pairs = {
+        "source": [(slot[first], source[first]), (slot[second], source[behind])],
+        "target": [(slot[first], source[first]), (slot[behind], source[second])],
+        "order": [(slot[second], source[second]), (slot[first], source[first])],
+    }[gap]
+    assert [16, 16] == [target.nbytes for target, _ in join_neighbours(pairs)]
+
+
+def test_error_of_a_helper_reaches_the_caller():
+    """Breaks: a copy that failed in a helper thread counts as done."""
+    copies = CopyList([(np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8))], 3)
+
+    def fail():
+        raise MemoryError("of the helper")
+
+    copies.halves[1][2].copy = fail
+    pool = CopyPool(3)
+    try:
+        with pytest.raises(MemoryError, match="of the helper"):
+            pool.copy(copies, nothing)
+    finally:
+        pool.close()
