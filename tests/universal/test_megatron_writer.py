@@ -51,6 +51,19 @@ def test_virtual_stages_and_back(tmp_path: Path) -> None:
     assert_same(readers.read(FIXTURES / CASES[0] / "ckpt"), readers.read(tmp_path / "run"))
 
 
+def test_every_rank_of_a_larger_run_has_generators(tmp_path: Path) -> None:
+    """Megatron-LM exits when a rank's file has none."""
+    convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"tp": 2, "pp": 4})
+    folders = sorted((tmp_path / "run" / "iter_0000004").iterdir())
+    states = [torchzip.load(FileSource(folder / "model_optim_rng.pt"))["rng_state"][0] for folder in folders]
+    assert 8 == len(states)
+    assert {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states"} == set.union(
+        *map(set, states)
+    )
+    assert all(len(state) == 5 for state in states)
+    assert_same(readers.read(FIXTURES / CASES[0] / "ckpt"), readers.read(tmp_path / "run"))
+
+
 def test_padding_is_made_anew(tmp_path: Path) -> None:
     """97 tokens are 112 rows for two tensor ranks, 104 for one; a loader with the wrong size refuses the file."""
     convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"tp": 1, "pp": 1})

@@ -329,6 +329,10 @@ def _put_note(state: State, note: Any) -> None:
     """What our own writer noted, because Megatron-LM has no place for it; gone once Megatron has saved again."""
     if not isinstance(note, dict):
         return
+    added = {str(rank) for rank in note.get("rng_added") or ()}
+    state.tensors = [t for t in state.tensors if t.kind != "rng" or t.name.partition("/")[0] not in added]
+    for rank in added:
+        state.extra.get("rng_state", {}).pop(rank, None)
     for name, value in (note.get("rng") or {}).items():
         if isinstance(value, TensorRef):
             state.tensors.append(Tensor("rng", str(name), value.view))

@@ -322,19 +322,26 @@ class _Plan:
         return self.scalars[name]
 
     def _rng(self, rank: int, file: _File) -> dict[str, Any]:
+        """Generators of ``rank``; a rank that the source did not have takes those of one that it had."""
+        known = self._ranks_with_generators()
+        owner = str(rank if rank in known or not known else known[rank % len(known)])
         result: dict[str, Any] = {}
-        for key, value in self._other_generators().get(str(rank), {}).items():
+        for key, value in self._other_generators().get(owner, {}).items():
             pickled = self._pickled(value, file)
             result[key] = _tuples(pickled) if key in ("random_rng_state", "np_rng_state") else pickled
         for name, tensor in self.state.of_kind("rng").items():
-            owner, _, device = name.partition("/")
-            if owner == str(rank) and not device:
+            mine, _, device = name.partition("/")
+            if mine == owner and not device:
                 result["torch_rng_state"] = file.put(tensor.view)
-            elif owner == str(rank) and device == "cuda":
+            elif mine == owner and device == "cuda":
                 result["cuda_rng_state"] = file.put(tensor.view)
-            elif owner == str(rank) and device.startswith("cuda/"):
+            elif mine == owner and device.startswith("cuda/"):
                 result.setdefault("rng_tracker_states", {})[device[5:]] = file.put(tensor.view)
         return result
+
+    def _ranks_with_generators(self) -> list[int]:
+        owners = {name.partition("/")[0] for name in self.state.of_kind("rng")} | set(self._other_generators())
+        return sorted(int(owner) for owner in owners if owner.isdigit())
 
     def _other_generators(self) -> dict[str, Any]:
         kept = self.state.extra.get("rng_state")
@@ -358,6 +365,7 @@ class _Plan:
             "version": 1,
             "step": self.state.step,
             "rng": generators,
+            "rng_added": sorted(ranks - set(map(str, self._ranks_with_generators()))),
             "rng_state": others,
             "args": {key: self._pickled(old[key], file) for key in old if old[key] != self.args[key]},
             "args_added": [key for key in self.args if key not in old],
