@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEEPSPEED := .venv-deepspeed
 FAULTS ?= all
 
 ONLY ?=
 CHECK ?=
 
-.PHONY: demo test check fmt sim faults bench bench-peers proto clean
+.PHONY: demo test check fmt sim faults bench bench-peers bench-convert proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -45,13 +46,26 @@ bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers \
 		-r benchmarks/peers/requirements.txt
 
+# Conversion beside the formats' own tools, with checkpoints that DeepSpeed and torch write on the spot; needs 12 GB of tmpfs.
+bench-convert: $(READY) $(DEEPSPEED)/.ready
+	SNAPSHOTD_BENCH_DEEPSPEED=$(CURDIR)/$(DEEPSPEED)/bin/python \
+	$(BIN)/snapshotd bench --out benchmarks/results --only $(or $(ONLY),convert) $(if $(CHECK),--check)
+
+# DeepSpeed on the CPU, in an environment of its own: torch first, by its exact version, and no operators are built.
+$(DEEPSPEED)/.ready: constraints.txt
+	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy setuptools wheel
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  deepspeed==0.19.8
+	touch $@
+
 # Generated code of the wire contract.
 proto: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/snapshotd/v1/*.proto
 	rm -f snapshotd/v1/worker_pb2_grpc.py snapshotd/v1/bulk_pb2_grpc.py snapshotd/v1/record_pb2_grpc.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
+	rm -rf $(VENV) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
