@@ -3,9 +3,10 @@ The streaming engine: views go into files by slabs, with bounded memory, several
 
 Rule 1: a file is written under a temporary name and gets its own when all of it is there. Nothing else is written but
 the journal, which is removed at the end; the bytes of tensors are never copied to another place on disk.
-Rule 2: memory is one slab per thread, and as much again for scratch: ``memory_bytes`` is shared out among the threads.
+Rule 2: memory is one slab per thread, and some scratch: ``memory_bytes`` says how many threads there may be.
 Rule 3: the journal says which tensors are complete, with their digests. When an interrupted run goes on, it believes
-nothing: it reads those bytes again, and takes them only if the digest is the one in the journal.
+nothing: it reads those bytes again, and takes them only if the digest is the one in the journal. It writes nothing that
+is there already.
 Rule 4: files are not synced to the disk: like ``cp``. Whoever reads, verifies; the marker's digests tell what is torn.
 """
 
@@ -36,13 +37,16 @@ DEFAULT_MEMORY: Final = 512 << 20
 JOURNAL: Final = ".snapshotd-convert.jsonl"
 """The name of the journal in the target directory, while a conversion runs."""
 
-_SLAB_BYTES: Final = 8 << 20
-"""Largest slab: more does not make the disk faster, and leaves the cache."""
+_SLAB_BYTES: Final = 2 << 20
+"""Largest slab: more does not make the disk faster, and leaves the processor's cache."""
 
-_MIN_MEMORY: Final = 1 << 20
+_GROUP_BYTES: Final = 8 << 20
+
+_THREAD_BYTES: Final = 16 << 20
+"""What a thread needs at most: its slab, and scratch for strided reads, casts and comparisons of copies."""
 
 _FLUSH_BYTES: Final = 64 << 20
-"""The journal goes to the disk after this many bytes of tensors: what an interruption may cost."""
+"""The journal is written out with each file, and after this many bytes of tensors: what an interruption may cost."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from several threads, but never from two at once."""
@@ -57,17 +61,16 @@ class Settings:
     resume: bool = False
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        if self.memory_bytes < _THREAD_BYTES:
+            raise UsageError(f"--memory: {_THREAD_BYTES >> 20} MiB are the least, not {self.memory_bytes} bytes")
+        if self.threads < 0:
+            raise UsageError(f"--threads: {self.threads} is no number of threads")
+
     @property
     def num_threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or max(1, min(4, cores))
-
-    @property
-    def slab_bytes(self) -> int:
-        if self.memory_bytes < _MIN_MEMORY:
-            raise UsageError(f"a conversion needs at least {_MIN_MEMORY} bytes of memory, not {self.memory_bytes}")
-        # A slab, scratch of a strided read, scratch of a cast, and what the copies of a merge need.
-        return max(65536, min(_SLAB_BYTES, self.memory_bytes // (4 * self.num_threads)))
+        return max(1, min(self.threads or min(4, cores), self.memory_bytes // _THREAD_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,11 @@ class _Journal:
                 self._file.flush()
                 self._unflushed = 0
 
+    def flush(self) -> None:
+        with self._lock:
+            self._file.flush()
+            self._unflushed = 0
+
     def close(self) -> None:
         self._file.close()
 
@@ -191,29 +199,22 @@ class _Journal:
 
 
 class _Run:
+    """One call of write_files. Files are opened when their first tensor's turn comes, and closed with their last."""
+
     def __init__(self, target: Path, files: Sequence[OutFile], settings: Settings, journal: _Journal) -> None:
-        self.target, self.files, self.settings, self.journal = target, files, settings, journal
-        self.slab_bytes = settings.slab_bytes
+        self.settings, self.journal = settings, journal
         self.total = sum(placed.view.nbytes for file in files for placed in file.tensors)
         self.done_bytes = 0
         self.lock = threading.Lock()
         self.stopped = False
         self.buffers = threading.local()
-        self.written: dict[str, dict[str, Written]] = {file.name: {} for file in files}
-        self.left = {file.name: len(file.tensors) for file in files}
+        self.files = [_File(target, file) for file in files]
 
     def run(self) -> dict[str, dict[str, Written]]:
-        opened: dict[str, int] = {}
         try:
             with ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="convert") as pool:
-                futures = []
-                for file in self.files:
-                    fd = opened[file.name] = self._open(file)
-                    for offset, data in file.blocks:
-                        _write_at(fd, offset, data)
-                    if not file.tensors:
-                        self._complete(file, fd)
-                    futures += [pool.submit(self._tensor, file, fd, group) for group in _groups(file.tensors)]
+                tasks = [(file, group) for file in self.files for group in _groups(file.plan.tensors)]
+                futures = [pool.submit(self._tensors, file, group) for file, group in tasks]
                 try:
                     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                     for future in done:
@@ -223,75 +224,55 @@ class _Run:
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
-            for fd in opened.values():
-                os.close(fd)
-        return self.written
+            for file in self.files:
+                file.close()
+        return {file.plan.name: file.written for file in self.files}
 
-    def _open(self, file: OutFile) -> int:
-        final, temporary = self.target / file.name, self._temporary(file)
-        if final.exists() and not temporary.exists():
-            # From a run that was interrupted later on. It is taken back, and its bytes are verified like all others.
-            os.rename(final, temporary)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        os.ftruncate(fd, file.nbytes)
-        return fd
-
-    def _temporary(self, file: OutFile) -> Path:
-        path = self.target / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.parent / f".{path.name}.part"
-
-    def _tensor(self, file: OutFile, fd: int, group: Sequence[Placed]) -> None:
+    def _tensors(self, file: _File, group: Sequence[Placed]) -> None:
         for placed in group:
             if self.stopped:
                 return
-            known = self.journal.done.get((file.name, placed.key))
-            written = known if known is not None and self._is_there(fd, placed, known) else None
+            file.open()
+            known = self.journal.done.get((file.plan.name, placed.key))
+            written = known if known is not None and self._is_there(file, placed, known) else None
             if written is None:
-                written = self._copy(file, fd, placed)
-                self.journal.add(file.name, placed.key, written, placed.view.nbytes)
-            with self.lock:
-                self.written[file.name][placed.key] = written
-                self.left[file.name] -= 1
-                last = not self.left[file.name]
-            if last:
-                self._complete(file, fd)
+                written = self._copy(file, placed)
+                self.journal.add(file.plan.name, placed.key, written, placed.view.nbytes)
+            file.add(placed.key, written)
+        if not self.stopped and file.is_whole:
+            self.journal.flush()  # first: a finished file that nobody knows of would be written again
+            file.complete()
 
-    def _copy(self, file: OutFile, fd: int, placed: Placed) -> Written:
+    def _copy(self, file: _File, placed: Placed) -> Written:
         view, offset = placed.view, placed.offset
         state, crc = xxhash.xxh3_128(), 0
         buffer = self._buffer()
-        for at, lengths in slabs(view.shape, view.itemsize, self.slab_bytes):
+        file.take_back()
+        for at, lengths in slabs(view.shape, view.itemsize, _SLAB_BYTES):
             if self.stopped:
                 raise UsageError("the conversion was stopped")
             data = _read(view, at, lengths, buffer)
             state.update(data)
-            if file.crc:
+            if file.plan.crc:
                 crc = zlib.crc32(data, crc)
-            _write_at(fd, offset, data)
+            file.write(offset, data)
             offset += data.nbytes
             self._advance(data.nbytes)
         return Written(f"xxh3_128:{state.hexdigest()}", crc)
 
-    def _is_there(self, fd: int, placed: Placed, known: Written) -> bool:
+    def _is_there(self, file: _File, placed: Placed, known: Written) -> bool:
         state = xxhash.xxh3_128()
         buffer = memoryview(self._buffer())
         end = placed.offset + placed.view.nbytes
-        for begin in range(placed.offset, end, self.slab_bytes):
-            part = buffer[: min(self.slab_bytes, end - begin)]
-            if os.preadv(fd, [part], begin) != part.nbytes:
+        for begin in range(placed.offset, end, _SLAB_BYTES):
+            part = buffer[: min(_SLAB_BYTES, end - begin)]
+            if file.read(begin, part) != part.nbytes:
                 return False
             state.update(part)
         if f"xxh3_128:{state.hexdigest()}" != known.digest:
             return False
         self._advance(placed.view.nbytes)
         return True
-
-    def _complete(self, file: OutFile, fd: int) -> None:
-        if file.finish is not None:
-            for offset, data in file.finish(self.written[file.name]):
-                _write_at(fd, offset, data)
-        os.rename(self._temporary(file), self.target / file.name)
 
     def _advance(self, nbytes: int) -> None:
         if self.settings.progress is not None:
@@ -301,21 +282,110 @@ class _Run:
 
     def _buffer(self) -> Any:
         if not hasattr(self.buffers, "slab"):
-            self.buffers.slab = np.empty(max(self.slab_bytes, 16), np.uint8)
+            self.buffers.slab = np.empty(max(_SLAB_BYTES, 16), np.uint8)
         return self.buffers.slab
 
 
+class _File:
+    """
+    A file on its way: under its temporary name until it is whole.
+
+    One that an interrupted run finished keeps its final name, and is only read, unless something in it is not as the
+    journal says: then it is taken back, and mended like one that was not finished.
+    """
+
+    def __init__(self, target: Path, plan: OutFile) -> None:
+        self.plan = plan
+        self.written: dict[str, Written] = {}
+        self._final = target / plan.name
+        self._temporary = self._final.parent / f".{self._final.name}.part"
+        self._lock = threading.RLock()
+        self._fd = -1
+        self._finished = False
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.written) == len(self.plan.tensors)
+
+    def open(self) -> None:
+        """Open it, or make it, unless that was done; its fixed bytes are in it then."""
+        with self._lock:
+            if self._fd >= 0:
+                return
+            self._final.parent.mkdir(parents=True, exist_ok=True)
+            self._finished = self._final.exists() and not self._temporary.exists()
+            path = self._final if self._finished else self._temporary
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if os.fstat(self._fd).st_size != self.plan.nbytes:
+                self.take_back()
+                os.ftruncate(self._fd, self.plan.nbytes)
+            self._put(self.plan.blocks)
+
+    def add(self, key: str, written: Written) -> None:
+        with self._lock:
+            self.written[key] = written
+
+    def complete(self) -> None:
+        """Give it its final name: all tensors are there. Nothing happens when that was done."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            if self.plan.finish is not None:
+                self._put(self.plan.finish(self.written))
+            if not self._finished:
+                os.rename(self._temporary, self._final)
+            self.close()
+
+    def take_back(self) -> None:
+        """A file that was finished is not: it is about to be written to."""
+        with self._lock:
+            if self._finished:
+                os.rename(self._final, self._temporary)
+                self._finished = False
+
+    def read(self, offset: int, out: memoryview) -> int:
+        return os.preadv(self._fd, [out], offset)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        try:
+            while rest.nbytes:
+                count = os.pwrite(self._fd, rest, offset)
+                offset += count
+                rest = rest[count:]
+        except OSError as error:
+            raise CorruptionError(
+                f"{self._final} cannot be written: {error.strerror}; --resume goes on when that is mended"
+            ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _put(self, blocks: Sequence[tuple[int, bytes]]) -> None:
+        for offset, data in blocks:
+            if self._finished and os.pread(self._fd, len(data), offset) == data:
+                continue
+            self.take_back()
+            self.write(offset, data)
+
+
 def _groups(tensors: Sequence[Placed]) -> list[list[Placed]]:
-    """Many small tensors go together: a task costs as much as copying some 50 KB."""
+    """
+    Many small tensors go together: a task costs as much as copying some 50 KB. Large ones come first, so that all
+    threads end at about the same time. A file without tensors has one empty group.
+    """
     groups: list[list[Placed]] = []
     nbytes = 0
-    for placed in tensors:
-        if not groups or nbytes + placed.view.nbytes > _SLAB_BYTES or len(groups[-1]) >= 256:
+    for placed in sorted(tensors, key=lambda placed: -placed.view.nbytes):
+        if not groups or nbytes + placed.view.nbytes > _GROUP_BYTES or len(groups[-1]) >= 256:
             groups.append([])
             nbytes = 0
         groups[-1].append(placed)
         nbytes += placed.view.nbytes
-    return groups
+    return groups or [[]]
 
 
 def _read(view: View, at: tuple[int, ...], lengths: tuple[int, ...], buffer: Any) -> memoryview:
@@ -326,14 +396,3 @@ def _read(view: View, at: tuple[int, ...], lengths: tuple[int, ...], buffer: Any
     words = buffer[:nbytes].view(word_dtype(view.dtype)).reshape(lengths)
     view.read_into(at, words)
     return memoryview(buffer[:nbytes])
-
-
-def _write_at(fd: int, offset: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    try:
-        while rest.nbytes:
-            count = os.pwrite(fd, rest, offset)
-            offset += count
-            rest = rest[count:]
-    except OSError as error:
-        raise CorruptionError(f"cannot write: {error.strerror}; --resume goes on when that is mended") from error

@@ -48,7 +48,7 @@ __all__ = [
     "stored_bytes",
 ]
 
-SCRATCH_BYTES: Final = 8 << 20
+SCRATCH_BYTES: Final = 2 << 20
 """Most scratch memory of one strided read: large enough that system calls vanish, small enough to stay in a cache."""
 
 Index = tuple[int, ...]
