@@ -229,10 +229,11 @@ class _Run:
         return {file.plan.name: file.written for file in self.files}
 
     def _tensors(self, file: _File, group: Sequence[Placed]) -> None:
+        if not self.stopped:
+            file.open()
         for placed in group:
             if self.stopped:
                 return
-            file.open()
             known = self.journal.done.get((file.plan.name, placed.key))
             written = known if known is not None and self._is_there(file, placed, known) else None
             if written is None:

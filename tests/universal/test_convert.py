@@ -149,6 +149,19 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     assert int(done.stdout) < 24 << 10, "KiB above start"
 
 
+def test_thousands_of_files_need_few_descriptors(tmp_path: Path) -> None:
+    """A world of 2,000 ranks has 2,000 files; a process may open 1,024."""
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from snapshotd.universal import convert\n"
+        f"convert({str(SOURCE)!r}, {str(tmp_path / 'x')!r}, to='dcp', layout={{'dp': 500}})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    assert 500 == len(list((tmp_path / "x").glob("*.distcp")))
+    assert [] == diff(read(SOURCE), read(tmp_path / "x"))
+
+
 def test_dtype_and_only(tmp_path: Path) -> None:
     report = convert(SOURCE, tmp_path / "m", to="universal", only="model", dtype="bf16")
     assert {"model", "buffer"} == set(report.kinds)

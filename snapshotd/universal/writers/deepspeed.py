@@ -13,7 +13,6 @@ its stage 3 gives every group the hyperparameters of the first. What it has no p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -34,9 +33,6 @@ __all__ = ["losses", "write"]
 
 _DS_VERSION: Final = "0.19.8"
 """What is written as ``ds_version`` for other sources; without one DeepSpeed refuses to load."""
-
-_FILES_AT_ONCE: Final = 128
-"""Each file that is being written is an open descriptor; a process has 1024 of them by default."""
 
 _SCALERS: Final = ("LossScaler", "DynamicLossScaler")
 
@@ -78,27 +74,9 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
             else:
                 value = plan.put(f"{kind}/{name}", view)
             files.append(_archive(path, value, plan))
-    _write_batches(target, files, settings, identity)
+    write_files(target, files, settings, identity=identity)
     write_whole(target / "latest_universal", tag.encode())
     remove_journal(target)
-
-
-def _write_batches(target: Path, files: list[OutFile], settings: Settings, identity: str) -> None:
-    total = sum(placed.view.nbytes for file in files for placed in file.tensors)
-    before = 0
-    report = settings.progress
-    for begin in range(0, len(files), _FILES_AT_ONCE):
-        batch = files[begin : begin + _FILES_AT_ONCE]
-        mine = settings if begin == 0 else replace(settings, resume=True)  # it goes on with its own journal
-        if report is not None:
-            offset = before
-
-            def progress(done: int, _: int, offset: int = offset) -> None:
-                report(offset + done, total)
-
-            mine = replace(mine, progress=progress)
-        write_files(target, batch, mine, identity=identity)
-        before += sum(placed.view.nbytes for file in batch for placed in file.tensors)
 
 
 class _Plan:
