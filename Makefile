@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
+MEGATRON := .venv-megatron
 FAULTS ?= all
 
 ONLY ?=
 CHECK ?=
 
-.PHONY: demo test check fmt sim faults bench bench-peers bench-convert proto clean
+.PHONY: demo test test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -28,6 +29,10 @@ check: $(READY)
 # Format imports and what ruff can mend.
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
+
+# Checkpoints from and for the real Megatron-core, on CPU, in a virtual environment of their own.
+test-megatron: $(MEGATRON)/.ready
+	OMP_NUM_THREADS=1 $(MEGATRON)/bin/python -m pytest tests/frameworks/test_megatron.py
 
 # The long simulation: 2,000 seeds.
 sim: $(READY)
@@ -65,9 +70,15 @@ proto: $(READY)
 	rm -f snapshotd/v1/worker_pb2_grpc.py snapshotd/v1/bulk_pb2_grpc.py snapshotd/v1/record_pb2_grpc.py
 
 clean:
-	rm -rf $(VENV) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
+	rm -rf $(VENV) $(DEEPSPEED) $(MEGATRON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
+
+$(MEGATRON)/.ready: pyproject.toml constraints.txt
+	test -x $(MEGATRON)/bin/python || $(PYTHON) -m venv $(MEGATRON)
+	$(MEGATRON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(MEGATRON)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt megatron-core==0.16.1
+	touch $@

@@ -59,6 +59,8 @@ def losses(state: State) -> list[str]:
         lost.append("extra states of modules (Transformer Engine's fp8 scales)")
     if not isinstance(state.extra.get("args"), dict):
         lost.append("args: the source has none, so Megatron-LM can not compare them with the command line")
+    if not state.of_kind("rng"):
+        lost.append("random generators: the source has none, so Megatron-LM wants --no-load-rng")
     odd = [kind for kind in state.optimizer_kinds if kind != "step" and any(_is_odd(state, kind))]
     if odd:
         lost.append(f"optimizer states that are not of their parameter's shape: {', '.join(odd)}")
