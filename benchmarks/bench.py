@@ -33,7 +33,7 @@ from .rows import FAILED, MISSED, Row
 
 __all__ = ["Plan", "broken", "names", "run_parts"]
 
-PART_S, SHORT_PART_S = 400.0, 60.0
+PART_S, SHORT_PART_S = 600.0, 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,8 @@ class Row:
         nbytes: what one round moves; the table then shows CPU seconds per GB.
         peers: the same figure of what people use instead, by name.
         slack: how far a ratio may miss its goal where its spread explains that.
-        absolute: the goal is no ratio of two measurements; short runs show it and do not judge it.
+        whole_run_only: short runs show it and do not judge it: the goal is no ratio of two measurements, or is lost
+            in the noise of small sizes.
     """
 
     what: str
@@ -47,7 +48,7 @@ class Row:
     better: Better = "lower"
     goal: float | None = None
     slack: float = _SLACK
-    absolute: bool = False
+    whole_run_only: bool = False
     nbytes: int = 0
     peers: Mapping[str, Series] = field(default_factory=dict)
     text: str = ""
@@ -82,7 +83,7 @@ class Row:
         floor = Series((at_most,))
         more.setdefault("against", "the limit")
         ratio = ratio_of(ours, floor)
-        return cls(what=what, unit=unit, ours=ours, floor=floor, ratio=ratio, goal=1.0, absolute=True, **more)
+        return cls(what=what, unit=unit, ours=ours, floor=floor, ratio=ratio, goal=1.0, whole_run_only=True, **more)
 
     @classmethod
     def shown(cls, what: str, ours: Series, *, unit: str, **more: Any) -> Row:
@@ -104,7 +105,7 @@ class Row:
         return replace(self, part=part, verdict=self.verdict or self._verdict(short))
 
     def _verdict(self, short: bool) -> str:
-        if self.ratio is None or self.goal is None or (short and self.absolute):
+        if self.ratio is None or self.goal is None or (short and self.whole_run_only):
             return ""
         sign = 1 if self.better == "higher" else -1
         if sign * (self.ratio.value - self.goal) >= 0:

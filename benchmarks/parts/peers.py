@@ -71,20 +71,21 @@ def _compare(found: Found, ranks: str, survives: str, level: str) -> Iterator[Ro
             continue
         label = "" if ours == OURS else ", without digests"
         yield _row(f"stall per step, {ranks}{label}", "s", found[ours], peers, _stall)
-        yield _row(f"added to a step, {ranks}{label}", "%", found[ours], peers, _inflation)
+        yield _row(f"added to a step, {ranks}{label}", "%", found[ours], peers, _inflation, whole_run_only=True)
         lasting = {name: system for name, system in peers.items() if system["outlives"] == level}
         yield _row(f"{survives} after{label}", "s", found[ours], lasting, _complete)
     lacking = [f"{name}: {system['lacks']}" for name, system in found.items() if system["lacks"]]
     yield Row.note(f"what they do not do, {ranks}", "; ".join(lacking))
 
 
-def _row(what: str, unit: str, ours: Mapping[str, Any], peers: Found, of: Any) -> Row:
+def _row(what: str, unit: str, ours: Mapping[str, Any], peers: Found, of: Any, **more: Any) -> Row:
     """Ours beside all, and the ratio to the best of them."""
     beside = {name: of(system) for name, system in peers.items()}
     if not beside:
         return Row.shown(what, of(ours), unit=unit, text="none of the others does")
     best = min(beside, key=lambda name: beside[name].median)
-    return Row.cost(what, of(ours), beside[best], at_most=1.0, against=f"the best: {best}", unit=unit, peers=beside)
+    against = f"the best: {best}"
+    return Row.cost(what, of(ours), beside[best], at_most=1.0, against=against, unit=unit, peers=beside, **more)
 
 
 def _stall(system: Mapping[str, Any]) -> Series:
@@ -128,11 +129,11 @@ def _measure(run: Run, family: str, world: int) -> Found:
 def _spec(run: Run, family: str, world: int, rank: int, home: Path, places: dict[str, Any]) -> dict[str, Any]:
     return {
         "family": family,
-        "nbytes": run.size() // world,
+        "nbytes": _size(run) // world,
         "world": world,
         "rank": rank,
         "cores": 1 if run.short else len(os.sched_getaffinity(0)),
-        "rounds": 3 if run.short else 10,
+        "rounds": 2 if run.short else 10,
         "within_s": 2 if run.short else 45 if family == "ours" else 30,
         "home": str(home / str(rank)),
         "answer": str(home / f"answer-{rank}.json"),
@@ -142,18 +143,24 @@ def _spec(run: Run, family: str, world: int, rank: int, home: Path, places: dict
     }
 
 
+def _size(run: Run) -> int:
+    return run.size() // 10 if run.short else run.size()
+
+
 def _clusters(run: Run, world: int, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
     """Clusters for our systems: with two ranks all that there is, with one what others do, too."""
 
     def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
         home = run.directory / f"{name.replace(' ', '-')}-{world}"
-        budget = str(5 * run.size() // world + (64 << 20))  # two slots and two parities, and some more
+        budget = str(5 * _size(run) // world + (64 << 20))  # two slots and two parities, and some more
         cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
         sockets = [str(node.socket) for node in cluster.nodes]
         return {"name": name, "sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
 
     if world > 1:
         return [place(OURS, "protected", "")]
+    if run.short:
+        return [place(OURS, "sealed", "redundancy")]
     program = f"{__package__.rpartition('.')[0]}.peers.undigested"
     return [
         place(OURS, "sealed", "redundancy"),

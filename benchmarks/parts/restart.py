@@ -29,29 +29,40 @@ START_S = 120.0
 STEPS_BEFORE = 3
 """Steps that must be complete before a worker is killed."""
 
+WHAT = "SIGKILL of a worker to the next step"
 PHASES = ("detect", "rendezvous", "imports", "join and build", "restore", "first step")
 
 Notes = dict[int, list[dict[str, Any]]]
 
 
 def rows(run: Run) -> Iterator[Row]:
+    if run.short:
+        yield Row.shown(WHAT, _seconds(_restarts(run, "ours", 0, 1), "whole"), unit="s")
+        return
     found: dict[str, list[dict[str, float]]] = {"ours": [], "dcp": []}
-    jobs, kills = (1, 1) if run.short else (JOBS, KILLS)
-    for count in range(jobs):
+    for count in range(JOBS):
         for kind in found if count % 2 == 0 else reversed(found):
-            job = _Job(run, kind, count)
-            try:
-                found[kind] += [job.restart() for _ in range(kills)]
-            finally:
-                job.end()
-    yield _row("SIGKILL of a worker to the next step", "whole", found)
+            found[kind] += _restarts(run, kind, count, KILLS)
+    yield _row(WHAT, "whole", found)
     for phase in PHASES:
         yield _row(f"of it: {phase}", phase, found)
 
 
 def _row(what: str, phase: str, found: dict[str, list[dict[str, float]]]) -> Row:
-    ours, dcp = (Series(tuple(restart[phase] for restart in found[kind])) for kind in ("ours", "dcp"))
+    ours, dcp = _seconds(found["ours"], phase), _seconds(found["dcp"], phase)
     return Row.cost(what, ours, dcp, at_most=1.0 if phase == "whole" else None, against="torchrun with DCP in tmpfs")
+
+
+def _seconds(restarts: list[dict[str, float]], phase: str) -> Series:
+    return Series(tuple(restart[phase] for restart in restarts))
+
+
+def _restarts(run: Run, kind: str, count: int, kills: int) -> list[dict[str, float]]:
+    job = _Job(run, kind, count)
+    try:
+        return [job.restart() for _ in range(kills)]
+    finally:
+        job.end()
 
 
 class _Job:
