@@ -1,7 +1,7 @@
 """
 Boxes of a snapshot into tensors: what is wanted is asked for in batches, and copied from the daemon's files.
 
-Rule 1: a batch has at most 32 MiB; a larger box is cut along its first dimension > 1. While one is copied, the daemon
+Rule 1: a batch has at most 16 MiB; a larger box is cut along its first dimension > 1. While one is copied, the daemon
 gets the next ones ready.
 Rule 2: a tensor is filled only with bytes of its own dtype and of exactly its shape; the daemon has verified them.
 Rule 3: an answer is checked (number of wants, ranges inside the files) before a byte of it is used.
@@ -33,7 +33,7 @@ from snapshotd_client.readable import ReadableFiles, populate
 
 __all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want"]
 
-BATCH_BYTES: Final = 32 * 1024 * 1024
+BATCH_BYTES: Final = 16 * 1024 * 1024
 """Small enough for the cache, from where the daemon has put it; large enough that the round trip vanishes."""
 
 _AHEAD: Final = 2

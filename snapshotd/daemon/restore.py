@@ -33,7 +33,7 @@ from snapshotd.errors import LayoutError, LocalProtocolError, Unrecoverable, Usa
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import CHUNK_BYTES, Box, TensorBox
 from snapshotd.layout.header import decode_json
-from snapshotd.reshard import Copy, SourceShard, TargetShard, apply_copy, plan
+from snapshotd.reshard import Copy, SourceShard, TargetShard, apply_copy, merge_neighbours, plan
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
@@ -42,12 +42,12 @@ __all__ = ["MAX_BATCH_BYTES", "Batch", "Restore"]
 MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
 """Of one request, not counting what is answered in place: bounds the buffers of a restore."""
 
-_KEPT_BYTES: Final = 33 * 1024 * 1024
-"""A worker asks for 32 MiB at once. Memory that is touched for the first time costs more than the network, so buffers
+_KEPT_BYTES: Final = 17 * 1024 * 1024
+"""A worker asks for 16 MiB at once. Memory that is touched for the first time costs more than the network, so buffers
 of this size are used again."""
 
-_KEPT_FROM_BYTES: Final = 4 * 1024 * 1024
-_MAX_KEPT: Final = 16
+_KEPT_FROM_BYTES: Final = 2 * 1024 * 1024
+_MAX_KEPT: Final = 32
 
 _ALIGN_BYTES: Final = 64
 """Of each want in a buffer: the worker makes tensors of any element type on it."""
@@ -293,6 +293,7 @@ class Restore:
         place: dict[int, int] = {}  # target: offset in the buffer
         in_place: dict[int, int] = {}  # source: index in paths
         end = wanted = local = 0
+        before: Copy | None = None  # the last copy into the buffer
         for target in targets:
             copies = by_target.get(target.target, [])
             source = sources[copies[0].source] if len(copies) == 1 and not copies[0].dims else None
@@ -306,8 +307,9 @@ class Restore:
                 files[target.target], offsets[target.target] = in_place[copy.source], copy.src_begin
                 local += copy.nbytes
                 continue
-            place[target.target] = end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
-            end += target.tensor.nbytes
+            place[target.target] = begin = _place(copies, end, before)
+            end = begin + target.tensor.nbytes
+            before = copies[-1] if copies else None
             wanted += target.tensor.nbytes
         if wanted > MAX_BATCH_BYTES:
             raise UsageError(f"{wanted} bytes were asked for at once; the limit is {MAX_BATCH_BYTES}: ask for less")
@@ -323,7 +325,7 @@ class Restore:
                 for number, offset in place.items()
                 for copy in by_target.get(number, [])
             ]
-            copied, remote, fetched = _fill(buffer.view, copies, sources, cancel)
+            copied, remote, fetched = _fill(buffer.view, merge_neighbours(copies), sources, cancel)
             local += copied
         return Batch(
             batch_id=self._keep(held),
@@ -394,6 +396,19 @@ class Restore:
                     self._free.append(item)
             if not kept:
                 self._arena.release(item)
+
+
+def _place(copies: Sequence[Copy], end: int, before: Copy | None) -> int:
+    """
+    Return where in the buffer, from ``end`` on, a want goes: as it lies in its source, so that neighbours there are
+    neighbours here, and one long run to fetch. Elements are aligned there.
+    """
+    if len(copies) != 1 or copies[0].dims:
+        return -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
+    copy = copies[0]
+    if before is not None and not before.dims and (before.source, before.src_range[1]) == (copy.source, copy.src_begin):
+        return end
+    return -(-end // _ALIGN_BYTES) * _ALIGN_BYTES + copy.src_begin % _ALIGN_BYTES
 
 
 def _fill(
