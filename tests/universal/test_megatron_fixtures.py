@@ -21,6 +21,13 @@ from snapshotd.universal.views import read_all
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CASES = ("megatron_tp2_pp2", "megatron_dist_tp2_pp2")
+MORE = (
+    "megatron_vpp2_tp2_pp2",
+    "megatron_dist_opt_tp2_pp2_tied",
+    "megatron_moe_ep2_dist_opt",
+    "megatron_dist_dp_reshardable",
+)
+"""Virtual stages with biases; the distributed optimizer; experts; flat buckets over data-parallel ranks."""
 
 
 def truth_of(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,13 +43,15 @@ def state_of(case: str) -> State:
     return state
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*CASES, *MORE))
 def test_every_tensor_is_the_live_models(case: str) -> None:
     """Without it a resumed run starts from shifted moments, and its loss only drifts."""
     tensors, _ = truth_of(case)
     state = state_of(case)
     found = {f"{tensor.kind}/{tensor.name}": tensor.view for tensor in state.tensors}
     for key, expected in tensors.items():
+        if key.startswith("rng/") and key not in found:
+            continue  # the first data-parallel rank writes for the others
         view = found.pop(key)
         assert (expected.dtype, expected.shape) == (view.dtype, view.shape), key
         assert np.array_equal(read_all(expected), read_all(view)), key
@@ -72,6 +81,28 @@ def test_all_that_is_no_tensor(case: str) -> None:
     assert truth["padded_vocab_size"] == state.source["padded_vocab_size"]
     assert sorted(name for name in state.of_kind("rng") if name.isdigit()) == ["0", "1", "2", "3"]
     assert len(state.extra["rng_state"]) == 4
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_groups_and_counters_of_all_ranks(case: str) -> None:
+    """Positions alone tie them to parameters: one shift, and matrices lose their weight decay."""
+    _, truth = truth_of(case)
+    state = state_of(case)
+    assert (truth["step"], truth["tied"], truth["frozen"]) == (state.step, state.tied, state.frozen)
+    assert truth["lr_scheduler"] == state.extra["opt_param_scheduler"]
+    assert truth["padded_vocab_size"] == state.source["padded_vocab_size"]
+    assert [] == state.warnings
+    found = [{key: value for key, value in group.items() if key != "names"} for group in state.param_groups]
+    assert truth["param_groups"] == found
+    names = [set(group["names"]) for group in state.param_groups]
+    members = [{truth["tied"].get(n, n) for n in group} for chain in truth["members_rank0"] for group in chain]
+    assert len(members) == len(names)
+    assert all(mine <= whole for mine, whole in zip(members, names, strict=True))
+    assert {float(truth["step"])} == {_number(step) for step in state.of_kind("step").values()}
+
+
+def _number(step: Any) -> float:
+    return float(read_all(step.view).view(np.dtype(step.dtype)).item())
 
 
 @pytest.mark.parametrize("case", CASES)

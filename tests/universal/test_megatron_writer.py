@@ -44,6 +44,22 @@ def test_any_layout_and_back(case: str, layout: dict[str, int], tmp_path: Path) 
     assert_same(readers.read(tmp_path / "universal"), readers.read(tmp_path / "again"))
 
 
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        ("megatron_vpp2_tp2_pp2", {"tp": 1, "pp": 4, "vpp": 1}),
+        ("megatron_dist_opt_tp2_pp2_tied", {"tp": 2, "pp": 1, "dp": 1}),
+        ("megatron_moe_ep2_dist_opt", {"ep": 4, "dp": 4}),
+        ("megatron_moe_ep2_dist_opt", {"ep": 1}),
+        ("megatron_dist_dp_reshardable", {"tp": 1, "pp": 2}),
+    ],
+)
+def test_more_layouts_and_back(case: str, layout: dict[str, int], tmp_path: Path) -> None:
+    convert(FIXTURES / case / "ckpt", tmp_path / "universal", to="universal")
+    convert(tmp_path / "universal", tmp_path / "run", to="megatron", layout=layout)
+    assert_same(readers.read(tmp_path / "universal"), readers.read(tmp_path / "run"))
+
+
 def test_virtual_stages_and_back(tmp_path: Path) -> None:
     convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"tp": 1, "pp": 2, "vpp": 2})
     names = sorted(entry.name for entry in (tmp_path / "run" / "iter_0000004").iterdir())
