@@ -12,6 +12,7 @@ from typing import Any
 from snapshotd.sizes import parse_bytes
 from snapshotd.universal.convert import DTYPE_NAMES, Report, convert, parse_layout
 from snapshotd.universal.readers import FORMATS as SOURCES
+from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.stream import DEFAULT_MEMORY, Progress, Settings
 from snapshotd.universal.writers import FORMATS as TARGETS
 
@@ -20,9 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a checkpoint's directory or file")
     parser.add_argument("target", metavar="DST", help="a directory that does not exist, or is empty (a file for torch)")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
-    parser.add_argument("--from", dest="source_format", default="auto", choices=("auto", *SOURCES), help="of SRC")
+    add_source(parser, "SRC")
     parser.add_argument("--layout", metavar="SPEC", help="parallel layout of the target, as in dp=2,tp=4,pp=2")
-    parser.add_argument("--rules", metavar="FILE", help="a preset's name or TOML: how ranks' parts make a whole")
     parser.add_argument("--dtype", choices=[*DTYPE_NAMES, *DTYPE_NAMES.values()], help="of the model's weights")
     parser.add_argument("--only", choices=("model", "optimizer"), help="convert a part")
     parser.add_argument("--memory", default=str(DEFAULT_MEMORY), metavar="SIZE", help="for buffers (default 512MiB)")
@@ -31,6 +31,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse when the target cannot hold everything")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_source(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options that say how a source is read, the same for all commands that read one."""
+    parser.add_argument(
+        "--from", dest="source_format", default="auto", choices=("auto", *SOURCES), help=f"the format of {name}"
+    )
+    parser.add_argument("--rules", metavar="FILE", help="how ranks' parts make a whole: TOML, or a preset's name")
+
+
+def rules_of(options: argparse.Namespace) -> Rules | None:
+    """The rules that ``--rules`` names."""
+    return load_rules(options.rules) if options.rules else None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             to=options.to,
             source_format=options.source_format,
             layout=parse_layout(options.layout),
-            rules=options.rules,
+            rules=rules_of(options),
             dtype=options.dtype,
             only=options.only,
             strict=options.strict,

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from snapshotd.cli.convert import rules_of
 from snapshotd.universal import readers
 from snapshotd.universal.compare import Difference, diff
 
@@ -16,11 +17,13 @@ _SHOWN = 50
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("one", type=Path, metavar="A", help="a checkpoint of any format")
     parser.add_argument("other", type=Path, metavar="B", help="another one")
+    parser.add_argument("--rules", metavar="FILE", help="how ranks' parts make a whole: TOML, or a preset's name")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    one, other = readers.read(options.one), readers.read(options.other)
+    rules = rules_of(options)
+    one, other = readers.read(options.one, rules=rules), readers.read(options.other, rules=rules)
     one.check()
     other.check()
     found = diff(one, other)

@@ -1,49 +1,59 @@
-"""`snapshotd inspect PATH`: what a durable snapshot, a job's directory or a slot file is, and what is in it."""
+"""`snapshotd inspect PATH`: what a checkpoint of any format, a job's directory or a slot file is, and what is in it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from snapshotd.cli.convert import add_source, rules_of
 from snapshotd.durable import DurableSnapshot, open_snapshot, scan_durable
 from snapshotd.durable.format import MARKER_NAME
-from snapshotd.errors import FormatError, UsageError
+from snapshotd.errors import CorruptionError, FormatError, UsageError
 from snapshotd.layout import Layout, header_length
 from snapshotd.sizes import format_bytes
+from snapshotd.universal.describe import describe
+from snapshotd.universal.rules import Rules
 
 TENSORS_SHOWN = 40
+_PEEK_BYTES = 1 << 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a snapshot's directory, a job's or the durable root, or a slot file")
+    parser.add_argument("path", type=Path, help="a checkpoint, a job's directory or the durable root, or a slot file")
+    add_source(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare the digests")
 
 
 def run(options: argparse.Namespace) -> int:
-    found = examine(options.path, verify=options.verify)
+    found = examine(options.path, options.source_format, rules_of(options), verify=options.verify)
     if options.json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
         _show(found)
-    return 0
+    return 0 if found.get("complete", True) else CorruptionError.exit_code
 
 
-def examine(path: Path, *, verify: bool = False) -> dict[str, Any]:
+def examine(
+    path: Path, source_format: str = "auto", rules: Rules | None = None, *, verify: bool = False
+) -> dict[str, Any]:
     """
     Describe what lies at `path`; with `verify`, every byte is read.
 
-    Raises UsageError when there is nothing that snapshotd knows, FormatError or CorruptionError when it is broken.
+    Raises UsageError when there is nothing that snapshotd knows, FormatError or CorruptionError for a snapshot or slot
+    that is broken. Other checkpoints that are broken are described as such.
     """
-    if path.is_file():
-        return _slot_file(path)
-    if not path.is_dir():
+    if not path.exists():
         raise UsageError(f"{path} does not exist")
+    if source_format != "auto":
+        return _checkpoint(path, source_format, rules, verify)
+    if path.is_file() and path.name != MARKER_NAME:
+        return _slot_file(path) if _is_slot(path) else _checkpoint(path, "auto", rules, verify)
+    if path.is_file():
+        path = path.parent
     if (path / MARKER_NAME).is_file():
         with open_snapshot(path) as snapshot:
             return _snapshot(path, snapshot, verify)
@@ -54,7 +64,7 @@ def examine(path: Path, *, verify: bool = False) -> dict[str, Any]:
         )
     durables = scan_durable(path) or scan_durable(path.parent, path.name)
     if not durables:
-        raise UsageError(f"{path} holds no snapshot that snapshotd knows")
+        return _checkpoint(path, "auto", rules, verify)
     return {
         "kind": "durable-root",
         "path": str(path),
@@ -89,6 +99,25 @@ def _snapshot(path: Path, snapshot: DurableSnapshot, verify: bool) -> dict[str, 
     return result
 
 
+def _is_slot(path: Path) -> bool:
+    if path.suffix == ".slot":
+        return True
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" and b'"snapshotd.boxes"' in file.read(_PEEK_BYTES)
+
+
+def _checkpoint(path: Path, source_format: str, rules: Rules | None, verify: bool) -> dict[str, Any]:
+    found = describe(path, source_format, rules)
+    if verify and found["complete"]:
+        from snapshotd.universal.compare import verify as read_all
+
+        checked = read_all(path, found["format"], rules=rules)
+        found["verified_bytes"] = checked.nbytes
+        if checked.problems:
+            found.update(complete=False, problem="; ".join(checked.problems[:10]))
+    return found
+
+
 def _slot_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         first = file.read(8)
@@ -119,6 +148,38 @@ def _slot_file(path: Path) -> dict[str, Any]:
     return result
 
 
+def _lines(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is said in lines of their own, before the table."""
+    for key in ("kind", "format", "path", "job", "epoch", "step", "world_size", "layout", "complete", "problem"):
+        if key in found and (found[key] is not None or key == "step"):
+            value = found[key]
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in _flat(value))
+            yield key, value
+    if "bytes" in found:
+        yield "bytes", format_bytes(found["bytes"])
+    if found.get("parameters"):
+        yield "parameters", f"{found['parameters']:,}"
+    if "kinds" in found:
+        yield "tensors", ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    if found.get("param_groups"):
+        yield "groups", f"{len(found['param_groups'])} of {', '.join(str(g['members']) for g in found['param_groups'])}"
+    for key in ("tied", "frozen", "extra", "warnings", "readable_by"):
+        if found.get(key):
+            yield key.replace("_", " "), _some(list(found[key]))
+    if "verified_bytes" in found:
+        yield "verified", f"{format_bytes(found['verified_bytes'])}, every digest matches"
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield from value.items() if isinstance(value, dict) else [(key, value)]
+
+
+def _some(items: list[str], limit: int = 8) -> str:
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
+
+
 def _collect(tensors: dict[str, dict[str, Any]], layout: Layout, rank: int | None) -> None:
     for shard in layout.shards:
         box = shard.tensor
@@ -140,16 +201,12 @@ def _collect(tensors: dict[str, dict[str, Any]], layout: Layout, rank: int | Non
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console()
-    for key in ("kind", "path", "job", "epoch", "step", "world_size", "layout", "complete"):
-        if key in found:
-            console.print(f"{key:>10}: {found[key]}", highlight=False)
-    if "bytes" in found:
-        console.print(f"{'bytes':>10}: {format_bytes(found['bytes'])}", highlight=False)
-    if "verified_bytes" in found:
-        console.print(
-            f"{'verified':>10}: {format_bytes(found['verified_bytes'])}, every digest matches", highlight=False
-        )
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console(soft_wrap=True)
+    for key, value in _lines(found):
+        console.print(f"{key:>11}: {value}", highlight=False, markup=False)
     if "snapshots" in found:
         table = Table("job", "epoch", "step", "world", "path")
         for snapshot in found["snapshots"]:
@@ -158,7 +215,7 @@ def _show(found: dict[str, Any]) -> None:
             )
         console.print(table)
     if "tensors" in found:
-        table = Table("tensor", "kind", "dtype", "shape", "bytes", "parts")
+        table = Table(Column("tensor", overflow="fold"), "kind", "dtype", "shape", "bytes", "parts")
         for tensor in found["tensors"][:TENSORS_SHOWN]:
             table.add_row(
                 tensor["name"],

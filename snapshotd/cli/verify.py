@@ -7,24 +7,23 @@ import json
 import sys
 from pathlib import Path
 
-from snapshotd.cli.convert import make_progress
+from snapshotd.cli.convert import add_source, make_progress, rules_of
 from snapshotd.errors import CorruptionError
 from snapshotd.universal.compare import verify
-from snapshotd.universal.readers import FORMATS
 
 _SHOWN = 50
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
-    parser.add_argument("--from", dest="source_format", default="auto", choices=("auto", *FORMATS), help="of PATH")
+    add_source(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     bar = make_progress("verifying")
     try:
-        found = verify(options.path, options.source_format, bar)
+        found = verify(options.path, options.source_format, bar, rules_of(options))
     finally:
         bar.close()
     if options.json:

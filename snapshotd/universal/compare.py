@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import Progress, digest_of
 from snapshotd.universal.views import View, slabs
 from snapshotd.universal.words import to_float, word_dtype
+
+if TYPE_CHECKING:
+    from snapshotd.universal.rules import Rules
 
 __all__ = ["Difference", "Verified", "diff", "verify"]
 
@@ -54,14 +57,16 @@ class Verified:
         return asdict(self)
 
 
-def verify(path: Path, format_name: str = "auto", progress: Progress | None = None) -> Verified:
+def verify(
+    path: Path, format_name: str = "auto", progress: Progress | None = None, rules: Rules | None = None
+) -> Verified:
     """
     Read every byte: each element must be there exactly once, and match its digest where the format has digests.
 
     Problems of tensors are collected; an unreadable structure is raised as FormatError.
     """
     name = readers.detect(path) if format_name == "auto" else format_name
-    state = readers.read(path, name)
+    state = readers.read(path, name, rules)
     result = Verified(format=name, step=state.step)
     digests: dict[tuple[str, str], str] = {}
     if name == "universal":

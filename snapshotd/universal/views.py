@@ -26,7 +26,7 @@ from typing import Final
 
 import numpy as np
 
-from snapshotd.errors import FormatError
+from snapshotd.errors import CorruptionError, FormatError
 from snapshotd.layout.box import Box
 from snapshotd.layout.dtypes import dtype_of
 from snapshotd.reshard.regions import Region, RegionIndex, overlap, subtract
@@ -94,7 +94,10 @@ class View:
         return ()
 
     def check(self, name: str) -> None:
-        """Raise FormatError, with ``name`` and the region, unless each element is there exactly once."""
+        """
+        Raise FormatError, with ``name`` and the region, unless each element is there exactly once; CorruptionError for
+        a file that is too short for what should be in it. Reads nothing.
+        """
         for view in self.inner():
             view.check(name)
 
@@ -149,6 +152,13 @@ class Stored(View):
     @property
     def is_contiguous(self) -> bool:
         return _is_row_major(self.shape, self.strides)
+
+    def check(self, name: str) -> None:
+        if self.end > self.source.size:
+            raise CorruptionError(
+                f"{name}: {self.label} has {self.source.size} bytes, but {self.end} are needed: it was cut short; copy "
+                "it again, or take an older checkpoint"
+            )
 
     def read_into(self, at: Index, out: Words) -> None:
         if not out.size:
