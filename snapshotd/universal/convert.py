@@ -81,6 +81,7 @@ def convert(
     lost = writer.losses(state)
     if lost and strict:
         raise UsageError(f"{to} cannot hold: {'; '.join(lost)} (--strict was given)")
+    limits = getattr(writer, "limits", None)
     report = Report(
         source_format=name,
         target_format=to,
@@ -89,7 +90,7 @@ def convert(
         nbytes=state.nbytes,
         kinds={kind: sum(tensor.kind == kind for tensor in state.tensors) for kind in state.kinds},
         lost=lost,
-        warnings=list(state.warnings),
+        warnings=[*state.warnings, *(limits(state) if limits is not None else ())],
         dry_run=dry_run,
     )
     if not dry_run:

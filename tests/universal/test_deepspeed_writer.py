@@ -62,10 +62,9 @@ def test_what_the_loader_of_deepspeed_wants(tmp_path: Path) -> None:
         assert (model["global_steps"], model["skipped_steps"], model["global_samples"]) == (5, 1, 60)
         assert [list(names) for names in run.groups] == [list(group) for group in model["param_shapes"]]
         assert torch.Size([7, 3]) == model["param_shapes"][0]["embed.weight"]
-    model = load(tag / "mp_rank_00_model_states.pt")
-    assert torch.equal(run.model["embed.weight"], model["module"]["head"])
-    assert torch.equal(run.rng, model["torch_rng"])
-    assert model["iteration"] == 5
+        assert torch.equal(run.rng, model["torch_rng"])
+        assert model["iteration"] == 5
+    assert torch.equal(run.model["embed.weight"], load(tag / "mp_rank_00_model_states.pt")["module"]["head"])
 
 
 def state_of(**more: Any) -> State:
@@ -102,6 +101,31 @@ def test_what_deepspeed_cannot_load_is_told_and_kept(tmp_path: Path) -> None:
     assert any("steps from 3 to 4" in line for line in lines)
     writer.write(state, tmp_path, Settings(), identity="x", options={"layout": {}})
     same(state, read(tmp_path))
+
+
+def test_what_deepspeeds_own_loader_leaves_alone_is_a_warning(tmp_path: Path) -> None:
+    """Stage 3 would give all groups the weight decay of the first, in silence; now it finds none to give."""
+    run = Run(dtype=torch.float16)
+    report = convert(zero12(tmp_path / "in", run, 2), tmp_path / "out", to="deepspeed", strict=True)
+    assert report.lost == []
+    assert ["no buffers", "no frozen parameters", "no hyperparameters by group: betas, lr, weight_decay stay"] == [
+        next(part for part in ("no buffers", "no frozen parameters", "no hyperparameters by group: betas, lr, "
+             "weight_decay stay") if part in line)
+        for line in report.warnings
+    ]
+    tag = tmp_path / "out" / "global_step5_universal"
+    common = load(tag / "zero" / "optimizer_state.pt")
+    assert [{"eps": 1e-8, "fused": None, "params": [g]} for g in range(2)] == (
+        common["optimizer_state_dict"]["param_groups"]
+    )
+    assert [0.0, 0.1] == [group["weight_decay"] for group in common["param_groups"]]
+
+
+def test_optimizers_that_stage_3_cannot_load_are_told(tmp_path: Path) -> None:
+    """Its loader asks for exp_avg and exp_avg_sq by name, whatever the optimizer is."""
+    run = Run(kinds=("momentum_buffer",), frozen={})
+    lines = convert(zero12(tmp_path / "in", run, 1), tmp_path / "out", to="deepspeed").warnings
+    assert any("loads exp_avg and exp_avg_sq alone" in line and "momentum_buffer" in line for line in lines)
 
 
 def test_more_files_than_descriptors_at_once(tmp_path: Path) -> None:

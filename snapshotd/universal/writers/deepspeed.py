@@ -6,13 +6,14 @@ Write a folder of DeepSpeed Universal, which ``load_universal`` takes at any wor
 and buffers) and 3 (``zero_pp_rank_0``, without); ``TARGET/latest_universal`` is written last.
 
 DeepSpeed's loader restores what is in ``zero/``, the scheduler and the counters, but no buffers and no frozen weights;
-its stage 3 gives every group the hyperparameters of the first. What it has no place for is kept under the key
-``snapshotd`` of the model file, so that reading the folder back gives the very same state.
+its stage 3 gives every group what ``optimizer_state_dict`` has for the first one. So that has only what all groups have
+in common: in the rest, a job keeps what it made its optimizer with. What DeepSpeed has no place for is kept under the
+key ``snapshotd`` of the model file, so that reading the folder back gives the very same state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +30,13 @@ from snapshotd.universal.views import View, read_all
 from snapshotd.universal.writers.torch_tree import is_plain_step, optimizer_groups, plain_value
 from snapshotd.universal.writers.universal import write_whole
 
-__all__ = ["losses", "write"]
+__all__ = ["limits", "losses", "write"]
 
 _DS_VERSION: Final = "0.19.8"
 """What is written as ``ds_version`` for other sources; without one DeepSpeed refuses to load."""
+
+_STAGE3_KINDS: Final = ("exp_avg", "exp_avg_sq")
+"""The optimizer states that the loader of stage 3 asks for, by name."""
 
 _SCALERS: Final = ("LossScaler", "DynamicLossScaler")
 
@@ -50,6 +54,32 @@ def losses(state: State) -> list[str]:
         steps = {_number(plan.steps[name]) for name in names if name in plan.steps}
         if len(steps) > 1:
             lines.append(f"parameter group {g} has steps from {min(steps):g} to {max(steps):g}; DeepSpeed wants one")
+    return lines
+
+
+def limits(state: State) -> list[str]:
+    """Return what is in the folder but DeepSpeed's own loader leaves alone, one line each."""
+    plan = _Plan(state)
+    lines = []
+    for what, names in (("buffers", list(state.of_kind("buffer"))), ("frozen parameters", state.frozen)):
+        if names:
+            lines.append(
+                f"load_universal of DeepSpeed restores no {what}: {_some(names)} must come from the job itself (they "
+                "are in 'module' of mp_rank_00_model_states.pt)"
+            )
+    differing = sorted({key for group in state.param_groups for key in group} - _common(state.param_groups) - {"names"})
+    if differing:
+        lines.append(
+            f"ZeRO stage 3 of DeepSpeed takes no hyperparameters by group: {', '.join(differing)} stay as the job made "
+            "its optimizer with; stages 1 and 2 take them all"
+        )
+    others = [kind for kind in plan.kinds if kind not in _STAGE3_KINDS]
+    missing = [kind for kind in _STAGE3_KINDS if kind not in plan.kinds] if plan.kinds else []
+    if others or missing:
+        lines.append(
+            f"ZeRO stage 3 of DeepSpeed loads exp_avg and exp_avg_sq alone, and must have both; here are "
+            f"{_some(list(plan.kinds))}: load it with stage 1 or 2"
+        )
     return lines
 
 
@@ -137,11 +167,11 @@ class _Plan:
         return found
 
     def model_file(self, *, whole: bool) -> dict[str, Any]:
-        """The model file; ``whole`` is that of stage 1 and 2, the other serves stage 3, whose loader needs less."""
+        """The model file; ``whole`` is that of stages 1 and 2, the other serves stage 3, which wants no weights."""
         state, extra = self.state, self.state.extra
         tensors = {tensor.name: tensor for tensor in state.tensors if tensor.kind == "extra"}
         lazy = _Lazy(self, tensors)
-        values: dict[str, Any] = dict(_client_state(state, lazy)) if whole else {}
+        values: dict[str, Any] = dict(_client_state(state, lazy))
         weights = {
             tensor.name: self.put(f"{tensor.kind}/{tensor.name}", tensor.view)
             for tensor in state.tensors
@@ -151,7 +181,7 @@ class _Plan:
             if name in weights:
                 weights[alias] = weights[name]
         engine = extra.get("deepspeed")
-        engine = from_json(engine, lazy) if whole and isinstance(engine, dict) else {}
+        engine = from_json(engine, lazy) if isinstance(engine, dict) else {}
         frozen = {name: self.model[name] for name in state.frozen if name in self.model}
         values.update(
             {
@@ -162,7 +192,7 @@ class _Plan:
                 "frozen_param_shapes": Ordered({name: _size(tensor.shape) for name, tensor in frozen.items()}),
                 "frozen_param_fragments": Ordered({name: weights[name] for name in frozen if name in weights}),
                 "shared_params": dict(state.tied),
-                "lr_scheduler": from_json(extra.get("lr_scheduler"), lazy) if whole else None,
+                "lr_scheduler": from_json(extra.get("lr_scheduler"), lazy),
                 "data_sampler": engine.get("data_sampler"),
                 "random_ltd": engine.get("random_ltd"),
                 "skipped_steps": _count(extra, "skipped_steps", 0),
@@ -178,8 +208,6 @@ class _Plan:
         )
         if values["lr_scheduler"] is None:  # DeepSpeed loads it into whatever scheduler there is
             values["lr_scheduler"] = {"last_batch_iteration": max(0, values["global_steps"] - 1)}
-        if not whole:
-            values["lr_scheduler"] = _without_tensors(extra.get("lr_scheduler")) or values["lr_scheduler"]
         if whole:
             values[NOTE_KEY] = self._note(tensors)
         return values
@@ -209,7 +237,9 @@ class _Plan:
             values["loss_scaler"] = Instance(Name(module, name), fields)
         values["ds_version"] = _version(self.state)
         values["param_groups"] = groups
-        values["optimizer_state_dict"] = {"state": steps, "param_groups": groups}
+        kept = {*_common(groups), "params"}
+        shared = [{key: value for key, value in group.items() if key in kept} for group in groups]
+        values["optimizer_state_dict"] = {"state": steps, "param_groups": shared}
         return values
 
     def _note(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -270,8 +300,13 @@ def _client_state(state: State, lazy: _Lazy) -> dict[str, Any]:
     return {key: value for key, value in values.items() if isinstance(key, str) and key != NOTE_KEY}
 
 
-def _without_tensors(value: Any) -> Any:
-    return None if "$tensor" in repr(value) else from_json(value, {})
+def _common(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The hyperparameters that are the same in all groups."""
+    return {key for key in (groups[0] if groups else ()) if len({repr(group.get(key)) for group in groups}) == 1}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _step_value(view: View, plan: _Plan, group: int) -> Any:
