@@ -65,14 +65,15 @@ def main(file: str, addresses: str, cert: str = "", key: str = "") -> None:
         context = certificate(cert, key).server_context() if name == "tls" else None
         server = BulkServer(("127.0.0.1", 0), lookup, tls=context)
         found[f"ours-{name}"] = server.address[1]
-        found[f"floor-{name}"] = _serve_plainly(view, context)
+        found[f"floor-{name}"] = serve_plainly(view, context)
     part = Path(f"{addresses}.part")
     part.write_text(json.dumps(found), encoding="ascii")
     os.rename(part, addresses)
     threading.Event().wait()
 
 
-def _serve_plainly(view: memoryview, context: ssl.SSLContext | None) -> int:
+def serve_plainly(view: memoryview, context: ssl.SSLContext | None) -> int:
+    """Serve ranges of the bytes by the plainest loop, in threads of this process; return the port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def accept() -> None:

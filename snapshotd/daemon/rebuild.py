@@ -156,7 +156,8 @@ class _Rebuild:
         existing = self._arena.find(slot_key(ref))
         if isinstance(existing, SlotFile) and self._has_slot(ref) and not self._arena.verify(existing):
             return existing  # the order came twice
-        slot = self._arena.create_slot(b"", ref.file_bytes, job=ref.job)
+        slot = self._arena.take_free(ref.job, ref.file_bytes)
+        slot = slot or self._arena.create_slot(b"", ref.file_bytes, job=ref.job)  # whose memory is new: slower
         try:
             reasons: list[str] = []
             for excluded in islice(self._exclusions(), _MAX_ATTEMPTS):

@@ -1,0 +1,185 @@
+"""Reshard: a snapshot of 4 ranks read by 2, 3 and 8; a lost rank decoded out of 3 others; all of it verified."""
+
+from __future__ import annotations
+
+import json
+import socket
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snapshotd.arena import Arena
+from snapshotd.daemon.rebuild import rebuild
+from snapshotd.daemon.restore import Restore
+from snapshotd.daemon.sources import Sources
+from snapshotd.erasure import load_codec
+from snapshotd.transfer import BulkClient
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import worker_pb2 as worker
+
+from .. import Row, Run, Series
+from ..holder import JOB, RANKS, boxes_of, tensors
+from ..owner import PIECE_BYTES, RANGE
+from ..processes import BenchError, wait_for
+
+GOAL = 8
+
+_BATCH_BYTES = 16 << 20
+_WINDOW_BYTES = 1 << 20
+
+
+def rows(run: Run) -> Iterator[Row]:
+    nbytes = run.size(400e6)
+    out = run.directory / "holder.json"
+    module = f"{__package__.rpartition('.')[0]}.holder"
+    holder = run.start("holder", ["-m", module, str(run.directory / "held"), str(out), str(nbytes)])
+    text = wait_for(lambda: out.read_text(encoding="ascii") if out.exists() else "", "the holder", 120.0, of=[holder])
+    scene = _Scene(run, json.loads(text), nbytes)
+    run.finally_do(scene.close)
+    target = run.memory(scene.plain_bytes, fill=False)
+    for ranks in (2, 3, 8):
+        wanted = scene.wanted_bytes(ranks)
+        found = run.rounds(
+            {
+                "ours": lambda ranks=ranks: scene.read(ranks),
+                "floor": lambda wanted=wanted: scene.receive(target, wanted),
+            },
+            rounds=5,
+            within_s=12.0,
+            pids=[holder.pid],
+        )
+        yield Row.speed(
+            f"{RANKS} ranks' state read by rank 1 of {ranks}",
+            found["ours"],
+            found["floor"],
+            at_least=None if run.short else 0.8,
+            against="plain TCP recv_into of the bytes wanted",
+            nbytes=wanted,
+        )
+        yield Row.cost(
+            f"{RANKS} ranks' state read by rank 1 of {ranks}: bytes",
+            Series((float(scene.fetched_bytes),)),
+            Series((float(wanted),)),
+            unit="B",
+            at_most=1.05,
+            against="bytes wanted",
+        )
+    found = run.rounds(
+        {"ours": scene.decode, "floor": lambda: scene.receive_and_decode(target)},
+        rounds=5,
+        within_s=20.0,
+        pids=[holder.pid],
+    )
+    yield Row.speed(
+        "a lost rank decoded (k = 3), verified and sealed",
+        found["ours"],
+        found["floor"],
+        at_least=None if run.short else 0.7,
+        against="plain TCP of 3 shards, then ISA-L decode",
+        nbytes=scene.plain_bytes,
+    )
+
+
+@dataclass
+class _Held:
+    address: str
+    plain: int
+    stripe_set: control.StripeSet
+
+
+class _Scene:
+    """A node that has nothing yet, and the holder that has it all."""
+
+    def __init__(self, run: Run, found: dict[str, object], nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._held = _Held(
+            str(found["address"]), int(str(found["plain"])), control.StripeSet.FromString(b64decode(str(found["set"])))
+        )
+        self.plain_bytes = int(str(found["plain_bytes"]))
+        self.fetched_bytes = 0
+        self._arena = Arena(Path(run.directory) / "reader", budget_bytes=1 << 40)
+        self._client = BulkClient()
+        self._sources = Sources("reader", self._arena, self._client)
+        self._codec, _ = load_codec()
+        self._peers = [control.PeerAddress(node_id=f"n{rank}", bulk=self._held.address) for rank in range(RANKS)]
+
+    def close(self) -> None:
+        self._client.close()
+        self._arena.close()
+
+    def wanted_bytes(self, ranks: int) -> int:
+        return sum(boxes_of(shape, 1, ranks).numel * 4 for _, shape in tensors(self._nbytes))
+
+    def read(self, ranks: int) -> None:
+        slots = [member.slot for member in self._held.stripe_set.members]
+        plan = control.RestorePlan(
+            job=JOB,
+            epoch=2,
+            kind=control.RESTORE_KIND_MEMORY,
+            source_epoch=1,
+            source_step=1,
+            source_world_size=RANKS,
+            nodes=[f"n{rank}" for rank in range(RANKS)],
+            slots=slots,
+            peers=self._peers,
+        )
+        self.fetched_bytes = 0
+        with Restore(plan, ranks, self._arena, self._sources) as restore:
+            for wants in self._batches(ranks):
+                batch = restore.assemble(1, wants)
+                self.fetched_bytes += batch.fetched_bytes
+                restore.release(batch.batch_id)
+
+    def _batches(self, ranks: int) -> Iterator[list[worker.RestoreWant.Want]]:
+        wants: list[worker.RestoreWant.Want] = []
+        size = 0
+        for name, shape in tensors(self._nbytes):
+            box = boxes_of(shape, 1, ranks)
+            if wants and size + box.numel * 4 > _BATCH_BYTES:
+                yield wants
+                wants, size = [], 0
+            wants.append(
+                worker.RestoreWant.Want(name=name, scope="global", offsets=box.offsets, lengths=box.lengths)
+            )
+            size += box.numel * 4
+        yield wants
+
+    def receive(self, target: memoryview, nbytes: int) -> None:
+        """So many bytes, again and again into the same memory if there are more of them."""
+        with socket.create_connection(("127.0.0.1", self._held.plain)) as sock:
+            while nbytes > 0:
+                end = min(nbytes, target.nbytes)
+                sock.sendall(RANGE.pack(0, end))
+                at = 0
+                while at < end:
+                    at += sock.recv_into(target[at : min(at + PIECE_BYTES, end)])
+                nbytes -= end
+
+    def decode(self) -> None:
+        """Rank 3 out of the other slots and the parity, into memory of this node that was used before."""
+        nodes = [f"n{rank}" for rank in range(RANKS)]
+        order = control.Rebuild(
+            set=self._held.stripe_set,
+            position=3,
+            slot=True,
+            slot_nodes=[*nodes[:3], ""],
+            parity_nodes=[*nodes[:3], ""],
+            peers=self._peers,
+        )
+        rebuilt = rebuild(order, "reader", self._arena, self._sources, self._codec)
+        if rebuilt.slot is None:
+            raise BenchError(rebuilt.done.reason)
+        self._arena.release(rebuilt.slot)
+
+    def receive_and_decode(self, target: memoryview) -> None:
+        self.receive(target, 3 * self.plain_bytes)
+        data = np.frombuffer(target, np.uint8)
+        out = memoryview(bytearray(_WINDOW_BYTES))
+        whole = len(data) // _WINDOW_BYTES * _WINDOW_BYTES
+        for at in range(0, whole - 2 * _WINDOW_BYTES, _WINDOW_BYTES):
+            known = [(i, target[at + i * _WINDOW_BYTES : at + (i + 1) * _WINDOW_BYTES]) for i in (0, 1)]
+            known.append((3, target[at + 2 * _WINDOW_BYTES : at + 3 * _WINDOW_BYTES]))
+            self._codec.decode(3, 1, known, 2, out)
