@@ -2,7 +2,7 @@
 Four nodes in one process: `python -m benchmarks.holder DIRECTORY OUT NBYTES` serves their slots and parity.
 
 Rank r of 4 has the r-th quarter of the rows of each tensor, NBYTES in all; one row of parity lies over them (k = 3).
-OUT: a file to write where, and what, in JSON. A plain loop serves one slot's bytes beside the bulk listener; see owner.
+OUT: a file to write where, and what, in JSON. Plain loops serve three slots beside the bulk listener; see owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snapshotd.arena import Arena
+from snapshotd.arena import Arena, slot_key
 from snapshotd.daemon.protect import build_parity
 from snapshotd.daemon.seal import seal_slot
 from snapshotd.daemon.sources import Sources
@@ -56,11 +56,10 @@ def main(directory: str, out: str, nbytes: str) -> None:
     with BulkClient() as client:
         for rank in range(RANKS):
             build_parity(order, f"n{rank}", arena, Sources(f"n{rank}", arena, client), codec)
-    view = arena.sealed()[0].view
     found = {
         "address": server.address_text,
-        "plain": serve_plainly(view, None),
-        "plain_bytes": view.nbytes,
+        "plain": [serve_plainly(arena.acquire(slot_key(ref)).obj.view, None) for ref in refs[:-1]],
+        "plain_bytes": refs[0].file_bytes,
         "set": b64encode(stripe_set.SerializeToString()).decode(),
     }
     part = Path(f"{out}.part")

@@ -8,8 +8,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from snapshotd.arena import Arena
 from snapshotd.daemon.rebuild import rebuild
@@ -39,7 +38,7 @@ def rows(run: Run) -> Iterator[Row]:
     text = wait_for(lambda: out.read_text(encoding="ascii") if out.exists() else "", "the holder", 120.0, of=[holder])
     scene = _Scene(run, json.loads(text), nbytes)
     run.finally_do(scene.close)
-    target = run.memory(scene.plain_bytes, fill=False)
+    target = run.memory(3 * scene.plain_bytes, fill=False)
     for ranks in (2, 3, 8):
         wanted = scene.wanted_bytes(ranks)
         found = run.rounds(
@@ -86,19 +85,19 @@ def rows(run: Run) -> Iterator[Row]:
 @dataclass
 class _Held:
     address: str
-    plain: int
+    plain: list[int]
     stripe_set: control.StripeSet
 
 
 class _Scene:
     """A node that has nothing yet, and the holder that has it all."""
 
-    def __init__(self, run: Run, found: dict[str, object], nbytes: int) -> None:
+    def __init__(self, run: Run, found: dict[str, Any], nbytes: int) -> None:
         self._nbytes = nbytes
         self._held = _Held(
-            str(found["address"]), int(str(found["plain"])), control.StripeSet.FromString(b64decode(str(found["set"])))
+            found["address"], list(found["plain"]), control.StripeSet.FromString(b64decode(found["set"]))
         )
-        self.plain_bytes = int(str(found["plain_bytes"]))
+        self.plain_bytes = int(found["plain_bytes"])
         self.fetched_bytes = 0
         self._arena = Arena(Path(run.directory) / "reader", budget_bytes=1 << 40)
         self._client = BulkClient()
@@ -148,15 +147,16 @@ class _Scene:
         yield wants
 
     def receive(self, target: memoryview, nbytes: int) -> None:
-        """So many bytes, again and again into the same memory if there are more of them."""
-        with socket.create_connection(("127.0.0.1", self._held.plain)) as sock:
-            while nbytes > 0:
-                end = min(nbytes, target.nbytes)
-                sock.sendall(RANGE.pack(0, end))
-                at = 0
+        """So many bytes of the three slots, one after the other."""
+        at = 0
+        for port in self._held.plain:
+            end = min(nbytes, at + self.plain_bytes)
+            if at == end:
+                break
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(RANGE.pack(0, end - at))
                 while at < end:
                     at += sock.recv_into(target[at : min(at + PIECE_BYTES, end)])
-                nbytes -= end
 
     def decode(self) -> None:
         """Rank 3 out of the other slots and the parity, into memory of this node that was used before."""
@@ -175,11 +175,10 @@ class _Scene:
         self._arena.release(rebuilt.slot)
 
     def receive_and_decode(self, target: memoryview) -> None:
-        self.receive(target, 3 * self.plain_bytes)
-        data = np.frombuffer(target, np.uint8)
+        size = self.plain_bytes
+        self.receive(target, 3 * size)
         out = memoryview(bytearray(_WINDOW_BYTES))
-        whole = len(data) // _WINDOW_BYTES * _WINDOW_BYTES
-        for at in range(0, whole - 2 * _WINDOW_BYTES, _WINDOW_BYTES):
-            known = [(i, target[at + i * _WINDOW_BYTES : at + (i + 1) * _WINDOW_BYTES]) for i in (0, 1)]
-            known.append((3, target[at + 2 * _WINDOW_BYTES : at + 3 * _WINDOW_BYTES]))
-            self._codec.decode(3, 1, known, 2, out)
+        for at in range(0, size, _WINDOW_BYTES):
+            end = min(at + _WINDOW_BYTES, size)
+            known = [(place, target[i * size + at : i * size + end]) for i, place in enumerate((0, 1, 3))]
+            self._codec.decode(3, 1, known, 2, out[: end - at])

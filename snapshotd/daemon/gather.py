@@ -25,8 +25,8 @@ __all__ = ["BATCH_BYTES", "gather"]
 BATCH_BYTES: Final = 32 * CHUNK_BYTES
 """8 MiB: large enough that the round trip vanishes, small enough for the cache."""
 
-_DIRECT_BYTES: Final = 4 * CHUNK_BYTES
-"""A run of this size has at least three whole chunks in it: worth a range of its own."""
+_DIRECT_BYTES: Final = 2 * CHUNK_BYTES
+"""A run of this size has at least one whole chunk in it: worth a range of its own."""
 
 
 def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: threading.Event | None = None) -> int:

@@ -14,17 +14,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, islice
 from typing import Final
 
 from snapshotd.arena import Arena, ParityFile, SlotFile, describe, parity_key, slot_key
+from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.protect import check_stripe_set, clear_gaps, geometry_of, seal_parity
 from snapshotd.daemon.seal import digests_of
-from snapshotd.daemon.sources import Source, Sources
-from snapshotd.daemon.windows import WINDOW_BYTES, Input, SourceFailed, WindowPump
+from snapshotd.daemon.sources import Source, Sources, Stream
+from snapshotd.daemon.windows import WINDOW_BYTES, SourceFailed
 from snapshotd.erasure import Codec, Part, StripeGeometry, decode_plan, reencode_plan
 from snapshotd.errors import (
     AccessDenied,
@@ -240,26 +241,18 @@ class _Rebuild:
     ) -> tuple[int, SourceFailed | None]:
         """Go on from ``at``; return how far it got, to the end or to where a source failed."""
         geometry = self._geometry
-        begins = list(range(at, out.nbytes, WINDOW_BYTES))
-        windows = [
-            [_input(part, available, begin, min(begin + WINDOW_BYTES, out.nbytes)) for part in parts]
-            for begin in begins
-        ]
         finished = at
-
-        def decode(place: int, views: list[memoryview]) -> None:
-            nonlocal finished
-            begin = begins[place]
-            end = min(begin + WINDOW_BYTES, out.nbytes)
-            known = [(part.index, view) for part, view in zip(parts, views, strict=True)]
-            with out[begin:end] as target:
-                self._codec.decode(geometry.k, geometry.m, known, index, target)
-            finished = end
-            failpoint("daemon.mid_rebuild")
-
-        with WindowPump(len(parts), self._cancel) as pump:
+        with ExitStack() as stack:
             try:
-                pump.run(windows, decode)
+                inputs = [_Input(stack, part, available, at, out.nbytes) for part in parts]
+                for begin in range(at, out.nbytes, WINDOW_BYTES):
+                    check_cancel(self._cancel, "decoding")
+                    end = min(begin + WINDOW_BYTES, out.nbytes)
+                    known = [(part.index, item.take(begin, end)) for part, item in zip(parts, inputs, strict=True)]
+                    with out[begin:end] as target:
+                        self._codec.decode(geometry.k, geometry.m, known, index, target)
+                    finished = end
+                    failpoint("daemon.mid_rebuild")
             except SourceFailed as failed:
                 return finished, failed
         return finished, None
@@ -305,10 +298,40 @@ class _Rebuild:
                 yield frozenset(excluded)
 
 
-def _input(part: Part, available: _Available, begin: int, end: int) -> Input:
-    """The window of a part: a part that is shorter than what is computed from it is zeros behind its end."""
-    known = available.parity if part.is_parity else available.data
-    return Input(known.get(part.position), min(part.begin + begin, part.end), min(part.begin + end, part.end))
+class _Input:
+    """
+    One part of a decoding, from ``at`` on, window by window: its source sends ahead while another window is decoded.
+
+    A part that is shorter than what is computed from it is zeros behind its end. SourceFailed when it cannot be read.
+    """
+
+    def __init__(self, stack: ExitStack, part: Part, available: _Available, at: int, stop: int) -> None:
+        self._part = part
+        self._source = (available.parity if part.is_parity else available.data).get(part.position)
+        self._room = memoryview(b"")
+        self._stream: Stream | None = None
+        begin, end = min(part.begin + at, part.end), min(part.begin + stop, part.end)
+        if begin < end and self._source is not None:
+            if not self._source.is_local:
+                self._room = memoryview(bytearray(WINDOW_BYTES))
+            with self._failing():
+                self._stream = stack.enter_context(self._source.stream(begin, end))
+
+    def take(self, begin: int, end: int) -> memoryview:
+        """Return the bytes of the window, which is the next one; they are valid until the one after it."""
+        nbytes = min(self._part.begin + end, self._part.end) - min(self._part.begin + begin, self._part.end)
+        if not nbytes or self._stream is None:
+            return memoryview(b"")
+        with self._failing():
+            return self._stream.take(nbytes, self._room)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (AccessDenied, CorruptionError, PeerError) as error:
+            assert self._source is not None
+            raise SourceFailed(self._source, error) from error
 
 
 def _positions(excluded: Set[int]) -> str:
