@@ -2,9 +2,9 @@
 Carry out byte-range copies from a source that is not mapped here: few requests, little memory, nothing fetched that is
 not wanted.
 
-Rule 1: whole chunks of long runs go straight to their place, all of them in one request.
-Rule 2: all else (edges of runs, small tensors, strided blocks) goes through scratch memory of at most ``BATCH_BYTES``,
-as parts of chunks.
+Rule 1: whole chunks of what follows each other in the source go straight to their places, all of it in one request.
+Rule 2: all else (edges, small tensors far from others, strided blocks) goes through scratch memory of at most
+``BATCH_BYTES``, as parts of chunks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ __all__ = ["BATCH_BYTES", "gather"]
 BATCH_BYTES: Final = 32 * CHUNK_BYTES
 """8 MiB: large enough that the round trip vanishes, small enough for the cache."""
 
-_DIRECT_BYTES: Final = 2 * CHUNK_BYTES
-"""A run of this size has at least one whole chunk in it: worth a range of its own."""
-
 
 def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: threading.Event | None = None) -> int:
     """
@@ -35,19 +32,21 @@ def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: t
 
     The errors of ``source.read``. What is in ``target`` after an error is not to be used.
     """
-    direct: list[Piece] = []
+    runs: list[Copy] = []
     small: list[Copy] = []
     for copy in copies:
-        if copy.dims or copy.run_bytes < _DIRECT_BYTES:
-            small += cut_copy(copy, BLOCK_BYTES_MAX)
+        if copy.dims:
+            small.append(copy)
         else:
-            _split_run(copy, target, direct, small)
-    direct.sort(key=lambda piece: piece.begin)
+            runs.append(copy)
+    direct: list[Piece] = []
+    for span in _spans(sorted(runs, key=lambda copy: copy.src_begin)):
+        _split(span, source.file_bytes, target, direct, small)
     for first in range(0, len(direct), RANGES_MAX):
         source.read(direct[first : first + RANGES_MAX])
     nbytes = sum(piece.into.nbytes for piece in direct)
-    small.sort(key=lambda copy: copy.src_begin)
-    for batch in _batches(small):
+    parts = [part for copy in small for part in cut_copy(copy, BLOCK_BYTES_MAX)]
+    for batch in _batches(sorted(parts, key=lambda copy: copy.src_begin)):
         check_cancel(cancel, "fetching")
         with memoryview(bytearray(sum(copy.nbytes for copy in batch))) as scratch:
             nbytes += source.read_parts(batch, scratch)
@@ -55,15 +54,36 @@ def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: t
     return nbytes
 
 
-def _split_run(copy: Copy, target: memoryview, direct: list[Piece], small: list[Copy]) -> None:
-    """Whole chunks of a long run go straight to their place, what is before and behind them does not."""
-    begin, end = copy.src_range
-    first, last = -(-begin // CHUNK_BYTES) * CHUNK_BYTES, end // CHUNK_BYTES * CHUNK_BYTES
-    shift = copy.dst_begin - begin
-    direct.append(Piece(first, target[first + shift : last + shift]))
-    for lo, hi in ((begin, first), (last, end)):
-        if lo < hi:
-            small.append(replace(copy, src_begin=lo, dst_begin=lo + shift, run_bytes=hi - lo))
+def _spans(runs: Sequence[Copy]) -> Iterator[list[Copy]]:
+    """Yield runs that follow each other in the source, wherever they go, as one."""
+    span: list[Copy] = []
+    for run in runs:
+        if span and span[-1].src_range[1] != run.src_begin:
+            yield span
+            span = []
+        span.append(run)
+    if span:
+        yield span
+
+
+def _split(span: list[Copy], file_bytes: int, target: memoryview, direct: list[Piece], small: list[Copy]) -> None:
+    """The whole chunks of a span go straight to their places; what is before and behind them are parts of chunks."""
+    begin, end = span[0].src_begin, span[-1].src_range[1]
+    first = -(-begin // CHUNK_BYTES) * CHUNK_BYTES
+    last = end if end == file_bytes else end // CHUNK_BYTES * CHUNK_BYTES
+    if first >= last:
+        small += span
+        return
+    for run in span:
+        for lo, hi, whole in ((begin, first, False), (first, last, True), (last, end, False)):
+            lo, hi = max(lo, run.src_begin), min(hi, run.src_range[1])
+            if lo >= hi:
+                continue
+            place = run.dst_begin + lo - run.src_begin
+            if whole:
+                direct.append(Piece(lo, target[place : place + hi - lo]))
+            else:
+                small.append(replace(run, src_begin=lo, dst_begin=place, run_bytes=hi - lo))
 
 
 def _batches(copies: Sequence[Copy]) -> Iterator[list[Copy]]:

@@ -12,7 +12,7 @@ Rule 3: a connection that saw anything unexpected is closed, never reused: lefto
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,7 +118,8 @@ class BulkClient:
         pace: Callable[[int], None] | None = None,
     ) -> None:
         """
-        Fill each buffer of ``pieces`` with the bytes of the file from its offset on, in one request.
+        Fill each buffer of ``pieces`` with the bytes of the file from its offset on, in one request. Pieces that follow
+        each other in the file share the chunk between them.
 
         ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust. Chunks that
         a piece touches in part are read whole, into scratch memory. CorruptChunk (a CorruptionError) names the first
@@ -126,7 +127,7 @@ class BulkClient:
         """
         with ExitStack() as stack:
             outs = [stack.enter_context(_writable(out)) for _, out in pieces]
-            spans = [(begin, begin + out.nbytes) for (begin, _), out in zip(pieces, outs, strict=True)]
+            spans = _joined((begin, begin + out.nbytes) for (begin, _), out in zip(pieces, outs, strict=True))
             if not any(out.nbytes for out in outs):
                 return
             incoming = stack.enter_context(
@@ -233,6 +234,17 @@ class BulkClient:
                 borrowed.keep()
                 raise _refusal(address, response)
             yield borrowed, response
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the same spans, with those joined that begin where the one before ends."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def _check_payload(address: str, key: ObjectKey, response: BulkResponse, expected: int) -> None:

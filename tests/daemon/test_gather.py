@@ -29,9 +29,11 @@ class CountingSource:
 
     def read(self, pieces: Sequence[Piece]) -> None:
         self.requests.append([(piece.begin, piece.end) for piece in pieces])
-        for piece in pieces:
-            assert piece.begin % CHUNK_BYTES == 0
-            assert piece.end % CHUNK_BYTES == 0 or piece.end == self.file_bytes
+        for before, piece in zip([None, *pieces], pieces, strict=False):
+            joins = before is not None and before.end == piece.begin
+            assert joins or piece.begin % CHUNK_BYTES == 0
+            if before is not None and not joins:
+                assert before.end % CHUNK_BYTES == 0
             piece.into[:] = self.data[piece.begin : piece.end].tobytes()
 
     def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
@@ -86,6 +88,14 @@ def test_small_neighbours_share_a_request(data: np.ndarray) -> None:
 def test_many_small_ones_are_as_few_requests_as_may_be(data: np.ndarray) -> None:
     copies = [copy(i * 100, i * 8, 8) for i in range(2 * BLOCKS_MAX + 1)]
     assert 3 == len(check(data, copies, 80_000).requests)
+
+
+def test_what_is_together_in_the_source_is_read_by_whole_chunks_wherever_it_goes(data: np.ndarray) -> None:
+    """Two ranks' halves of each tensor go to one: all of both is wanted, and none of it twice."""
+    copies = [copy(100 + i * 700_000, (20 - i) * 700_000, 700_000) for i in range(20)]
+    source = check(data, copies, 15_000_000)
+    assert len(source.requests) == 2
+    assert source.num_parts_bytes < 2 * CHUNK_BYTES
 
 
 def test_a_column_split_is_cut_into_requests(data: np.ndarray) -> None:
