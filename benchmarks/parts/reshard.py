@@ -6,6 +6,7 @@ import json
 import socket
 from base64 import b64decode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from ..processes import BenchError, wait_for
 
 GOAL = 8
 
-_BATCH_BYTES = 16 << 20
+_BATCH_BYTES, _AHEAD = 16 << 20, 3  # as a worker asks
 _WINDOW_BYTES = 1 << 20
 
 
 def rows(run: Run) -> Iterator[Row]:
-    nbytes = run.size(400e6)
+    nbytes = run.size()
     out = run.directory / "holder.json"
     module = f"{__package__.rpartition('.')[0]}.holder"
     holder = run.start("holder", ["-m", module, str(run.directory / "held"), str(out), str(nbytes)])
@@ -125,12 +126,14 @@ class _Scene:
             slots=slots,
             peers=self._peers,
         )
-        self.fetched_bytes = 0
-        with Restore(plan, ranks, self._arena, self._sources) as restore:
-            for wants in self._batches(ranks):
+        with Restore(plan, ranks, self._arena, self._sources) as restore, ThreadPoolExecutor(_AHEAD) as asking:
+
+            def assemble(wants: list[worker.RestoreWant.Want]) -> int:
                 batch = restore.assemble(1, wants)
-                self.fetched_bytes += batch.fetched_bytes
                 restore.release(batch.batch_id)
+                return batch.fetched_bytes
+
+            self.fetched_bytes = sum(asking.map(assemble, self._batches(ranks)))
 
     def _batches(self, ranks: int) -> Iterator[list[worker.RestoreWant.Want]]:
         wants: list[worker.RestoreWant.Want] = []
