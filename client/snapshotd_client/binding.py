@@ -68,11 +68,28 @@ class Binding:
 
         False when their names, shapes or types are not the plan's: then a new plan is needed.
         """
-        if lasting is not self._lasting and not self._take(lasting):
-            return False
-        if not self._follow() or not self._clone(sync):
+        if not self.follow(lasting) or not self._clone(sync):
             return False
         self._versions = _versions(self._locals)
+        return True
+
+    def follow(self, lasting: list[Leaf]) -> bool:
+        """Look where the tensors of these leaves lie now; False where one is not what the plan says."""
+        if lasting is not self._lasting and not self._take(lasting):
+            return False
+        for index, tensor in self._sharded:  # the local part of a DTensor can be another tensor at any time
+            local = local_of(tensor)
+            if local is not self._locals[index]:
+                self._locals[index], self._pointers[index] = local, _NOWHERE
+        pointers = list(map(_pointer_of, self._locals))
+        if pointers == self._pointers:
+            return True
+        self.copies.clear()
+        for index, pointer in enumerate(pointers):
+            if pointer != self._pointers[index] and not self._look(index, self._locals[index]):
+                self._lasting = None
+                return False
+        self._pointers = pointers
         return True
 
     def moved(self) -> list[str]:
@@ -120,23 +137,6 @@ class Binding:
         self._locals = [local_of(leaf.tensor) for leaf in lasting]
         self._sharded = [(index, leaf.tensor) for index, leaf in enumerate(lasting) if is_dtensor(leaf.tensor)]
         self._pointers = [_NOWHERE] * len(lasting)
-        return True
-
-    def _follow(self) -> bool:
-        """Look where the tensors lie now; False where one is not what the plan says."""
-        for index, tensor in self._sharded:  # the local part of a DTensor can be another tensor at any time
-            local = local_of(tensor)
-            if local is not self._locals[index]:
-                self._locals[index], self._pointers[index] = local, _NOWHERE
-        pointers = list(map(_pointer_of, self._locals))
-        if pointers == self._pointers:
-            return True
-        self.copies.clear()
-        for index, pointer in enumerate(pointers):
-            if pointer != self._pointers[index] and not self._look(index, self._locals[index]):
-                self._lasting = None
-                return False
-        self._pointers = pointers
         return True
 
     def _look(self, index: int, tensor: torch.Tensor) -> bool:

@@ -73,11 +73,14 @@ class Inventory:
 
     def read(self) -> tuple[Reading, bool]:
         """Return this step's state, and whether the layout may be another one than before."""
-        changed = not self.tree.unchanged()
-        changed = changed or not all(view.refresh() for view in self.optimizers)
+        changed = not self.unchanged()
         if changed:
             self._scan()
         return self._read(), changed
+
+    def unchanged(self) -> bool:
+        """Look whether the layout is still that of the last scan, and take in what may change without it."""
+        return self.tree.unchanged() and all(view.refresh() for view in self.optimizers)
 
     def rescan(self) -> Reading:
         """Look at everything anew."""

@@ -80,6 +80,8 @@ class ModelTree:
     _dicts: list[dict[str, Any]] = field(default_factory=list)
     _fsdp_dicts: list[dict[str, Any]] = field(default_factory=list)
     _held: Held = field(default_factory=lambda: Held(()))
+    _empty: list[dict[str, Any]] = field(default_factory=list)
+    _counted: list[dict[str, Any]] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
 
     @classmethod
@@ -99,12 +101,16 @@ class ModelTree:
                 seen[id(module)] = visit.name
                 self._note_module(visit)
             self._note_tensors(visit)
-        self._held, self._sizes = Held(self._dicts), list(map(len, self._fsdp_dicts))
+        self._held = Held(self._dicts)
+        self._empty = [entries for entries in self._fsdp_dicts if not entries]
+        self._counted = [entries for entries in self._fsdp_dicts if entries]
+        self._sizes = list(map(len, self._counted))
 
     def unchanged(self) -> bool:
         """Whether all parameters are the objects of the last scan, and no module came or went. Cheap."""
         # FSDP2 swaps sharded and unsharded parameters in and out of the module: only their number is looked at.
-        return list(map(len, self._fsdp_dicts)) == self._sizes and self._held.unchanged()
+        counted = not any(self._empty) and list(map(len, self._counted)) == self._sizes
+        return counted and self._held.unchanged()
 
     def reshard(self) -> None:
         """Let FSDP2 modules hold their sharded parameters again (an eval forward can leave the root unsharded)."""

@@ -1,0 +1,104 @@
+"""Copy: the state into its slot, by the copier of the hook, against the best plain copy of the same tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .. import Row, Run, Series
+
+GOAL = 1
+
+
+def rows(run: Run) -> Iterator[Row]:
+    import torch
+    from snapshotd_client.binding import Binding
+    from snapshotd_client.copier import Copier
+    from snapshotd_client.inventory import Inventory
+
+    from snapshotd.v1 import worker_pb2 as pb
+
+    training = run.training()
+    inventory = Inventory(
+        model=training.model, optimizer=training.optimizer, scheduler=None, scaler=None, extra=None, world_size=1
+    )
+    reading = inventory.rescan()
+    meta = reading.meta(0, 0, 1, 0)
+    plan = inventory.plan(reading, sum(map(len, meta)), 0, True)
+    binding = Binding(plan)
+    binding.bind(reading.lasting, reading.sync)
+    nbytes = plan.layout.file_bytes
+    views = plan.slot_views(_array(run.memory(nbytes, fill=False)))
+    path = run.directory / "slot"
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    grant = pb.Grant(slot_id=1, path=str(path), file_bytes=nbytes, layout_hash=plan.layout.hash)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        copier = Copier(threads, {})
+        run.finally_do(copier.close)
+        slot = copier.open(grant, plan)
+
+        def ours(copier: Any = copier, slot: Any = slot) -> None:
+            copier.issue(slot, binding, [])
+            copier.copy(slot, binding)
+            assert binding.moved() == []
+            copier.write_meta(slot, plan, meta)
+
+        found = run.rounds({"ours": ours, **_plain(run, views, binding.sources, threads)})
+        name, floor = _best({key: series for key, series in found.items() if key != "ours"})
+        yield Row.speed(
+            f"{len(plan.parts)} tensors into a slot, {threads} thread{'s' if threads > 1 else ''}",
+            found["ours"],
+            floor,
+            at_least=0.95,
+            against=name,
+            nbytes=nbytes,
+        )
+
+
+def _plain(run: Run, targets: list[Any], sources: list[Any], threads: int) -> dict[str, Callable[[], None]]:
+    """Plain copies of the same arrays by as many threads; the best of them is the floor."""
+    import numpy as np
+    import torch
+
+    shares: list[list[tuple[Any, Any]]] = [[] for _ in range(threads)]
+    total, position = sum(target.nbytes for target in targets), 0
+    for target, source in zip(targets, sources, strict=True):
+        shares[min(threads - 1, position * threads // total)].append((target, source))
+        position += target.nbytes
+    pool = ThreadPoolExecutor(threads)
+    run.finally_do(pool.shutdown)
+    as_tensors = [torch.from_numpy(target) for target in targets], [torch.from_numpy(source) for source in sources]
+
+    def share(pairs: list[tuple[Any, Any]]) -> None:
+        for target, source in pairs:
+            np.copyto(target, source)
+
+    def copyto() -> None:
+        list(pool.map(share, shares))
+
+    def copy_() -> None:
+        for target, source in zip(*as_tensors, strict=True):
+            target.copy_(source)
+
+    def foreach() -> None:
+        torch._foreach_copy_(*as_tensors)
+
+    return {
+        "np.copyto, one by one": copyto,
+        "torch._foreach_copy_": foreach,
+        "Tensor.copy_, one by one": copy_,
+    }
+
+
+def _best(found: dict[str, Series]) -> tuple[str, Series]:
+    return min(found.items(), key=lambda item: item[1].median)
+
+
+def _array(memory: memoryview) -> Any:
+    import numpy as np
+
+    return np.frombuffer(memory, dtype=np.uint8)

@@ -1,0 +1,41 @@
+"""Layout check: what each step looks at to know that its layout still holds; after an update, with cold caches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from .. import Row, Run, Series
+
+GOAL = 1
+
+
+def rows(run: Run) -> Iterator[Row]:
+    from snapshotd_client.binding import Binding
+    from snapshotd_client.inventory import Inventory
+
+    for tensors, limit_s in ((592, 0.5e-3), (10_000, 3e-3)):
+        training = run.training(60e6, tensors=tensors)
+        inventory = Inventory(
+            model=training.model, optimizer=training.optimizer, scheduler=None, scaler=None, extra=None, world_size=1
+        )
+        reading = inventory.rescan()
+        plan = inventory.plan(reading, 0, 0, True)
+        binding = Binding(plan)
+        assert binding.bind(reading.lasting, reading.sync)
+        checks, whole = [], []
+        training.backward()
+        for _ in range(5 if run.short else 40):
+            training.optimizer.step()
+            began = time.perf_counter()
+            same = inventory.unchanged() and binding.follow(reading.lasting)
+            checks.append(time.perf_counter() - began)
+            assert same
+            training.optimizer.step()
+            began = time.perf_counter()
+            found, _ = inventory.read()
+            binding.bind(found.lasting, found.sync)
+            found.meta(0, 0, 1, 0)
+            whole.append(time.perf_counter() - began)
+        yield Row.limit(f"layout check, {tensors} tensors", Series.of(checks), at_most=limit_s, unit="s")
+        yield Row.shown(f"all of capture's look, with versions and generators, {tensors}", Series.of(whole), unit="s")
