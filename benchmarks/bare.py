@@ -1,5 +1,5 @@
 """
-The bare things that a snapshot of each step cannot do without: one background copy, fenced, and one digest of its bytes.
+What a snapshot of each step cannot do without: one background copy, fenced, and one digest of its bytes.
 
 `python -m benchmarks.bare FILE SOCKET NICE` hashes FILE, mapped, each time a byte comes over SOCKET, and answers.
 """

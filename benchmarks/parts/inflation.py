@@ -65,9 +65,8 @@ def rows(run: Run) -> Iterator[Row]:
     yield Row.shown("added by the bare fenced copy alone", added["bare copy"], unit="s", nbytes=nbytes)
     yield Row.shown("a step without snapshots", found["none"], unit="s")
     yield from _stalls(kept, found["kept"])
-    steps = stats["captured"] - before["captured"]
-    text = f"{stats['sealed'] - before['sealed']} of {steps} steps sealed, {stats['skipped'] - before['skipped']} skipped"
-    yield Row.note("steps kept", text)
+    steps, sealed, skipped = (stats[key] - before[key] for key in ("captured", "sealed", "skipped"))
+    yield Row.note("steps kept", f"{sealed} of {steps} steps sealed, {skipped} skipped")
 
 
 def _stalls(kept: _Kept, steps: Series) -> Iterator[Row]:
@@ -108,7 +107,8 @@ class _Hasher:
 
     def __init__(self, run: Run, path: Path) -> None:
         address = run.directory / "hasher"
-        self._child = run.start("hasher", ["-m", f"{__package__.rpartition('.')[0]}.bare", *map(str, (path, address, _NICE))])
+        module = f"{__package__.rpartition('.')[0]}.bare"
+        self._child = run.start("hasher", ["-m", module, str(path), str(address), str(_NICE)])
         wait_for(address.exists, "the hasher", 30.0, of=[self._child])
         self._link = socket.socket(socket.AF_UNIX)
         run.finally_do(self._link.close)
