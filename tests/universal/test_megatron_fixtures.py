@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from snapshotd.universal import readers
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State
+from snapshotd.universal.stream import Settings
 from snapshotd.universal.views import read_all
+from snapshotd.universal.writers import megatron
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CASES = ("megatron_tp2_pp2", "megatron_dist_tp2_pp2")
@@ -124,6 +127,8 @@ def test_the_run_the_iteration_and_the_tracker_are_all_paths(place: str) -> None
     ("case", "file"),
     [
         (CASES[0], "iter_0000004/mp_rank_01_001/model_optim_rng.pt"),
+        (MORE[1], "iter_0000004/mp_rank_01_001/distrib_optim.pt"),
+        (MORE[3], "iter_0000004/__1_0.distcp"),
         (CASES[1], "iter_0000004/common.pt"),
         (CASES[1], "iter_0000004/metadata.json"),
         (CASES[1], "iter_0000004/.metadata"),
@@ -154,6 +159,18 @@ def test_a_truncated_file_is_named(case: str, tmp_path: Path) -> None:
             with pytest.raises(CorruptionError, match=file.name):
                 readers.read(tmp_path / "ckpt", "megatron")
             file.write_bytes(data)
+
+
+def test_ranks_of_different_iterations_are_refused(tmp_path: Path) -> None:
+    """Half of the model would be a step older than the other half."""
+    shutil.copytree(FIXTURES / CASES[0] / "ckpt", tmp_path / "ckpt")
+    later = replace(state_of(CASES[0]), step=5)
+    megatron.write(later, tmp_path / "later", Settings(), identity="", options={})
+    rank = tmp_path / "ckpt" / "iter_0000004" / "mp_rank_01_001"
+    shutil.rmtree(rank)
+    shutil.copytree(tmp_path / "later" / "iter_0000005" / "mp_rank_01_001", rank)
+    with pytest.raises(FormatError, match=r"mp_rank_01_001.* is of iteration 5, .* of 4: the folder was put together"):
+        readers.read(tmp_path / "ckpt")
 
 
 def test_the_rest_of_a_larger_run_is_refused(tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def put_coalesced(
                 best = (right, offsets)
             if right == len(parts):
                 break
+        trained = _trained(parts, tensors["param"], total) if best is None else None
+        if trained is not None:
+            for part, at in trained:
+                _put(part, tensors, at)
+            continue
         if best is None:
             expected = next(layouts(parts, facts, pp))[1]
             raise FormatError(
@@ -226,6 +231,21 @@ def _layout(
         if (limit is not None and at >= limit) or shared(part):
             done, at = done + at, 0
     return offsets, done + at
+
+
+def _trained(parts: Sequence[Part], flat: View, total: int) -> list[tuple[Part, int]] | None:
+    """
+    The parameters of a buffer, some being frozen: those are in none. Which they are, nothing says; a parameter is left
+    out when its weights do not stand where they should. None unless what is left has the buffer's size to the element.
+    """
+    found: list[tuple[Part, int]] = []
+    at = 0
+    for part in reversed(parts):
+        begin = -(-at // ALIGN) * ALIGN
+        if begin + part.view.numel <= total and _agrees(part, flat, begin):
+            found.append((part, begin))
+            at = begin + part.view.numel
+    return found if at == total else None
 
 
 def _agrees(part: Part, flat: View | None, at: int) -> bool:

@@ -79,7 +79,6 @@ class Optimizers:
                 f"{label}: {len(groups)} parameter groups that are not told apart by weight decay, experts or learning "
                 "rate: the distributed optimizer does not say which parameter is in which"
             )
-        self.table.add(groups, [[member.name for member in mine] for mine in found], label)
         if flat is None:
             return  # expert ranks but the first: the dense parameters' state is with the first
         if not isinstance(flat, dict):
@@ -87,7 +86,9 @@ class Optimizers:
         warning = put_coalesced(buffers_of(chunks), flat, self.facts, self.pp, flat_label)
         if warning:
             self.warnings.append(warning)
-        by_name = {part.name: part for part in parts}
+        by_name = {part.name: part for part in parts if part.states}  # without the frozen ones
+        found = [[member for member in mine if member.name in by_name] for mine in found]
+        self.table.add(groups, [[member.name for member in mine] for mine in found], label)
         for group, mine in zip(groups, found, strict=True):
             step = step_view(group.get("step"))
             for member in mine if step is not None else ():
