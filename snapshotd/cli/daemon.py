@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 
 from snapshotd.cli.process import configure_logging, until_signal
 from snapshotd.daemon.node import DaemonNode
 from snapshotd.settings import DaemonSettings, add_flags, load
+
+NICENESS = 5
+"""The daemon yields to training: all of its threads, so before there is a second one."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     settings = load(DaemonSettings, options, "daemon")
     configure_logging(settings.log_level)
+    os.nice(NICENESS)
     return asyncio.run(_serve(settings))
 
 

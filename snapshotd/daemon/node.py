@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import secrets
 import socket
 from pathlib import Path
@@ -18,8 +17,9 @@ from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
 from snapshotd.daemon.link import CoordinatorLink
 from snapshotd.daemon.orders import Orders
-from snapshotd.daemon.service import DaemonService
+from snapshotd.daemon.service import WORK_THREADS, DaemonService
 from snapshotd.daemon.sources import Sources
+from snapshotd.daemon.windows import MAX_THREADS
 from snapshotd.durable import scan_durable
 from snapshotd.erasure import load_codec
 from snapshotd.errors import UsageError
@@ -36,8 +36,9 @@ __all__ = ["DaemonNode"]
 
 log = logging.getLogger("snapshotd.daemon")
 
-NICENESS = 5
-"""The daemon yields to training."""
+PEER_CONNECTIONS = WORK_THREADS * MAX_THREADS
+"""To one peer. A pipeline holds one connection to each of its peers while it waits for the next peer's: with fewer than
+there are threads of pipelines, two of them could wait for each other."""
 
 
 class DaemonNode:
@@ -66,7 +67,7 @@ class DaemonNode:
         check(budget, budget=budget, root=settings.arena_path, held_bytes=self._arena.used_bytes)
         tls = settings.tls
         self._orders: Orders | None = None
-        self._client = BulkClient(tls=tls.client_context() if tls else None)
+        self._client = BulkClient(tls=tls.client_context() if tls else None, connections_per_peer=PEER_CONNECTIONS)
         self._server = BulkServer(
             (host, port),
             self._arena.lookup,
@@ -112,7 +113,6 @@ class DaemonNode:
             scrub_rate=settings.scrub_rate,
         )
         await self._service.start()
-        os.nice(NICENESS)
 
     def _suspected(self, key: ObjectKey) -> None:
         if self._orders is not None:

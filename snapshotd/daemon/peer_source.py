@@ -18,7 +18,7 @@ from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.source import Corruption, OnCorruption, Piece, Stream, check_range, check_root
 from snapshotd.errors import CorruptionError, SnapshotdError
 from snapshotd.reshard import Copy
-from snapshotd.transfer import BulkClient, Incoming, TransferCancelled
+from snapshotd.transfer import BulkClient, Incoming, ObjectInfo, TransferCancelled
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
 __all__ = ["PeerSource"]
@@ -54,14 +54,18 @@ class PeerSource:
         with self._lock:
             if self._digests is None:
                 with self._watched():
-                    info = self._client.digests(self._address, self._key, cancel=self._cancel)
-                    if info.file_bytes != self.file_bytes:
-                        raise CorruptionError(
-                            f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
-                        )
-                    check_root(self, info.digests, self._root)
-                self._digests = info.digests
+                    self._learn(self._client.digests(self._address, self._key, cancel=self._cancel))
+            assert self._digests is not None
             return self._digests
+
+    def _learn(self, info: ObjectInfo) -> None:
+        """Check digests that came from the peer against the root that is known, and keep them."""
+        if info.file_bytes != self.file_bytes:
+            raise CorruptionError(
+                f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
+            )
+        check_root(self, info.digests, self._root)
+        self._digests = info.digests
 
     def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
         part = room[: end - begin]
@@ -94,7 +98,6 @@ class PeerSource:
     @contextmanager
     def stream(self, begin: int, end: int) -> Iterator[Stream]:
         check_range(self, begin, end)
-        digests = self.digests()
         with ExitStack() as stack:
             with self._watched():
                 incoming = stack.enter_context(
@@ -102,8 +105,9 @@ class PeerSource:
                         self._address,
                         self._key,
                         [(begin, end)],
-                        digests=digests,
+                        digests=self._digests,
                         file_bytes=self.file_bytes,
+                        learned=self._learn,
                         cancel=self._cancel,
                         pace=self._pace,
                     )

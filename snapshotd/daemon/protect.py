@@ -2,8 +2,8 @@
 Protect: compute this node's part of the parity of a step that all ranks have sealed.
 
 Each member of a parity group holds the parity of m of the n stripes. It pulls the k data units of each from the other
-members, window by window, and encodes them while it receives the next. So each node sends m times its own data, and
-receives as much, whatever the size of the group.
+members, window by window, and encodes and digests them while they are in the cache. So each node sends m times its own
+data, and receives as much, whatever the size of the group. With k = 1 parity is a mirror, received where it stays.
 
 Rule 1: what is encoded is verified as it is read. A bit that flipped since the seal must not end up in the parity,
 where nobody would find it before the day it is needed.
@@ -13,15 +13,13 @@ Rule 2: parity is sealed whole or not at all, and its record says all that is ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 
 from snapshotd.arena import Arena, ParityFile, parity_key
 from snapshotd.daemon.cancel import check_cancel
-from snapshotd.daemon.seal import digests_of
+from snapshotd.daemon.seal import DigestsInPassing
 from snapshotd.daemon.sources import Source, Sources
-from snapshotd.daemon.windows import WINDOW_BYTES, Input, WindowPump
+from snapshotd.daemon.windows import Input, run_windows
 from snapshotd.erasure import Codec, ParityRow, StripeGeometry
 from snapshotd.errors import UsageError
 from snapshotd.failpoints import failpoint
@@ -84,10 +82,9 @@ def seal_parity(
     parity: ParityFile,
     stripe_set: control.StripeSet,
     position: int,
-    cancel: threading.Event | None,
+    digests: bytes,
 ) -> control.ParityRef:
-    """Hash a parity file whose bytes are all there, and write its record."""
-    digests = digests_of(parity.view, parity.file_bytes, cancel)
+    """Write the record of a parity file whose bytes are all there."""
     ref = control.ParityRef(
         set=stripe_set, position=position, file_bytes=parity.file_bytes, root_digest=root_digest(digests)
     )
@@ -103,13 +100,6 @@ def clear_gaps(parity: ParityFile, rows: list[ParityRow]) -> None:
         if row.length:
             parity.view[end : row.offset] = bytes(row.offset - end)
             end = row.offset + row.length
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    row: ParityRow
-    begin: int  # in the row
-    end: int
 
 
 def _build(
@@ -140,42 +130,35 @@ def _build(
         for p in sorted(needed):
             member = stripe_set.members[p]
             members[p] = stack.enter_context(closing(sources.slot(member.slot, member.node_id, cancel)))
-        _encode(geometry, rows, parity, members, codec, cancel)
-    return seal_parity(arena, parity, stripe_set, position, cancel)
+        digests = DigestsInPassing(parity.view, parity.file_bytes)
+        for row in rows:
+            _encode(geometry, row, parity, digests, members, codec, cancel)
+    return seal_parity(arena, parity, stripe_set, position, digests.finish(cancel))
 
 
 def _encode(
     geometry: StripeGeometry,
-    rows: list[ParityRow],
+    row: ParityRow,
     parity: ParityFile,
+    digests: DigestsInPassing,
     members: dict[int, Source],
     codec: Codec,
     cancel: threading.Event | None,
 ) -> None:
-    windows = list(_windows(rows))
-    inputs = [_inputs(geometry, window, members) for window in windows]
+    def place(begin: int, end: int) -> memoryview:
+        return parity.view[row.offset + begin : row.offset + end]
 
-    def encode(index: int, views: list[memoryview]) -> None:
-        window = windows[index]
-        row = window.row
-        with parity.view[row.offset + window.begin : row.offset + window.end] as out:
-            codec.encode_row(geometry.k, geometry.m, row.row, views, out)
+    def encode(begin: int, end: int, views: list[memoryview]) -> None:
+        if not mirrored:
+            with place(begin, end) as out:
+                codec.encode_row(geometry.k, geometry.m, row.row, views, out)
+        digests.wrote(row.offset + begin, row.offset + end)
         failpoint("daemon.mid_encode")
 
-    with WindowPump(geometry.k, cancel) as pump:
-        pump.run(inputs, encode)
-
-
-def _windows(rows: list[ParityRow]) -> Iterator[_Window]:
-    for row in rows:
-        for begin in range(0, row.length, WINDOW_BYTES):
-            yield _Window(row, begin, min(begin + WINDOW_BYTES, row.length))
-
-
-def _inputs(geometry: StripeGeometry, window: _Window, members: dict[int, Source]) -> list[Input]:
     inputs: list[Input] = []
-    for contributor in geometry.contributors(window.row.stripe):
-        begin, end = geometry.unit_range(contributor, window.row.stripe)
-        first, last = min(begin + window.begin, end), min(begin + window.end, end)
-        inputs.append(Input(members.get(contributor), first, last))
-    return inputs
+    for contributor in geometry.contributors(row.stripe):
+        begin, end = geometry.unit_range(contributor, row.stripe)
+        inputs.append(Input(members.get(contributor), begin, end))
+    source = inputs[0].source
+    mirrored = geometry.k == 1 and source is not None and not source.is_local
+    run_windows(inputs, row.length, encode, cancel=cancel, place=place if mirrored else None)

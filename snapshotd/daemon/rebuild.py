@@ -14,18 +14,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, islice
 from typing import Final
 
 from snapshotd.arena import Arena, ParityFile, SlotFile, describe, parity_key, slot_key
-from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.protect import check_stripe_set, clear_gaps, geometry_of, seal_parity
-from snapshotd.daemon.seal import digests_of
-from snapshotd.daemon.sources import Source, Sources, Stream
-from snapshotd.daemon.windows import WINDOW_BYTES, SourceFailed
+from snapshotd.daemon.seal import DigestsInPassing
+from snapshotd.daemon.sources import Source, Sources
+from snapshotd.daemon.windows import Input, SourceFailed, run_windows
 from snapshotd.erasure import Codec, Part, StripeGeometry, decode_plan, reencode_plan
 from snapshotd.errors import (
     AccessDenied,
@@ -121,6 +120,26 @@ class _Available:
         self.lost.append(str(failed))
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a part of a stripe belongs: bytes ``[begin, end)`` of a file."""
+
+    view: memoryview
+    begin: int
+    end: int
+    digests: DigestsInPassing
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    def window(self, begin: int, end: int) -> memoryview:
+        return self.view[self.begin + begin : self.begin + end]
+
+    def wrote(self, begin: int, end: int) -> None:
+        self.digests.wrote(self.begin + begin, self.begin + end)
+
+
 class _Rebuild:
     """One order: its geometry, and the sources that are left."""
 
@@ -165,13 +184,12 @@ class _Rebuild:
                 with ExitStack() as stack:
                     available = self._open(stack, excluded)
                     try:
-                        self._decode_slot(slot, available)
+                        digests = self._decode_slot(slot, available)
                     except Unrecoverable as error:
                         if not reasons:
                             raise
                         reasons.append(f"without the parity of {_positions(excluded)}: {error}")
                         continue
-                digests = digests_of(slot.view, slot.file_bytes, self._cancel)
                 if (got := root_digest(digests)) == ref.root_digest:
                     self._arena.seal(slot, ref, digests)
                     self.made_slot = True
@@ -200,62 +218,64 @@ class _Rebuild:
         try:
             rows = geometry.parity_rows(position)
             clear_gaps(parity, rows)
+            digests = DigestsInPassing(parity.view, parity.file_bytes)
             with ExitStack() as stack:
                 available = self._open(stack, frozenset((position,)))
                 for row in rows:
-                    with parity.view[row.offset : row.offset + row.length] as out:
-                        plan = partial(reencode_plan, geometry, row.stripe, row.row)
-                        self._compute(out, plan, geometry.k + row.row, available)
-            return seal_parity(self._arena, parity, stripe_set, position, self._cancel)
+                    plan = partial(reencode_plan, geometry, row.stripe, row.row)
+                    target = _Target(parity.view, row.offset, row.offset + row.length, digests)
+                    self._compute(target, plan, geometry.k + row.row, available)
+            return seal_parity(self._arena, parity, stripe_set, position, digests.finish(self._cancel))
         except BaseException:
             self._arena.release(parity)
             raise
 
-    def _decode_slot(self, slot: SlotFile, available: _Available) -> None:
+    def _decode_slot(self, slot: SlotFile, available: _Available) -> bytes:
+        """Fill the slot, and return its chunk digests."""
         geometry, position = self._geometry, self._order.position
+        digests = DigestsInPassing(slot.view, slot.file_bytes)
         for unit in range(geometry.k):
             stripe = geometry.stripe_of(position, unit)
             begin, end = geometry.unit_range(position, stripe)
-            with slot.view[begin:end] as out:
-                plan = partial(decode_plan, geometry, stripe, position)
-                self._compute(out, plan, geometry.code_index(position, stripe), available)
+            plan = partial(decode_plan, geometry, stripe, position)
+            target = _Target(slot.view, begin, end, digests)
+            self._compute(target, plan, geometry.code_index(position, stripe), available)
+        return digests.finish(self._cancel)
 
-    def _compute(self, out: memoryview, plan: _MakePlan, index: int, available: _Available) -> None:
-        """Fill ``out`` with part ``index`` of a stripe; Unrecoverable when too little is left."""
+    def _compute(self, target: _Target, plan: _MakePlan, index: int, available: _Available) -> None:
+        """Fill ``target`` with part ``index`` of a stripe; Unrecoverable when too little is left."""
         left = available.for_one_stripe()
         at = 0
-        while at < out.nbytes:
+        while at < target.nbytes:
             try:
                 parts = plan(left.data.keys(), left.parity.keys())
             except Unrecoverable as error:
                 lost = f"; lost on the way: {'; '.join(left.lost)}" if left.lost else ""
                 raise Unrecoverable(f"{error}{lost}") from error
-            at, failed = self._compute_with(parts, out, at, index, left)
-            if failed is not None:
+            try:
+                self._compute_with(parts, target, at, index, left)
+                return
+            except SourceFailed as failed:
+                at += failed.finished
                 left.drop(failed)
                 if not isinstance(failed.__cause__, CorruptionError):
                     available.drop(failed)  # it will not answer for the next stripe either
 
     def _compute_with(
-        self, parts: list[Part], out: memoryview, at: int, index: int, available: _Available
-    ) -> tuple[int, SourceFailed | None]:
-        """Go on from ``at``; return how far it got, to the end or to where a source failed."""
+        self, parts: list[Part], target: _Target, at: int, index: int, available: _Available
+    ) -> None:
+        """Go on from ``at`` to the end, or to where a source fails."""
         geometry = self._geometry
-        finished = at
-        with ExitStack() as stack:
-            try:
-                inputs = [_Input(stack, part, available, at, out.nbytes) for part in parts]
-                for begin in range(at, out.nbytes, WINDOW_BYTES):
-                    check_cancel(self._cancel, "decoding")
-                    end = min(begin + WINDOW_BYTES, out.nbytes)
-                    known = [(part.index, item.take(begin, end)) for part, item in zip(parts, inputs, strict=True)]
-                    with out[begin:end] as target:
-                        self._codec.decode(geometry.k, geometry.m, known, index, target)
-                    finished = end
-                    failpoint("daemon.mid_rebuild")
-            except SourceFailed as failed:
-                return finished, failed
-        return finished, None
+
+        def decode(begin: int, end: int, views: list[memoryview]) -> None:
+            known = [(part.index, view) for part, view in zip(parts, views, strict=True)]
+            with target.window(at + begin, at + end) as out:
+                self._codec.decode(geometry.k, geometry.m, known, index, out)
+            target.wrote(at + begin, at + end)
+            failpoint("daemon.mid_rebuild")
+
+        inputs = [_input(part, available, at) for part in parts]
+        run_windows(inputs, target.nbytes - at, decode, cancel=self._cancel)
 
     def _open(self, stack: ExitStack, without_parity: Set[int]) -> _Available:
         """Open what the order says is there; what cannot be opened is an erasure."""
@@ -298,40 +318,10 @@ class _Rebuild:
                 yield frozenset(excluded)
 
 
-class _Input:
-    """
-    One part of a decoding, from ``at`` on, window by window: its source sends ahead while another window is decoded.
-
-    A part that is shorter than what is computed from it is zeros behind its end. SourceFailed when it cannot be read.
-    """
-
-    def __init__(self, stack: ExitStack, part: Part, available: _Available, at: int, stop: int) -> None:
-        self._part = part
-        self._source = (available.parity if part.is_parity else available.data).get(part.position)
-        self._room = memoryview(b"")
-        self._stream: Stream | None = None
-        begin, end = min(part.begin + at, part.end), min(part.begin + stop, part.end)
-        if begin < end and self._source is not None:
-            if not self._source.is_local:
-                self._room = memoryview(bytearray(WINDOW_BYTES))
-            with self._failing():
-                self._stream = stack.enter_context(self._source.stream(begin, end))
-
-    def take(self, begin: int, end: int) -> memoryview:
-        """Return the bytes of the window, which is the next one; they are valid until the one after it."""
-        nbytes = min(self._part.begin + end, self._part.end) - min(self._part.begin + begin, self._part.end)
-        if not nbytes or self._stream is None:
-            return memoryview(b"")
-        with self._failing():
-            return self._stream.take(nbytes, self._room)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except (AccessDenied, CorruptionError, PeerError) as error:
-            assert self._source is not None
-            raise SourceFailed(self._source, error) from error
+def _input(part: Part, available: _Available, at: int) -> Input:
+    """A part from ``at`` on: one that is shorter than what is computed from it is zeros behind its end."""
+    known = available.parity if part.is_parity else available.data
+    return Input(known.get(part.position), min(part.begin + at, part.end), part.end)
 
 
 def _positions(excluded: Set[int]) -> str:

@@ -20,10 +20,18 @@ from snapshotd.arena import Arena, SlotFile
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.errors import CorruptionError, FormatError
 from snapshotd.failpoints import failpoint
-from snapshotd.layout import CHUNK_BYTES, DIGEST_BYTES, Layout, chunk_digests, header_length, root_digest
+from snapshotd.layout import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    Layout,
+    chunk_count,
+    chunk_digests,
+    header_length,
+    root_digest,
+)
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["SealedSlot", "digests_of", "seal_slot"]
+__all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
 _BATCH_BYTES: Final = 32 * CHUNK_BYTES
 """8 MiB, some milliseconds: how long a cancel may go unnoticed."""
@@ -68,6 +76,37 @@ def digests_of(view: memoryview, length: int, cancel: threading.Event | None = N
         with view[begin : min(begin + _BATCH_BYTES, length)] as part:
             parts.append(chunk_digests(part, part.nbytes))
     return b"".join(parts)
+
+
+class DigestsInPassing:
+    """
+    The chunk digests of a file that is being written: of what was just written, while it is in the cache.
+
+    Any number of threads may write, to chunks of their own.
+    """
+
+    def __init__(self, view: memoryview, file_bytes: int) -> None:
+        self._view = view
+        self._file_bytes = file_bytes
+        self._digests = bytearray(chunk_count(file_bytes) * DIGEST_BYTES)
+        self._known = bytearray(chunk_count(file_bytes))
+
+    def wrote(self, begin: int, end: int) -> None:
+        """Bytes ``[begin, end)`` of the file are there and stay: digest the whole chunks among them."""
+        first, last = chunk_count(begin), end // CHUNK_BYTES
+        if first < last:
+            with self._view[first * CHUNK_BYTES : last * CHUNK_BYTES] as part:
+                self._digests[first * DIGEST_BYTES : last * DIGEST_BYTES] = chunk_digests(part, part.nbytes)
+            self._known[first:last] = b"\1" * (last - first)
+
+    def finish(self, cancel: threading.Event | None = None) -> bytes:
+        """All bytes are there: digest what is left, and return the digests of all chunks."""
+        at = -1
+        while (at := self._known.find(0, at + 1)) >= 0:
+            check_cancel(cancel, "hashing")
+            with self._view[at * CHUNK_BYTES : min((at + 1) * CHUNK_BYTES, self._file_bytes)] as part:
+                self._digests[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES] = chunk_digests(part, part.nbytes)
+        return bytes(self._digests)
 
 
 def _check_header(view: memoryview, ref: control.SlotRef) -> int:

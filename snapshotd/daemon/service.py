@@ -35,6 +35,7 @@ __all__ = ["DaemonService"]
 log = logging.getLogger("snapshotd.daemon")
 
 TICK_S = 0.2
+WORK_THREADS = 8
 LEASE_RETRY_S = 0.005
 
 
@@ -67,7 +68,7 @@ class DaemonService:
         self._socket = WorkerSocket(socket_path, who=who, frame=self._worker_said, gone=self._worker_gone)
         # Sealing is on the way of every step and must not queue behind long work.
         self._sealing = ThreadPoolExecutor(max_workers=4, thread_name_prefix="seal")
-        self._working = ThreadPoolExecutor(max_workers=8, thread_name_prefix="work")
+        self._working = ThreadPoolExecutor(max_workers=WORK_THREADS, thread_name_prefix="work")
         self._scrubbing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scrub")
         # A restore may wait for a rebuild, which must find a thread.
         self._restoring = ThreadPoolExecutor(max_workers=16, thread_name_prefix="restore")

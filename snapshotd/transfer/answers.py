@@ -83,17 +83,12 @@ class Answers:
             wire.send_frame(sock, BulkResponse(ok=True))
             return
         failpoint("transfer.before_send")
-        with self._held(request.object) as obj:
-            if request.digests:
-                assert obj.digests is not None
-                with memoryview(obj.digests) as digests:
-                    self._send_ranges(sock, obj, digests, [(0, digests.nbytes)])
-                return
-            with memoryview(obj.view) as view:
-                if request.blocks:
-                    self._send_blocks(sock, obj, view, request)
-                else:
-                    self._send_ranges(sock, obj, view, _checked(request, min(obj.file_bytes, view.nbytes)))
+        with self._held(request.object) as obj, memoryview(obj.view) as view:
+            if request.blocks:
+                self._send_blocks(sock, obj, view, request)
+            else:
+                ranges = _checked(request, min(obj.file_bytes, view.nbytes))
+                self._send_ranges(sock, obj, view, ranges, with_digests=request.digests)
 
     @contextlib.contextmanager
     def _held(self, key: ObjectKey) -> Iterator[Servable]:
@@ -112,10 +107,20 @@ class Answers:
     # ------------------------------------------------------------------------------------------ ranges
 
     def _send_ranges(
-        self, sock: socket.socket, obj: Servable, view: memoryview, ranges: Sequence[tuple[int, int]]
+        self,
+        sock: socket.socket,
+        obj: Servable,
+        view: memoryview,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        with_digests: bool,
     ) -> None:
-        """Send the ranges straight from the mapping."""
-        _send_head(sock, obj, sum(end - begin for begin, end in ranges))
+        """Send the digests, if they are wanted, and the ranges straight from the mapping."""
+        assert obj.digests is not None
+        digests = obj.digests if with_digests else b""
+        _send_head(sock, obj, len(digests) + sum(end - begin for begin, end in ranges))
+        with memoryview(digests) as piece:
+            self._send_piece(sock, piece, 0, piece.nbytes)
         for begin, end in ranges:
             for at in range(begin, end, wire.PIECE_BYTES):
                 self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
@@ -123,6 +128,8 @@ class Answers:
                     failpoint("transfer.mid_send")
 
     def _send_piece(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
+        if begin == end:
+            return
         with view[begin:end] as piece:
             if failpoint("transfer.corrupt_send") == "corrupt":
                 flipped = bytearray(piece)

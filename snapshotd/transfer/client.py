@@ -91,20 +91,10 @@ class BulkClient:
         request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=True)
         with self._asking(address, request, cancel) as (answer, response):
             expected = chunk_count(response.file_bytes) * DIGEST_BYTES
-            if response.payload_bytes != expected:
-                raise RemoteProtocolError(
-                    f"{address} announced {response.payload_bytes} bytes of digests for {response.file_bytes} bytes of "
-                    f"{describe(key)}"
-                )
-            if expected > wire.DIGESTS_BYTES_MAX:
-                raise RemoteProtocolError(f"{address} announced {expected} bytes of digests of {describe(key)}")
-            data = bytearray(expected)
-            with memoryview(data) as view:
-                answer.receive(view)
+            _check_payload(address, key, response, expected)
+            data = _receive_digests(address, key, answer, expected)
             answer.keep()
-        if root_digest(bytes(data)) != response.root_digest:
-            raise CorruptionError(f"the digests of {describe(key)} from {address} do not make up their root digest")
-        return ObjectInfo(file_bytes=response.file_bytes, root=response.root_digest, digests=bytes(data))
+        return _checked_info(address, key, response, data)
 
     def read_verified(
         self,
@@ -145,35 +135,51 @@ class BulkClient:
         key: ObjectKey,
         spans: Sequence[tuple[int, int]],
         *,
-        digests: bytes,
+        digests: bytes | None,
         file_bytes: int,
+        learned: Callable[[ObjectInfo], None] = lambda info: None,
         cancel: threading.Event | None = None,
         pace: Callable[[int], None] | None = None,
     ) -> Iterator[Incoming]:
         """
         The same for who takes the bytes of ``spans`` bit by bit: one request, and the peer sends ahead meanwhile.
 
-        Whoever waits longer than the peer's timeout between two fills loses the connection.
+        The request is on its way when the block begins, and the answer is awaited by the first fill: whoever reads from
+        several peers asks them all first. Without ``digests`` they come with the answer; ``learned`` hears of them,
+        and raises unless their root is the one that it trusts. Whoever waits longer than the peer's timeout between
+        two fills loses the connection.
         """
         if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
             raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
-        if len(digests) != chunk_count(file_bytes) * DIGEST_BYTES:
+        digests_bytes = chunk_count(file_bytes) * DIGEST_BYTES
+        if digests is not None and len(digests) != digests_bytes:
             raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
         ranges = [whole_chunks(span, file_bytes) for span in spans if span[0] < span[1]]
         if len(ranges) > wire.RANGES_MAX:
             raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key)
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None)
         request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
-        with self._asking(address, request, cancel) as (answer, response):
-            _check_payload(address, key, response, sum(end - begin for begin, end in ranges))
-            if response.file_bytes != file_bytes:
-                raise CorruptionError(
-                    f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
-                )
+        with self._sending(address, request, cancel) as answer:
+
+            def begin() -> bytes:
+                response = _head(answer, address)
+                if response.file_bytes != file_bytes:
+                    raise CorruptionError(
+                        f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
+                    )
+                expected = sum(end - begin for begin, end in ranges)
+                if digests is not None:
+                    _check_payload(address, key, response, expected)
+                    return digests
+                _check_payload(address, key, response, digests_bytes + expected)
+                info = _checked_info(address, key, response, _receive_digests(address, key, answer, digests_bytes))
+                learned(info)
+                return info.digests
+
             incoming = Incoming(
                 answer,
                 spans,
-                digests=digests,
+                begin=begin,
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
                 name=describe(key),
@@ -226,14 +232,41 @@ class BulkClient:
         self, address: str, request: BulkRequest, cancel: threading.Event | None
     ) -> Iterator[tuple[Borrowed, BulkResponse]]:
         """Yield an ok answer; ``keep`` it once its payload was received whole."""
+        with self._sending(address, request, cancel) as answer:
+            yield answer, _head(answer, address)
+
+    @contextmanager
+    def _sending(self, address: str, request: BulkRequest, cancel: threading.Event | None) -> Iterator[Borrowed]:
+        """Send a request; the answer has yet to be awaited."""
         if cancel is not None and cancel.is_set():
             raise wire.TransferCancelled("the transfer was cancelled")
         with self._pool.borrow(address, cancel) as borrowed:
-            response = borrowed.ask(request)
-            if not response.ok:
-                borrowed.keep()
-                raise _refusal(address, response)
-            yield borrowed, response
+            borrowed.send(request)
+            yield borrowed
+
+
+def _head(answer: Borrowed, address: str) -> BulkResponse:
+    """Await the head of an answer; a refusal is raised."""
+    response = answer.head()
+    if not response.ok:
+        answer.keep()
+        raise _refusal(address, response)
+    return response
+
+
+def _receive_digests(address: str, key: ObjectKey, answer: Borrowed, nbytes: int) -> bytes:
+    if nbytes > wire.DIGESTS_BYTES_MAX:
+        raise RemoteProtocolError(f"{address} announced {nbytes} bytes of digests of {describe(key)}")
+    data = bytearray(nbytes)
+    with memoryview(data) as view:
+        answer.receive(view)
+    return bytes(data)
+
+
+def _checked_info(address: str, key: ObjectKey, response: BulkResponse, digests: bytes) -> ObjectInfo:
+    if root_digest(digests) != response.root_digest:
+        raise CorruptionError(f"the digests of {describe(key)} from {address} do not make up their root digest")
+    return ObjectInfo(file_bytes=response.file_bytes, root=response.root_digest, digests=digests)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -54,9 +54,10 @@ def whole_chunks(span: tuple[int, int], file_bytes: int) -> tuple[int, int]:
 
 class Incoming:
     """
-    The bytes of ``spans``, one after the other, each chunk compared with ``digests``; the answer holds whole chunks.
+    The bytes of ``spans``, one after the other, each chunk compared with its digest; the answer holds whole chunks.
 
-    For one thread at a time. ``name`` and ``peer`` are for messages.
+    For one thread at a time. ``begin`` is called once, with the first fill: it awaits the head of the answer and
+    returns the digests of all chunks of the file. ``name`` and ``peer`` are for messages.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Incoming:
         receiver: Receiver,
         spans: Sequence[tuple[int, int]],
         *,
-        digests: bytes,
+        begin: Callable[[], bytes],
         file_bytes: int,
         steering: Steering,
         name: str,
@@ -72,13 +73,14 @@ class Incoming:
     ) -> None:
         self._receiver = receiver
         self._spans = [span for span in reversed(spans) if span[0] < span[1]]
-        self._digests = digests
+        self._begin = begin
+        self._digests: bytes | None = None
         self._file_bytes = file_bytes
         self._steering = steering
         self._name, self._peer = name, peer
         self._at = self._stop = 0
-        self._chunk = bytearray(CHUNK_BYTES)
-        self._rest = memoryview(self._chunk)[:0]  # of a chunk that is here, and was handed out in part
+        self._chunk = bytearray()
+        self._rest = memoryview(b"")  # of a chunk that is here, and was handed out in part
 
     @property
     def is_whole(self) -> bool:
@@ -91,6 +93,8 @@ class Incoming:
 
         The errors of reading, and CorruptChunk: then the contents of ``out`` are undefined.
         """
+        if self._digests is None:
+            self._digests = self._begin()
         done = 0
         while done < out.nbytes:
             if self._rest:
@@ -120,6 +124,7 @@ class Incoming:
             self._at = end
             return end - at
         first, last = whole_chunks((at, at + 1), self._file_bytes)
+        self._chunk = self._chunk or bytearray(CHUNK_BYTES)
         whole = memoryview(self._chunk)[: last - first]
         self._take(whole, first)
         self._at = min(stop, last)
@@ -127,6 +132,7 @@ class Incoming:
         return 0
 
     def _take(self, piece: memoryview, begin: int) -> None:
+        assert self._digests is not None
         self._receiver.receive(piece)
         wrong = verify(piece, self._digests, begin, begin + piece.nbytes, base=begin)
         if wrong:

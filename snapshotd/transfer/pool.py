@@ -67,12 +67,38 @@ class Borrowed:
         self._pool = pool
         self._address = address
         self._connection = connection
+        self._is_new = False
+        self._request = BulkRequest()
+        self._send_error: ConnectionError | ssl.SSLError | None = None
         self._kept = False
 
-    def ask(self, request: BulkRequest) -> BulkResponse:
-        """Send the request and return the head of the answer, over a new connection if the kept one is stale."""
+    def send(self, request: BulkRequest) -> None:
+        """Send the request; ``head`` returns the beginning of the answer."""
+        self._request = request
         with self._mapped():
-            return self._ask_twice(request)
+            if self._connection is None:
+                self._connection = self._pool.connect(self._address)
+                self._is_new = True
+            try:
+                wire.send_frame(self._connection.sock, request)
+            except (ConnectionError, ssl.SSLError) as error:
+                self._send_error = error
+
+    def head(self) -> BulkResponse:
+        """Return the head of the answer; where the kept connection turns out to be stale, ask over a new one."""
+        with self._mapped():
+            assert self._connection is not None, "nothing was asked yet"
+            if self._is_new:
+                return self._head()
+            try:
+                return self._head()
+            except (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                self._connection.close()
+                self._connection = None
+                self._pool.forget_idle(self._address)  # they are as old as this one
+        self._send_error = None
+        self.send(self._request)
+        return self.head()
 
     def receive(self, out: memoryview) -> None:
         """Fill ``out`` with the next bytes of the answer's payload."""
@@ -80,29 +106,18 @@ class Borrowed:
         with self._mapped():
             wire.receive_bulk(self._connection.sock, out)
 
-    def _ask_twice(self, request: BulkRequest) -> BulkResponse:
-        if self._connection is not None:
-            try:
-                return self._ask(self._connection, request)
-            except (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                self._connection.close()
-                self._connection = None
-                self._pool.forget_idle(self._address)  # they are as old as this one
-        self._connection = self._pool.connect(self._address)
-        return self._ask(self._connection, request)
-
-    def _ask(self, connection: Connection, request: BulkRequest) -> BulkResponse:
+    def _head(self) -> BulkResponse:
+        assert self._connection is not None
+        sock, error = self._connection.sock, self._send_error
+        if error is None:
+            return wire.receive_frame(sock, BulkResponse, within_s=self._pool.timeout_s)
+        # A peer that refuses us says why and hangs up, perhaps before it has read the request.
         try:
-            wire.send_frame(connection.sock, request)
-        except (ConnectionError, ssl.SSLError) as error:
-            # A peer that refuses us says why and hangs up, perhaps before it has read the request.
-            try:
-                return wire.receive_frame(connection.sock, BulkResponse, within_s=self._pool.timeout_s)
-            except ssl.SSLError as alert:
-                raise alert from error
-            except (OSError, wire.ConnectionClosed, RemoteProtocolError):
-                raise error from None
-        return wire.receive_frame(connection.sock, BulkResponse, within_s=self._pool.timeout_s)
+            return wire.receive_frame(sock, BulkResponse, within_s=self._pool.timeout_s)
+        except ssl.SSLError as alert:
+            raise alert from error
+        except (OSError, wire.ConnectionClosed, RemoteProtocolError):
+            raise error from None
 
     def keep(self) -> None:
         """The answer was read to its end: the connection may serve again."""

@@ -146,13 +146,13 @@ def test_a_dead_or_unknown_peer_is_named(cluster) -> None:
     nodes = cluster.add("n0", "n1", "n2")
     slots = [cluster.seal_random(node, 50_000, rank=i) for i, node in enumerate(nodes)]
     order = order_for(cluster, cluster.stripe_set(slots, 1))
+    nodes[0].arena.delete(nodes[0].arena.find(slot_key(slots[0])))
+    with pytest.raises(SourceFailed, match="rank 0 .* on n0"):
+        build_parity(order, "n2", nodes[2].arena, nodes[2].sources, cluster.codec)
     nodes[1].kill()
     with pytest.raises(SourceFailed, match="rank 1 .* on n1: "):
         build_parity(order, "n0", nodes[0].arena, nodes[0].sources, cluster.codec)
     assert parities(nodes[0]) == []
-    nodes[0].arena.delete(nodes[0].arena.find(slot_key(slots[0])))
-    with pytest.raises(SourceFailed, match="rank 0 .* on n0"):
-        build_parity(order, "n2", nodes[2].arena, nodes[2].sources, cluster.codec)
 
 
 def test_cancel_and_failpoints_leave_nothing(cluster) -> None:
