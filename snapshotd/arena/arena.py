@@ -261,21 +261,22 @@ class Arena:
 
     def verify(self, obj: SealableFile, pace: Callable[[int], None] | None = None) -> list[int]:
         """
-        Hash a sealed file again, under lease, and return the indexes of the chunks that do not match.
+        Hash a sealed file again and return the indexes of the chunks that do not match.
 
-        ``pace`` is called with the number of bytes after each 4 MiB: it may sleep, or raise to stop.
+        ``pace`` is called with the number of bytes after each 4 MiB: it may sleep, or raise to stop. The file is leased
+        in between only: nobody waits for a slow reader. LocalProtocolError when its owner has given it back.
         """
-        with self.lease(obj):
-            digests = obj.digests
-            if digests is None:
-                raise LocalProtocolError(f"{obj!r} has no digests")
-            bad: list[int] = []
-            for begin in range(0, obj.file_bytes, _VERIFY_WINDOW_BYTES):
-                end = min(begin + _VERIFY_WINDOW_BYTES, obj.file_bytes)
+        ref, bad = obj.ref, list[int]()
+        for begin in range(0, obj.file_bytes, _VERIFY_WINDOW_BYTES):
+            end = min(begin + _VERIFY_WINDOW_BYTES, obj.file_bytes)
+            with self.lease(obj):
+                digests = obj.digests
+                if digests is None or obj.ref is not ref:
+                    raise LocalProtocolError(f"{obj!r} is not what was to be verified any more")
                 bad += digest.verify(obj.view, digests, begin, end)
-                if pace is not None:
-                    pace(end - begin)
-            return bad
+            if pace is not None:
+                pace(end - begin)
+        return bad
 
     # ------------------------------------------------------------------------------------------ start and end
 

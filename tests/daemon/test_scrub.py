@@ -57,6 +57,20 @@ def test_what_is_freed_meanwhile_is_left_out(cluster) -> None:
     assert (done.num_objects, found) == (1, [])
 
 
+def test_a_step_that_is_over_is_freed_at_once_however_slow_the_scrub(cluster) -> None:
+    """At 64 MB a second a slot of a gigabyte takes 16 s: no step could be captured meanwhile."""
+    node, slot, parity = scene(cluster)
+    freed: list[bool] = []
+
+    def wait(seconds: float) -> None:
+        for obj in node.arena.sealed():
+            freed.append(node.arena.invalidate(obj))
+            assert node.arena.release(obj)
+
+    done = scrub_once(node.arena, 1e6, threading.Event(), lambda found: None, wait=wait)
+    assert ([True, True], 0) == (freed, done.num_corrupt)
+
+
 def test_it_stops_when_it_is_told_to(cluster) -> None:
     node, _, _ = scene(cluster)
     cancel = threading.Event()
