@@ -31,7 +31,7 @@ def rows(run: Run) -> Iterator[Row]:
     from snapshotd_client import Snapshotter
 
     training = run.training()
-    pairs, path, nbytes = _bare_slot(run, training)
+    pairs, path, nbytes = bare_slot(run, training)
     hasher = _Hasher(run, path)
     copy_only, copy_and_digest = BareCopy(pairs), BareCopy(pairs, hasher.begin)
     for bare in (copy_only, copy_and_digest):
@@ -149,7 +149,8 @@ def _timed(step: Callable[[], object], pids: list[int]) -> Sample:
     return Sample(elapsed, cpu_seconds(pids) - cpu)
 
 
-def _bare_slot(run: Run, training: Training) -> tuple[list[tuple[Any, Any]], Path, int]:
+def bare_slot(run: Run, training: Training) -> tuple[list[tuple[Any, Any]], Path, int]:
+    """A warm file in tmpfs that the state fits into: (target, source) arrays, its path and its size."""
     import numpy as np
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
+from benchmarks.growth_plot import plots
 from benchmarks.plot import Chart, draw
 
 
@@ -16,3 +17,18 @@ def test_the_plot_is_svg_with_a_bar_per_system() -> None:
     ours, theirs = (float(bar.attrib["width"]) for bar in bars[:2])
     assert 0 < ours < theirs
     assert "stall <per> step" in [text.text for text in tree.findall(f"{space}text")]
+
+
+def test_growth_is_plotted_from_the_rows_of_a_run() -> None:
+    rows = [
+        *({"part": "growth", "what": f"a capture of {n} GB", "ours": {"median": n / 8}} for n in (6, 0.1, 1)),
+        {"part": "growth", "what": "a capture of 4 GB", "text": "too little memory"},
+    ]
+    for who in ("worker", "daemon"):
+        rows += ({"part": "growth", "what": f"{who} after {n} steps", "ours": {"median": 2e7}} for n in (10, 20))
+    space = "{http://www.w3.org/2000/svg}"
+    trees = {name: ElementTree.fromstring(text) for name, text in plots(rows).items()}
+    [line] = trees["growth-bytes.svg"].findall(f"{space}polyline")
+    x, y = zip(*(map(float, point.split(",")) for point in line.attrib["points"].split()), strict=True)
+    assert (3, sorted(x), sorted(y, reverse=True)) == (len(x), list(x), list(y))
+    assert 2 == len(trees["growth-steps.svg"].findall(f"{space}polyline"))

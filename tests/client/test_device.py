@@ -141,3 +141,91 @@ def test_real_accelerators_get_streams(monkeypatch):
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: object())
     assert isinstance(module.stream_for(torch.device("mps")), device.HostStream)
+
+
+class FakeModule:
+    """What ``torch.cuda`` is to a DeviceStream: streams and events that write down what happens, in order."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.inside: object = None
+        module = self
+
+        class Event:
+            def record(self, stream):
+                module.log.append(f"record {stream}")
+
+            def synchronize(self):
+                module.log.append("host waits")
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_event(self, event):
+                module.log.append("side waits")
+
+            def synchronize(self):
+                module.log.append("side is done")
+
+            def __str__(self):
+                return "side"
+
+        class Compute(Stream):
+            def wait_event(self, event):
+                module.log.append("compute waits")
+
+            def __str__(self):
+                return "compute"
+
+        self.Event, self.Stream, self._compute = Event, Stream, Compute()
+
+    def current_stream(self, device):
+        return self._compute
+
+    def stream(self, stream):
+        module = self
+
+        class Inside:
+            def __enter__(self):
+                module.log.append(f"in {stream}")
+
+            def __exit__(self, *error):
+                module.log.append(f"out of {stream}")
+
+        return Inside()
+
+
+@pytest.fixture
+def device_stream(monkeypatch):
+    from snapshotd_client import device
+
+    fake = FakeModule()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: fake)
+    made = module.stream_for(torch.device("cpu"))
+    assert isinstance(made, device.DeviceStream)
+    return fake, made
+
+
+def test_all_copies_are_issued_on_the_side_stream_and_no_host_waits(device_stream):
+    """Breaks: copies are ordered behind the next step's kernels, or the training thread waits for a transfer."""
+    fake, stream = device_stream
+    sources = [torch.randn(3, 4).t(), torch.arange(5), torch.tensor(2.0), torch.empty(0)]
+    targets = [torch.zeros(source.shape, dtype=source.dtype) for source in sources]
+    stream.begin(stream.mark_compute())
+    stream.copy(targets, sources, pinned=True)
+    stream.hold_compute(stream.mark_copied())
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
+    assert [
+        *("record compute", "side waits", "in side", "out of side", "record side", "compute waits"),
+    ] == fake.log
+
+
+def test_memory_that_cannot_be_pinned_is_reached_by_a_bounce_buffer(device_stream):
+    """Breaks: tensors larger than the buffer, or laid out otherwise, arrive in part."""
+    _, stream = device_stream
+    stream._bounce = torch.empty(64, dtype=torch.uint8)
+    sources = [torch.randn(10, 7).t(), torch.arange(100, dtype=torch.int16), torch.tensor(3.0), torch.empty(0)]
+    targets = [torch.zeros(source.shape, dtype=source.dtype) for source in sources]
+    stream.copy(targets, sources, pinned=False)
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
