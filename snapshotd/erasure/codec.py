@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["Codec", "IsalCodec", "ZfecCodec", "load_codec"]
 
 Bytes = npt.NDArray[np.uint8]
+Block = Bytes | bytes
 
 _MAX_CALL_BYTES: Final = 1 << 30
 """ISA-L counts in C int."""
 
-_ZFEC_WINDOW_BYTES: Final = 1 << 20
-"""zfec makes bytes objects; this bounds them."""
+_ZFEC_WINDOW_BYTES: Final = 64 << 10
+"""zfec makes bytes objects: of this size they are there already, larger ones the kernel has to find memory for."""
 
 
 class Codec(Protocol):
@@ -75,7 +76,7 @@ class Codec(Protocol):
 
 
 class ZfecCodec:
-    """The reference: zfec. Slow, and it copies. ImportError where zfec is not installed."""
+    """The reference: zfec. Slow, and it makes new bytes. ImportError where zfec is not installed."""
 
     name = "zfec"
 
@@ -110,10 +111,10 @@ class ZfecCodec:
                 block = data[wanted_index] if wanted_index < k else self._encode(k, m, data, [wanted_index - k])[0]
             target[begin:end] = np.frombuffer(block, np.uint8)
 
-    def _encode(self, k: int, m: int, blocks: Sequence[bytes], rows: Sequence[int]) -> Sequence[bytes]:
+    def _encode(self, k: int, m: int, blocks: Sequence[Block], rows: Sequence[int]) -> Sequence[Block]:
         if k == 1:
             return [blocks[0]] * len(rows)  # a mirror
-        encoded: Sequence[bytes] = self._encoder(k, k + m).encode(blocks, [k + row for row in rows])
+        encoded: Sequence[Block] = self._encoder(k, k + m).encode(blocks, [k + row for row in rows])
         return encoded
 
 
@@ -136,6 +137,7 @@ class IsalCodec:
         self._encode_data.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int) + (ctypes.c_void_p,) * 3
         self._encode_data.restype = None
         self._tables: Callable[[tuple[Row, ...]], Any] = lru_cache(maxsize=128)(self._make_tables)
+        self._full_tables: Callable[[tuple[Row, ...]], Any] = lru_cache(maxsize=128)(self._make_full_tables)
 
     def encode_row(self, k: int, m: int, row: int, sources: Sequence[Buffer | None], out: Buffer) -> None:
         self.encode_rows(k, m, (row,), sources, (out,))
@@ -157,6 +159,12 @@ class IsalCodec:
         if not targets:
             return
         size = targets[0].size
+        if size <= _MAX_CALL_BYTES and all(array is not None and array.size >= size for array in arrays):
+            tables = self._full_tables(tuple(rows))
+            if tables is not None:
+                sources = _pointers(_address(array) for array in arrays if array is not None)
+                self._encode_data(size, len(arrays), len(rows), tables, sources, _pointers(map(_address, targets)))
+                return
         columns = {
             i: (array, min(array.size, size))
             for i, array in enumerate(arrays)
@@ -166,7 +174,7 @@ class IsalCodec:
         for end in sorted({length for _, length in columns.values()}):
             active = [(i, array) for i, (array, length) in columns.items() if length > begin]
             tables = self._tables(tuple(tuple(row[i] for i, _ in active) for row in rows))
-            addresses = [array.ctypes.data for _, array in active]
+            addresses = [_address(array) for _, array in active]
             while begin < end:
                 length = min(end - begin, _MAX_CALL_BYTES)
                 self._encode_data(
@@ -175,11 +183,15 @@ class IsalCodec:
                     len(rows),
                     tables,
                     _pointers(address + begin for address in addresses),
-                    _pointers(target.ctypes.data + begin for target in targets),
+                    _pointers(_address(target) + begin for target in targets),
                 )
                 begin += length
         for target in targets:
             target[begin:] = 0
+
+    def _make_full_tables(self, rows: tuple[Row, ...]) -> Any:
+        """None where a column is zero in all rows: it need not be read."""
+        return self._make_tables(rows) if all(map(any, zip(*rows, strict=True))) else None
 
     def _make_tables(self, rows: tuple[Row, ...]) -> Any:
         tables = ctypes.create_string_buffer(32 * len(rows[0]) * len(rows))
@@ -293,8 +305,16 @@ def _windows(targets: Sequence[Bytes]) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + _ZFEC_WINDOW_BYTES, size)
 
 
-def _block(array: Bytes | None, begin: int, end: int) -> bytes:
+def _block(array: Bytes | None, begin: int, end: int) -> Block:
+    """The bytes where they are; only what is short is copied, with zeros behind it."""
+    if array is not None and array.size >= end:
+        return array[begin:end]
     return (b"" if array is None else array[begin:end].tobytes()).ljust(end - begin, b"\0")
+
+
+def _address(array: Bytes) -> int:
+    address: int = array.__array_interface__["data"][0]  # a third of the time that array.ctypes.data takes
+    return address
 
 
 def _pointers(addresses: Iterator[int]) -> Any:
