@@ -73,6 +73,11 @@ def limits(state: State) -> list[str]:
             f"ZeRO stage 3 of DeepSpeed takes no hyperparameters by group: {', '.join(differing)} stay as the job made "
             "its optimizer with; stages 1 and 2 take them all"
         )
+    if len(plan.groups) > 1 and any(view.dtype != "int64" for view in plan.steps.values()):
+        lines.append(
+            f"ZeRO stage 3 of DeepSpeed makes one tensor the step of all {len(plan.groups)} groups, and torch's "
+            "optimizers count it up once for each: load it with stage 1 or 2, or with an optimizer of DeepSpeed"
+        )
     others = [kind for kind in plan.kinds if kind not in _STAGE3_KINDS]
     missing = [kind for kind in _STAGE3_KINDS if kind not in plan.kinds] if plan.kinds else []
     if others or missing:
