@@ -9,8 +9,9 @@ FAULTS ?= all
 
 ONLY ?=
 CHECK ?=
+CASES ?=
 
-.PHONY: demo test test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
+.PHONY: demo test test-deepspeed test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -29,6 +30,12 @@ check: $(READY)
 # Format imports and what ruff can mend.
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
+
+# Checkpoints from and for the real DeepSpeed, on CPU, in an environment of its own. CASES=z3 runs those with z3 in their names.
+test-deepspeed: $(DEEPSPEED)/.ready
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" \
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions \
+	$(DEEPSPEED)/bin/python -m pytest tests/frameworks/test_deepspeed.py --timeout 900 $(if $(CASES),-k "$(CASES)")
 
 # Checkpoints from and for the real Megatron-core, on CPU, in a virtual environment of their own.
 test-megatron: $(MEGATRON)/.ready
@@ -57,9 +64,10 @@ bench-convert: $(READY) $(DEEPSPEED)/.ready
 	$(BIN)/snapshotd bench --out benchmarks/results --only $(or $(ONLY),convert) $(if $(CHECK),--check)
 
 # DeepSpeed on the CPU, in an environment of its own: torch first, by its exact version, and no operators are built.
-$(DEEPSPEED)/.ready: constraints.txt
+$(DEEPSPEED)/.ready: pyproject.toml constraints.txt
 	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
 	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy setuptools wheel
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 	  deepspeed==0.19.8
 	touch $@
