@@ -71,7 +71,7 @@ def render(status: Mapping[str, Any]) -> RenderableType:
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="nodes", title_justify="left")
-    for column in ("node", "state", "address", "memory", "sealed", "skipped", "corrupt", "rebuilt"):
+    for column in ("node", "state", "address", "slots and parity", "daemon", "sealed", "skipped", "corrupt", "rebuilt"):
         table.add_column(column)
     for node in nodes:
         counters = node.get("counters", {})
@@ -82,6 +82,7 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
             str(node["state"]),
             str(node.get("bulk", "")),
             used,
+            format_bytes(node.get("resident_bytes", 0)),
             str(counters.get("sealed_slots", 0)),
             str(skipped),
             str(counters.get("corrupt", 0)),
