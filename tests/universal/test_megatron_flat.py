@@ -7,7 +7,7 @@ import pytest
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.globals import StorageRef, TensorRef
-from snapshotd.universal.readers.megatron_facts import Facts
+from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part, put_coalesced
 from snapshotd.universal.sources import BytesSource
 from snapshotd.universal.views import read_all, stored_bytes
@@ -53,6 +53,14 @@ def test_frozen_parameters_are_in_no_buffer(frozen: tuple[str, ...]) -> None:
     for part in trained:
         moment = read_all(part.states["exp_avg"]).view(np.float32).reshape(-1)
         assert np.array_equal(_numbers(part) + np.float32(1), moment)
+
+
+def test_stages_may_be_mapped_before_replicas() -> None:
+    """Each rank's generators would go to another rank."""
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 8}
+    usual, mapped = Facts(sizes, "args"), Facts({**sizes, "use_tp_pp_dp_mapping": True}, "args")
+    assert (4, 5, 2) == (usual.rank_of(Place(1, 0, 0)), usual.rank_of(Place(1, 1, 0)), usual.rank_at(0, 0, 1))
+    assert (2, 3, 4) == (mapped.rank_of(Place(1, 0, 0)), mapped.rank_of(Place(1, 1, 0)), mapped.rank_at(0, 0, 1))
 
 
 def test_a_buffer_of_another_model_is_refused() -> None:

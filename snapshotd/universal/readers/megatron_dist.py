@@ -355,11 +355,10 @@ def _put_rest(state: State, common: Mapping[str, Any], objects: Objects, facts: 
     )
     if sharding is not None:
         state.source["distrib_optim_sharding_type"] = sharding
-    stage = facts.tp * (facts.data_parallel_size or 1)
     for at, (_, saved) in sorted(objects.get("rng_state", {}).items()):
         pp, tp, dp = (*at, 0, 0, 0)[:3]
         for i, item in enumerate(saved if isinstance(saved, list) else [saved]):
-            put_rng(state, pp * stage + tp + facts.tp * (dp + i), item)
+            put_rng(state, facts.rank_at(pp, tp, dp + i), item)
     for key, value in common.items():
         if key not in _TAKEN:
             state.extra[str(key)] = to_json(value, str(key), state.tensors)

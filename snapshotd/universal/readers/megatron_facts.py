@@ -117,11 +117,19 @@ class Facts:
 
     def rank_of(self, place: Place) -> int:
         """The global rank that wrote for ``place``: tensor ranks count fastest, pipeline stages slowest."""
+        if self.flag("use_tp_pp_dp_mapping") and self.ep == 1:
+            return self.rank_at(place.pp, place.tp, 0)
         stage = self.tp * (self.data_parallel_size or max(1, self.etp * self.ep // self.tp))
         for rank in range(max(self.etp * self.ep, self.tp)):
             if rank % self.tp == place.tp and rank // self.etp % self.ep == place.ep:
                 return place.pp * stage + rank
         return place.pp * stage + place.tp
+
+    def rank_at(self, pp: int, tp: int, dp: int) -> int:
+        """The global rank of a place in the grid; stages count slowest unless the run mapped them before replicas."""
+        if self.flag("use_tp_pp_dp_mapping"):
+            return tp + self.tp * (pp + self.pp * dp)
+        return tp + self.tp * (dp + (self.data_parallel_size or 1) * pp)
 
     def layers_of(self) -> list[list[int]]:
         """
