@@ -44,6 +44,7 @@ def _load_main(rank: int, ranks: int, width: int, directory: str, port: int, sec
     began = time.perf_counter()
     dcp.load(state, checkpoint_id=directory)
     seconds.put(time.perf_counter() - began)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

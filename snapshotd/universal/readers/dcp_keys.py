@@ -79,6 +79,10 @@ def assemble(items: Sequence[Item]) -> State:
             if item.path and len(item.path) == 2 and item.path[0] == "fp32" and item.view is not None
         ]
         items = [item for item in items if item.key != NOTE_KEY and (not item.path or item.path[0] != "fp32")]
+        generators = {f"rng_{name}": str(name) for name in note.get("rng") or ()}
+        mine = {item.key: item.view for item in items if item.key in generators and item.view is not None}
+        state.tensors += [Tensor("rng", generators[key], view) for key, view in mine.items()]
+        items = [item for item in items if item.key not in mine]
     optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items)]
     rest: list[Item] = []
     for item in items:

@@ -104,6 +104,9 @@ def assemble(value: Any, label: str) -> State:
     noted = note is not None
     masters = _masters(value) if noted else {}
     taken = {path, *(place for place, _ in optimizers)} | ({(NOTE_KEY,), ("fp32",)} if noted else set())
+    if note is not None and isinstance(note.get("rng"), list):
+        taken |= {("rng_state",)}
+        state.tensors += [Tensor("rng", name, tensor.view) for name, tensor in _generators(value, note["rng"]).items()]
     renamed = note.get("renamed") if note is not None else None
     _put_rest(state, value, taken, renamed if isinstance(renamed, Mapping) else {})
     idle = [name for optimizer in found for name in optimizer.idle]
@@ -132,6 +135,11 @@ def _note(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _masters(value: Mapping[str, Any]) -> dict[str, TensorRef]:
     found = value.get("fp32", {})
     return {name: item for name, item in found.items() if isinstance(item, TensorRef)}
+
+
+def _generators(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, TensorRef]:
+    found = value.get("rng_state", {})
+    return {name: found[name] for name in names if isinstance(found.get(name), TensorRef)}
 
 
 def _only_file(path: Path) -> Path | None:

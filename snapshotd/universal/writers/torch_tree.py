@@ -46,6 +46,7 @@ def note_of(state: State) -> dict[str, Any]:
         "step": state.step,
         "step_in_extra": "step" in state.extra,
         "renamed": {renamed_of(key): key for key in state.extra if renamed_of(key) != key},
+        "rng": list(state.of_kind("rng")),
         "buffers": list(state.of_kind("buffer")),
         "frozen": list(state.frozen),
         "tied": dict(state.tied),
