@@ -3,6 +3,7 @@ Restart: SIGKILL of one of two torchrun workers, until the next step is complete
 
 Two ranks with FSDP2 on one node. With DCP each step is saved into tmpfs and torchrun forms its groups itself; with
 snapshotd each step is captured and its coordinator forms them. Each job is killed into several times, jobs in turns.
+What torchrun needs to start workers again, attempts that fail included, is the phase "rendezvous".
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psutil
 
 from .. import Row, Run, Series
 from ..cluster import clean_environment
-from ..processes import Child, wait_for
+from ..processes import BenchError, Child, wait_for
 
 GOAL = 21
 
@@ -83,7 +84,7 @@ class _Job:
         else:
             mode = str(home / "checkpoints")
             Path(mode).mkdir()
-            arguments += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", "bench"]
+            arguments += ["--standalone"]
         module = f"{__package__.rpartition('.')[0]}.peers.restarted"
         arguments += ["-m", module, mode, str(self._notes), str(run.size(BYTES))]
         self._launcher: Child = run.start(f"{kind}-{count}", arguments, env=environment)
@@ -128,19 +129,19 @@ class _Job:
 
     def _trained(self) -> Notes | None:
         """The workers of now, when both have made some steps."""
-        fresh = {pid: notes for pid, notes in self._read().items() if pid not in self._known}
+        fresh = {pid: notes for pid, notes in self._read().items() if psutil.pid_exists(pid)}
         steps = [sum(note["what"] == "step" for note in notes) for notes in fresh.values()]
         return fresh if len(steps) == 2 and min(steps) >= STEPS_BEFORE else None
 
     def _stepped(self) -> Notes | None:
+        """The two new workers that have made a step; those of attempts that failed at their start do not count."""
         fresh = {pid: notes for pid, notes in self._read().items() if pid not in self._known}
-        done = [any(note["what"] == "step" for note in notes) for notes in fresh.values()]
-        if len(done) == 2 and all(done):
-            for notes in fresh.values():
-                if not next(note["step"] for note in notes if note["what"] == "restored"):
-                    raise RuntimeError("a worker began from the start: nothing was restored")
-            return fresh
-        return None
+        done = {pid: notes for pid, notes in fresh.items() if any(note["what"] == "step" for note in notes)}
+        if len(done) < 2:
+            return None
+        if not all(note["step"] for notes in done.values() for note in notes if note["what"] == "restored"):
+            raise BenchError("a worker began from the start: nothing was restored")
+        return done
 
 
 _WORDS = ("python", "imported", "built", "restored", "step")
