@@ -107,8 +107,12 @@ class _Node:
 
     def _free(self, before: int) -> None:
         for step in [step for step in self._slots if step < before]:
-            self._freed.slots_removed.extend(self._slots.pop(step))
-            self._freed.parities_removed.extend(self._parities.pop(step, ()))
+            for slot in self._slots.pop(step):
+                self._freed.slots_removed.add(job=JOB, epoch=slot.epoch, step=step, rank=slot.rank)
+            for parity in self._parities.pop(step, ()):
+                name = control.StripeSet(job=JOB, epoch=self.epoch, step=step)
+                name.group, name.lane = parity.set.group, parity.set.lane
+                self._freed.parities_removed.add(set=name, position=parity.position)
 
 
 class Fleet:

@@ -221,13 +221,16 @@ class NodeState:
                 self._freed.Clear()
             self._effects.append(ToCoordinator(message=message))
 
-    def freed(
-        self, slots: Iterable[control.SlotRef] = (), parities: Iterable[control.ParityRef] = ()
-    ) -> None:
-        """Objects are gone from here on purpose. There is no hurry: it is said with the next message, or tick."""
-        if self.connected:
-            self._freed.slots_removed.extend(slots)
-            self._freed.parities_removed.extend(parities)
+    def freed(self, slots: Iterable[control.SlotRef] = (), parities: Iterable[control.ParityRef] = ()) -> None:
+        """Objects are gone from here on purpose. No hurry: their names are said with the next message, or tick."""
+        if not self.connected:
+            return
+        for slot in slots:
+            self._freed.slots_removed.add(job=slot.job, epoch=slot.epoch, step=slot.step, rank=slot.rank)
+        for parity in parities:
+            name = self._freed.parities_removed.add(position=parity.position).set
+            name.job, name.epoch, name.step = parity.set.job, parity.set.epoch, parity.set.step
+            name.group, name.lane = parity.set.group, parity.set.lane
 
     def tell_freed(self) -> None:
         """Say now what was freed, if anything was."""
