@@ -141,6 +141,13 @@ def test_pipeline_without_a_layer_file_or_a_stage_is_refused(tmp_path: Path) -> 
     with pytest.raises(FormatError, match=r"weights of 3\.attn\.qkv\.weight, 3\.bias are in no file"):
         read(root)
     moved.rename(layer)
+    with deepspeed_names():
+        path = root / "global_step5" / "mp_rank_01_model_states.pt"
+        values = torch.load(path, weights_only=False)
+    save({**values, "buffer_names": ["4.count"]}, path)
+    with pytest.raises(FormatError, match=r"the buffers 4\.count are in no layer_\*_model_states\.pt"):
+        read(root)
+    save(values, path)
     (root / "global_step5" / "mp_rank_01_model_states.pt").unlink()
     with pytest.raises(FormatError, match=r"missing mp_rank_01_model_states\.pt.*2 pipeline stages"):
         read(root)

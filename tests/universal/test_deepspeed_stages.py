@@ -102,6 +102,14 @@ def test_expert_ranks_that_are_missing_or_of_another_step_are_refused(tmp_path: 
     del missing["expp_rank_2_mp_rank_00_optim_states.pt"]
     with pytest.raises(FormatError, match=r"missing expp_rank_2_mp_rank_00_optim_states\.pt"):
         read(without_zero(moe_files(tmp_path / "a", run, 4, 4, 4), missing))
+    with pytest.raises(FormatError, match=r"no optimizer has .*deepspeed_experts\.2\..*one expp_rank_\*_optim_states"):
+        alone = {
+            "expp_rank_0_mp_rank_00_optim_states.pt": expert_optimizers(run, 2, 4)[
+                "expp_rank_0_mp_rank_00_optim_states.pt"
+            ],
+        }
+        alone["mp_rank_00_model_states.pt"] = alone["expp_rank_0_mp_rank_00_optim_states.pt"]
+        read(without_zero(moe_files(tmp_path / "d", run, 2, 2, 4), alone))
     del files["expp_rank_3_mp_rank_00_optim_states.pt"]
     with pytest.raises(FormatError, match=r"files of 3 expert-parallel ranks, but 4 experts"):
         read(without_zero(moe_files(tmp_path / "b", run, 4, 4, 4), files))

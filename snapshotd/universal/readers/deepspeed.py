@@ -26,7 +26,7 @@ from snapshotd.universal.readers.deepspeed_files import (
 )
 from snapshotd.universal.readers.deepspeed_groups import mapped_shapes, stage_of
 from snapshotd.universal.readers.deepspeed_plain import read_plain
-from snapshotd.universal.readers.deepspeed_stages import read_experts, read_stages
+from snapshotd.universal.readers.deepspeed_stages import check_experts, read_experts, read_stages
 from snapshotd.universal.readers.deepspeed_tp import Shards
 from snapshotd.universal.readers.deepspeed_weights import (
     Weights,
@@ -256,6 +256,7 @@ class _Checkpoint:
                 optims.append(read_experts([load(path) for path in files], found))
             else:
                 optims.append(Optim() if saved.get("optimizer") is None else read_plain(saved, found))
+            check_experts(saved, found, optims[-1])
         return optims, weights
 
 

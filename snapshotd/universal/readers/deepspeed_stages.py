@@ -21,7 +21,7 @@ from snapshotd.universal.readers.deepspeed_weights import Weights
 from snapshotd.universal.readers.deepspeed_zero import Optim
 from snapshotd.universal.views import View
 
-__all__ = ["read_experts", "read_stages"]
+__all__ = ["check_experts", "read_experts", "read_stages"]
 
 
 def read_stages(models: Sequence[Saved], weights: Weights) -> list[Optim]:
@@ -76,6 +76,18 @@ def read_experts(files: Sequence[Saved], weights: Weights) -> Optim:
         is_one = len(views) == 1 or kind == "step" or not views[0].shape
         result.tensors[kind, name] = views[0] if is_one else Merged(views, "equal", f"{kind} of {name}")
     return result
+
+
+def check_experts(saved: Saved, weights: Weights, optim: Optim) -> None:
+    """Raise FormatError when the optimizer has some of a layer's experts only: ranks' files are missing."""
+    trained = {match[1] for name in optim.shapes if (match := EXPERT.match(name))}
+    lost = [n for n in weights.model if (m := EXPERT.match(n)) and m[1] in trained and n not in optim.shapes]
+    if lost:
+        raise FormatError(
+            f"{saved.path.parent}: no optimizer has {', '.join(lost[:3])}, expected one expp_rank_*_optim_states.pt "
+            "for each expert-parallel rank: copy what is missing from the nodes that wrote it, or take an older "
+            "checkpoint"
+        )
 
 
 def _is_on(name: str, rank: int, ranks: int, experts: dict[str, int]) -> bool:

@@ -145,6 +145,13 @@ def pipeline_weights(
                 copies.setdefault(full, []).append(value.view)
             if full not in found.order:
                 found.order.append(full)
+    lost = sorted(name for name in buffers if name not in found.buffers and name not in shared)
+    if lost:
+        raise FormatError(
+            f"{folder.path}: the buffers {', '.join(lost[:5])} are in no layer_*_model_states.pt, but {models[0].name} "
+            "and the files of the other stages name them: copy the layer files that are missing from the nodes that "
+            "wrote them, or take an older checkpoint"
+        )
     for name, views in copies.items():
         found.model[name] = views[0] if len(views) == 1 else Merged(views, "equal", name)
     return found
