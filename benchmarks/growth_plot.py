@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -24,6 +24,7 @@ _STYLE = "font:13px system-ui,-apple-system,'Segoe UI',sans-serif"
 _TICKS = 4
 
 Points = Sequence[tuple[float, float]]
+Rows = Sequence[Mapping[str, Any]]
 
 
 def main(path: str) -> None:
@@ -32,12 +33,15 @@ def main(path: str) -> None:
         (FOLDER / name).write_text(text, encoding="utf-8")
 
 
-def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def plots(rows: Rows) -> dict[str, str]:
     """The files and what is in them."""
-    by_bytes = _points(rows, r"a capture of ([\d.]+) GB", 1.0)
-    memory = {name: _points(rows, rf"{name} after (\d+) steps", 1e-6) for name in ("worker", "daemon")}
+    by_bytes = _points(rows, r"a GB of ([\d.]+) GB", lambda row: row["ratio"]["value"])
+    memory = {
+        name: _points(rows, rf"{name} after (\d+) steps", lambda row: row["ours"]["median"] / 1e6)
+        for name in ("worker", "daemon")
+    }
     return {
-        "growth-bytes.svg": draw_lines("Seconds per capture", "GB of state", {"capture": by_bytes}),
+        "growth-bytes.svg": draw_lines("Time to copy a GB, x that of 0.1 GB", "GB of state", {"capture": by_bytes}),
         "growth-steps.svg": draw_lines("Resident memory outside the slots, MB", "steps", memory),
     }
 
@@ -72,9 +76,9 @@ def draw_lines(title: str, below: str, lines: Mapping[str, Points]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _points(rows: Sequence[Mapping[str, Any]], pattern: str, factor: float) -> list[tuple[float, float]]:
+def _points(rows: Rows, pattern: str, value: Callable[[Mapping[str, Any]], float]) -> list[tuple[float, float]]:
     found = [(re.fullmatch(pattern, row["what"]), row) for row in rows if row.get("part") == "growth" and "ours" in row]
-    return sorted((float(match[1]), row["ours"]["median"] * factor) for match, row in found if match)
+    return sorted((float(match[1]), value(row)) for match, row in found if match)
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "400") -> str:

@@ -21,8 +21,8 @@ def test_the_plot_is_svg_with_a_bar_per_system() -> None:
 
 def test_growth_is_plotted_from_the_rows_of_a_run() -> None:
     rows = [
-        *({"part": "growth", "what": f"a capture of {n} GB", "ours": {"median": n / 8}} for n in (6, 0.1, 1)),
-        {"part": "growth", "what": "a capture of 4 GB", "text": "too little memory"},
+        *({"part": "growth", "what": f"a GB of {n} GB", "ours": {}, "ratio": {"value": n / 8}} for n in (6, 0.3, 1)),
+        {"part": "growth", "what": "a GB of 4 GB", "text": "too little memory"},
     ]
     for who in ("worker", "daemon"):
         rows += ({"part": "growth", "what": f"{who} after {n} steps", "ours": {"median": 2e7}} for n in (10, 20))
