@@ -7,7 +7,6 @@ through our format into a DeepSpeed Universal folder, which the engine loads, an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,12 @@ import pytest
 from snapshotd.universal import convert
 from snapshotd.universal.compare import diff
 from snapshotd.universal.readers import read
-from snapshotd.universal.state import State
-from snapshotd.universal.views import read_all
+from tests.universal.test_deepspeed_engine import COUNTERS, expect_truth, truth_of
 
 pytest.importorskip("deepspeed", reason="make test-deepspeed runs these")
 from tests.frameworks.deepspeed_cases import OTHER, READ, SAME, SOURCES  # noqa: E402
 from tests.frameworks.deepspeed_job import Case, launch  # noqa: E402
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
 Trained = Callable[[Case], Path]
 
 
@@ -43,55 +40,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return run
 
 
-def truth_of(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...], bytes]]]:
-    data = (folder / "truth.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    body = data[8 + length :]
-    found = {
-        key: (entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
-        for key, entry in header.items()
-    }
-    return json.loads((folder / "truth.json").read_text()), found
-
-
-TAGS = {
-    "float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "bool": "BOOL",
-    "uint8": "U8",
-}
-
-
-def tensors_of(state: State) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {
-        f"{tensor.kind}/{tensor.name}": (TAGS[tensor.dtype], tensor.shape, read_all(tensor.view).tobytes())
-        for tensor in state.tensors
-        if tensor.kind != "extra"
-    }
-
-
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 def test_what_deepspeed_saved_is_what_its_engine_held(case: Case, trained: Trained, tmp_path: Path) -> None:
     """A run goes on with other numbers than it stopped with, in an option that nobody thought of."""
     folder = trained(case)
-    truth, expected = truth_of(folder)
     convert(folder / "ckpt", tmp_path / "universal", to="universal")
     state = read(tmp_path / "universal")
     state.check()
-    if case.exclude_frozen:  # then they are in no file
-        for name in truth.pop("frozen"):
-            del expected[f"model/{name}"]
-        truth["frozen"] = []
-    found = {key: value for key, value in tensors_of(state).items() if key in expected or not key.startswith("rng/")}
-    assert expected == found
-    assert truth["tied"] == state.tied
-    assert truth["frozen"] == state.frozen
-    if case.zero.get("elastic_checkpoint"):  # which has no hyperparameters
-        truth["param_groups"] = [{"names": group["names"]} for group in truth["param_groups"]]
-    assert truth["param_groups"] == state.param_groups
-    assert [truth[key] for key in COUNTERS] == [state.extra[key] for key in COUNTERS]
-    assert truth["client_state"] == state.extra["client_state"]
-    assert truth["ds_config"] == state.extra["deepspeed"]["ds_config"]
+    frozen = tuple(truth_of(folder)[0]["frozen"])
+    expect_truth(folder, state, lost=frozen if case.exclude_frozen else ())
 
 
 def loaded(source: Path, case: Case, tmp_path: Path) -> tuple[Path, list[str]]:
