@@ -209,7 +209,7 @@ class NodeState:
     def set_connected(self, connected: bool) -> None:
         """The session with the coordinator begins or ends; what was freed is known from the hello that comes next."""
         self.connected = connected
-        self._freed.Clear()
+        self._freed = control.InventoryChange()
 
     def tell(self, message: control.NodeMessage) -> None:
         """Say something to the coordinator; without a session it is dropped: the next hello says it all."""
@@ -218,7 +218,7 @@ class NodeState:
             message.seq = self._seq
             if self._has_freed:
                 message.freed.CopyFrom(self._freed)
-                self._freed.Clear()
+                self._freed = control.InventoryChange()  # a new one: a cleared message keeps its memory
             self._effects.append(ToCoordinator(message=message))
 
     def freed(self, slots: Iterable[control.SlotRef] = (), parities: Iterable[control.ParityRef] = ()) -> None:
