@@ -57,7 +57,8 @@ class Model:
     The tensors of a model's state dict, in its order, and what is known of them.
 
     ``sharded``: names that were cut over ranks: parameters, since no framework cuts buffers. ``listed``: names in the
-    optimizer's groups, None where there is no optimizer. ``idle``: those of them that have no state.
+    optimizer's groups, None where there is no optimizer. ``idle``: those of them that have no state. ``compare``: read
+    weights to find tied ones.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Model:
         sharded: Collection[str] = (),
         parameters: Collection[str] = (),
         tied: Mapping[str, str] | None = None,
+        compare: bool = True,
     ) -> None:
         self.views = views
         self.listed = None if listed is None else set(listed)
@@ -77,7 +79,8 @@ class Model:
         self.parameters = set(parameters)
         self.tied = dict(tied or {})
         self._tails = {name.rpartition(".")[2] for name in self.listed or ()}
-        self._find_tied_copies()
+        if compare:
+            self._find_tied_copies()
         self.frozen = [name for name in views if name not in self.tied and self._is_frozen(name)]
 
     def put(self, state: State) -> None:

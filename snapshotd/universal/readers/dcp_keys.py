@@ -67,8 +67,12 @@ class _Optim:
     by_name: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def assemble(items: Sequence[Item]) -> State:
-    """Return the state that the items are; see the module."""
+def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
+    """
+    Return the state that the items are; see the module.
+
+    ``compare``: read weights that the optimizer does not know, to see whether they are tied to one that it knows.
+    """
     state = State(format="dcp", tensors=[])
     note = next((item.value for item in items if item.key == NOTE_KEY and isinstance(item.value, dict)), None)
     if note is not None:
@@ -110,10 +114,10 @@ def assemble(items: Sequence[Item]) -> State:
     if note is not None:
         Model.put_noted(state, views, note)
     else:
-        Model(views, listed=listed if optimizers else None, idle=idle, sharded=sharded).put(state)
+        Model(views, listed=listed if optimizers else None, idle=idle, sharded=sharded, compare=compare).put(state)
     for optimizer in optimizers:
         optimizer.put(state)
-    state.step = find_step(state) if note is None else note.get("step")
+    state.step = (find_step(state) if compare else None) if note is None else note.get("step")
     return state
 
 

@@ -32,7 +32,7 @@ from snapshotd.universal.writers.torch_tree import (
 )
 from snapshotd.universal.writers.universal import write_whole
 
-__all__ = ["losses", "write"]
+__all__ = ["flat_items", "losses", "write"]
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
 _SHARD_FROM: Final = 2
@@ -60,7 +60,7 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     world = prod(options.get("layout", {}).values())
     plan = _Plan(world)
     objects: list[tuple[_PathOf, Any]] = []
-    for path, item in _items(state):
+    for path, item in flat_items(state):
         if isinstance(item, View):
             plan.tensor(path, item)
         else:
@@ -72,7 +72,7 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     remove_journal(target)
 
 
-def _items(state: State) -> Iterator[tuple[_PathOf, Any]]:
+def flat_items(state: State) -> Iterator[tuple[_PathOf, Any]]:
     """Iterate over (path, view or value) of the tree that a trainer would pass to dcp.save."""
     names = state.of_kind("model") | state.of_kind("buffer")
     for name, tensor in names.items():

@@ -15,7 +15,7 @@ from snapshotd.universal.safetensors import encode_header
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import OutFile, Placed, Settings, Written, remove_journal, write_files
 
-__all__ = ["key_of", "losses", "model_index", "plan_files", "write", "write_whole"]
+__all__ = ["key_of", "losses", "model_index", "plan_files", "write", "write_manifest", "write_whole"]
 
 
 def losses(state: State) -> list[str]:
@@ -27,10 +27,16 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     """Write ``state`` into the directory ``target``."""
     files, places = plan_files(state.tensors)
     written = write_files(target, files, settings, identity=identity)
+    write_manifest(state, target, [_entry(tensor, places[tensor.key], written) for tensor in state.tensors])
+    remove_journal(target)
+
+
+def write_manifest(state: State, target: Path, entries: list[Entry]) -> None:
+    """Write the model's index and the marker, after all files: ``entries`` says where each tensor is."""
     model = [tensor for tensor in state.tensors if file_group(tensor.kind) == "model"]
     if model:
-        write_whole(target / INDEX_NAME, model_index(model, places))
-    entries = [_entry(tensor, places[tensor.key], written) for tensor in state.tensors]
+        files = {(entry.kind, entry.name): entry.file for entry in entries}
+        write_whole(target / INDEX_NAME, model_index(model, files))
     manifest = Manifest(
         step=state.step,
         source={"format": state.format, **state.source},
@@ -42,13 +48,15 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
         warnings=state.warnings,
     )
     write_whole(target / MARKER_NAME, manifest.encode())
-    remove_journal(target)
 
 
 def plan_files(
-    tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None, prefix: str = ""
 ) -> tuple[list[OutFile], dict[tuple[str, str], str]]:
-    """Return the files that hold ``tensors``, and in which of them each is. ``metadata`` goes into their headers."""
+    """
+    Return the files that hold ``tensors``, and in which of them each is. ``metadata`` goes into their headers,
+    ``prefix`` before their names.
+    """
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(file_group(tensor.kind), []).append(tensor)
@@ -57,9 +65,9 @@ def plan_files(
     for group, members in groups.items():
         shards = _shards(members)
         for i, shard in enumerate(shards):
-            name = f"{group}.safetensors"
+            name = f"{prefix}{group}.safetensors"
             if len(shards) > 1:
-                name = f"{group}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+                name = f"{prefix}{group}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             files.append(_file(name, shard, metadata or {}))
             places.update((tensor.key, name) for tensor in shard)
     return files, places
