@@ -49,8 +49,10 @@ class Run:
 
     def save(self, folder: Path) -> None:
         model, optim = get_state_dict(self.model, self.optimizer)
-        tree = {"model": model, "optim": optim, "lr_scheduler": self.scheduler.state_dict(), "train": {"step": 3}}
-        dcp.save({**tree, f"rng_{dist.get_rank()}": torch.get_rng_state()}, storage_writer=StorageWriter(folder))
+        tree: dict[str, Any] = {"model": model, "optim": optim, "train": {"step": 3}}
+        tree["lr_scheduler"] = self.scheduler.state_dict()
+        tree[f"rng_{dist.get_rank()}"] = torch.get_rng_state()
+        dcp.save(tree, storage_writer=StorageWriter(folder))
 
     def load(self, folder: Path, *, flat: bool = False) -> None:
         """``flat``: as torchtitan has it, everything at the top and the optimizer flattened."""
@@ -70,7 +72,7 @@ class Run:
         """Everything as whole tensors; a collective."""
         found = {name: full(tensor) for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"{kind}/{name}"] = full(value)
         found["lr"] = torch.tensor([group["lr"] for group in self.optimizer.param_groups], dtype=torch.float64)
         found["decay"] = torch.tensor([group["weight_decay"] for group in self.optimizer.param_groups])

@@ -22,6 +22,8 @@ from snapshotd.universal.views import read_all, stored_bytes
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+
 from snapshotd.universal.storage import StorageReader, StorageWriter  # noqa: E402 needs torch
 from snapshotd.universal.storage.keys import KeyLookup  # noqa: E402
 
@@ -46,7 +48,7 @@ def test_two_ranks_save_and_three_load(tmp_path: Path) -> None:
     assert ["0", "1"] == sorted(state.of_kind("rng"))
     torchrun(3, "load", str(tmp_path))
     again = read(tmp_path / "again")
-    assert {("extra", "rng")} >= {(item.what, item.kind) for item in diff(state, again)}
+    assert [] == [item for item in diff(state, again) if item.kind != "rng"]
 
 
 def save(tree: dict[str, Any], path: Path) -> Path:
@@ -184,9 +186,8 @@ def test_numbered_groups_list_numbers() -> None:
 
 def test_a_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    with pytest.raises(Exception, match="is not empty") as caught:
+    with pytest.raises(CheckpointException, match="is not empty .* save into a new directory"):
         save({"a": torch.ones(2)}, tmp_path)
-    assert "new directory" in str(caught.value)
 
 
 def test_ranks_that_do_not_speak_to_each_other_are_refused(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_save_that_failed_leaves_no_checkpoint(tmp_path: Path) -> None:
         def finish(self, metadata: Any, results: Any) -> None:
             raise OSError("no space left")
 
-    with warnings.catch_warnings(), pytest.raises(Exception, match="no space left"):
+    with warnings.catch_warnings(), pytest.raises(CheckpointException, match="no space left"):
         warnings.simplefilter("ignore")
         dcp.save({"a": torch.ones(2)}, storage_writer=Broken(tmp_path / "u"), no_dist=True)
     with pytest.raises(FormatError):
