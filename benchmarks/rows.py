@@ -20,7 +20,7 @@ __all__ = ["FAILED", "MET", "MISSED", "WITHIN", "Row"]
 MET, WITHIN, MISSED, FAILED = "met", "within the spread", "missed", "failed"
 
 _SLACK = 0.10
-_SHORT_SLACK = 0.50
+_SHORT_SLACK = 0.75
 
 Better = Literal["higher", "lower"]
 
