@@ -11,7 +11,7 @@ ONLY ?=
 CHECK ?=
 CASES ?=
 
-.PHONY: demo test test-deepspeed test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
+.PHONY: demo test test-big test-deepspeed test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
 demo: $(READY)
@@ -30,6 +30,10 @@ check: $(READY)
 # Format imports and what ruff can mend.
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
+
+# Conversions of 1 and 10 GB with the same memory; needs 11 GB of disk. CASES=dcp runs that source only.
+test-big: $(READY)
+	SNAPSHOTD_TEST_BIG=1 $(BIN)/python -m pytest -s tests/universal/test_memory.py $(if $(CASES),-k "$(CASES)")
 
 # Checkpoints from and for the real DeepSpeed, on CPU, in an environment of its own. CASES=z3 runs those with z3 in their names.
 test-deepspeed: $(DEEPSPEED)/.ready

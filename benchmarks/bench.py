@@ -135,6 +135,7 @@ def _run_part(name: str, plan: Plan, directory: Path) -> list[dict[str, Any]]:
     os.close(theirs)
     limit_s = SHORT_PART_S if plan.short else PART_S
     late = threading.Timer(limit_s, process.kill)
+    late.daemon = True  # who interrupts the run does not wait for it
     late.start()
     with os.fdopen(ours, encoding="utf-8") as pipe:
         rows = [json.loads(line) for line in pipe]
