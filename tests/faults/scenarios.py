@@ -208,7 +208,7 @@ for moment, site in (
         "reached there; kill node n1", "memory",
     )  # fmt: skip
 add(
-    "node-spare-mid-send-ddp-n3", ddp(3, 1, *LARGE, spares=1, arm={"daemon n1": stop_at("transfer.mid_send", 4)}),
+    "node-spare-mid-send-ddp-n3", ddp(3, 1, *LARGE, spares=1, arm={"daemon n1": stop_at("transfer.mid_send", 12)}),
     "reached there; kill node n1", "memory",
 )  # fmt: skip
 add(
