@@ -319,7 +319,7 @@ add(
 )  # fmt: skip
 add(
     "wire-bits-while-decoding-ddp-n3",
-    ddp(3, spares=1, arm={"daemon n0": "".join(f"transfer.corrupt_send=corrupt@{i};" for i in range(12, 60, 5))}),
+    ddp(3, spares=1, arm={"daemon n0": "".join(f"transfer.corrupt_send=corrupt@{i};" for i in range(31, 120, 7))}),
     NODE, "memory",
 )  # fmt: skip
 
