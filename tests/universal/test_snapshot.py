@@ -53,7 +53,7 @@ def captured() -> tuple[Any, Any, Any, Any]:
         model=net, optimizer=optimizer, scheduler=scheduler, scaler=None, extra=extra, world_size=1
     )
     reading = inventory.rescan()
-    meta = reading.meta(3, 0, 1, 1)
+    meta = b"".join(reading.meta(3, 0, 1, 1))
     plan = inventory.plan(reading, len(meta), 0, False)
     slot = np.zeros(plan.layout.file_bytes, np.uint8)
     slot[: plan.layout.data_begin] = np.frombuffer(plan.layout.header, np.uint8)
