@@ -94,7 +94,7 @@ class Zygotes:
         for kind in ("script", "torchrun", "snapshotd"):
             with open(self.directory / f"{kind}.log", "w") as log:
                 self._processes[kind] = subprocess.Popen(
-                    [sys.executable, "-m", "tests.faults.zygote", kind, str(self.socket(kind))],
+                    [sys.executable, "-m", "tests.faults.zygote", kind, str(self.socket(kind)), str(os.getpid())],
                     env=env,
                     cwd=ROOT,
                     stdin=subprocess.DEVNULL,

@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +135,11 @@ def test_scripts_use_the_four_lines_only() -> None:
     for script in ("fsdp2.py", "ddp.py"):
         lines = (SCRIPTS / script).read_text().splitlines()
         assert sum(line.endswith("# snapshotd") for line in lines) == 4, script
+
+
+def test_a_zygote_whose_tests_have_died_already_does_not_stay(tmp_path: Path) -> None:
+    """The kernel tells of a parent's death only those that asked before it: killed during its imports, one stayed."""
+    command = [sys.executable, "-m", "tests.faults.zygote", "snapshotd", str(tmp_path / "z.sock"), str(os.getppid())]
+    ended = subprocess.run(command, cwd=SCRIPTS.parent.parent, capture_output=True, timeout=60)
+    assert (0, b"") == (ended.returncode, ended.stderr)
+    assert [] == list(tmp_path.iterdir())

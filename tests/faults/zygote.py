@@ -273,7 +273,7 @@ def run(kind: str, job: Job) -> None:
 
 
 def main() -> None:
-    kind, path = sys.argv[1:]
+    kind, path, parent = sys.argv[1:]
     os.environ.pop("SNAPSHOTD_FAILPOINTS", None)
     sys.path.insert(0, str(SCRIPTS))
     for name in KINDS[kind]:
@@ -281,6 +281,8 @@ def main() -> None:
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # also when the tests themselves are killed, nothing stays behind
+    if os.getppid() != int(parent):
+        return  # they were killed during the imports above, before anybody would have told us
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
     listener.listen(64)
