@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.coordinator.test_core import SETTINGS, Bench, running
+from tests.coordinator.bench import SETTINGS, Bench, running
 
 HANGS = replace(SETTINGS, hang_factor=10.0, hang_least_s=3.0, node_lease_s=1e6, agent_lease_s=1e6)
 
