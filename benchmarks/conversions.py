@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +27,7 @@ from .processes import BenchError, die_with_parent
 from .rows import Row
 from .run import Run
 
-__all__ = ["DEEPSPEED", "Source", "compare"]
+__all__ = ["DCP", "DEEPSPEED", "ZERO", "Source", "compare", "compare_all"]
 
 DEEPSPEED = "SNAPSHOTD_BENCH_DEEPSPEED"
 
@@ -48,11 +48,40 @@ class Source:
     deepspeed: bool = False
 
 
+DCP = (
+    Source(
+        what="DCP, 4 ranks",
+        script="dcp.py",
+        before=("4",),
+        tools={"dcp_to_torch_save": ("TARGET",), "dcp_load": ("2", "PORT")},
+    ),
+)
+ZERO = tuple(
+    Source(
+        what=f"ZeRO-{stage}, 2 ranks",
+        script="zero.py",
+        before=(stage, "2"),
+        tools={"ds_to_universal": ("TARGET",), "zero_to_fp32": ("TARGET",)},
+        deepspeed=True,
+    )
+    for stage in ("1", "3")
+)
+
+
 @dataclass(slots=True)
 class _Found:
     inner: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     temporary: list[float] = field(default_factory=list)
+
+
+def compare_all(run: Run, sources: Sequence[Source], nbytes: float, *, at_most: float) -> Iterator[Row]:
+    """Rows for a checkpoint of each of `sources`, one after the other."""
+    for source in sources:
+        if run.short:
+            yield Row.note(source.what, "not in the short form: making the checkpoint takes longer than that")
+        else:
+            yield from compare(run, source, run.size(nbytes), at_most=at_most)
 
 
 def compare(run: Run, source: Source, nbytes: int, *, at_most: float) -> Iterator[Row]:
