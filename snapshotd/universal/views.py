@@ -19,6 +19,7 @@ Rule 4: ``Joined.check`` proves that each element is there exactly once. The con
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from math import prod
@@ -26,7 +27,7 @@ from typing import Final
 
 import numpy as np
 
-from snapshotd.errors import CorruptionError, FormatError
+from snapshotd.errors import CorruptionError, FormatError, LocalProtocolError
 from snapshotd.layout.box import Box
 from snapshotd.layout.dtypes import dtype_of
 from snapshotd.reshard.regions import Region, RegionIndex, overlap, subtract
@@ -36,6 +37,7 @@ from snapshotd.universal.words import Words, word_dtype
 __all__ = [
     "SCRATCH_BYTES",
     "Cut",
+    "Described",
     "Joined",
     "Reshaped",
     "Stored",
@@ -54,7 +56,7 @@ SCRATCH_BYTES: Final = 2 << 20
 Index = tuple[int, ...]
 
 
-class View:
+class View(ABC):
     """An array that is read by boxes. The subclasses are the whole list; see the module."""
 
     __slots__ = ("dtype", "shape")
@@ -75,6 +77,7 @@ class View:
     def nbytes(self) -> int:
         return self.numel * self.itemsize
 
+    @abstractmethod
     def read_into(self, at: Index, out: Words) -> None:
         """
         Fill ``out`` with the box that begins at ``at`` and has the shape of ``out``.
@@ -82,7 +85,6 @@ class View:
         ``out`` is an array of ``word_dtype(self.dtype)`` with as many dimensions as the view, of any strides. The box
         must lie inside the view. CorruptionError names the file that does not hold what it should.
         """
-        raise NotImplementedError
 
     @property
     def label(self) -> str:
@@ -111,6 +113,15 @@ class View:
                 found[view.label] = None
             todo += view.inner()
         return list(found)
+
+
+class Described(View):
+    """A tensor that is only spoken of: its dtype and shape, and no bytes. Whoever reads it is wrong."""
+
+    __slots__ = ()
+
+    def read_into(self, at: Index, out: Words) -> None:
+        raise LocalProtocolError(f"a tensor of {self.dtype} {list(self.shape)} is only described here, not held")
 
 
 class Stored(View):

@@ -15,13 +15,13 @@ from typing import Any, Final
 from snapshotd.universal.plain import from_json
 from snapshotd.universal.readers.conventions import is_rng, unwrapped
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import View
+from snapshotd.universal.views import Described
 from snapshotd.universal.writers.torch_tree import MODULES_KEY, is_plain_step, optimizer_groups, plain_value
 
 __all__ = ["KeyLookup"]
 
 _MISSING: Final = object()
-_RNG_LIKE: Final = View("uint8", (1,))
+_RNG_LIKE: Final = Described("uint8", (1,))
 
 
 class KeyLookup:

@@ -33,7 +33,7 @@ from snapshotd.universal.storage.boxes import bytes_of
 from snapshotd.universal.storage.layout import FileLayout, Place, lay_out_files
 from snapshotd.universal.stream import OutFile, Settings, digest_of, write_files
 from snapshotd.universal.torchzip import load_part
-from snapshotd.universal.views import Stored, View
+from snapshotd.universal.views import Described, Stored
 from snapshotd.universal.writers.universal import plan_files, write_manifest
 
 __all__ = ["StorageWriter"]
@@ -213,7 +213,7 @@ def _described(item: WriteItem, path: Any) -> Item:
     if item.tensor_data is None:
         return Item(key=item.index.fqn, path=path)
     data = item.tensor_data
-    view = View(str(data.properties.dtype).removeprefix("torch."), data.size)
+    view = Described(str(data.properties.dtype).removeprefix("torch."), data.size)
     return Item(key=item.index.fqn, path=path, view=view, sharded=tuple(data.chunk.sizes) != tuple(data.size))
 
 
