@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Setting:
     places: dict[str, Any]
 
 
-class System:
+class System(ABC):
     """
     One system. The trainer calls, for each step: save, (forward and backward), fence, (update), drain.
 
@@ -43,9 +44,9 @@ class System:
     polls = False
     waits = True
 
+    @abstractmethod
     def save(self, step: int) -> None:
         """Begin to keep the state; what this takes, and what `fence` and `drain` take, is the stall."""
-        raise NotImplementedError
 
     def fence(self) -> None:
         """Return when the state may change."""
