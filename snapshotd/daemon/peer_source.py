@@ -91,7 +91,7 @@ class PeerSource:
         self.digests()  # for their root
         with self._watched():
             root = self._client.read_parts(self._address, self._key, copies, out, cancel=self._cancel, pace=self._pace)
-            if self._root and root not in ("", self._root):
+            if self._root and root != self._root:
                 raise CorruptionError(f"{self.name} on {self.node_id} has another root digest by now: {root}")
         return out.nbytes
 
