@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .makers.model import Block
+
 __all__ = ["Training"]
 
 _PER_LAYER, _OUTSIDE = 12, 4
@@ -80,27 +82,12 @@ class Training:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        heads = width // _HEAD_DIM if width % _HEAD_DIM == 0 else 4
-        q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
-        x = x + self.project(y)
-        return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
-
-
 class _GPT(nn.Module):
     def __init__(self, layers: int, width: int, vocabulary: int) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(_CONTEXT, width)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
+        heads = width // _HEAD_DIM if width % _HEAD_DIM == 0 else 4
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:

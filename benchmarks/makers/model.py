@@ -6,23 +6,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GPT", "sized", "tokens"]
+__all__ = ["GPT", "Block", "sized", "tokens"]
 
 _LAYERS = 12
 _VOCABULARY = 8192
 _TOKENS = 32
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
+class Block(nn.Module):
+    """Attention and MLP, as in GPT-2: 12 tensors."""
+
+    def __init__(self, width: int, heads: int = 1) -> None:
         super().__init__()
+        self.heads = heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm_attention(x)).chunk(3, -1)
-        x = x + self.project(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.project(y)
         return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
 
 
@@ -32,7 +38,7 @@ class GPT(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.token = nn.Embedding(_VOCABULARY, width)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(_LAYERS))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(_LAYERS))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, _VOCABULARY, bias=False)
 
