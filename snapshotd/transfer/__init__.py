@@ -1,15 +1,16 @@
 """Bulk bytes between processes: ranges of slots and parity over plain sockets, verified."""
 
-from snapshotd.transfer.answers import Lookup, Servable
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX
 from snapshotd.transfer.client import BulkClient, ObjectInfo
 from snapshotd.transfer.incoming import Incoming
+from snapshotd.transfer.objects import Lookup, Servable
 from snapshotd.transfer.pacing import Pacer
 from snapshotd.transfer.server import BulkServer
 from snapshotd.transfer.wire import (
     RANGES_MAX,
     CorruptChunk,
     ObjectMissing,
+    PeerBusy,
     TransferCancelled,
     format_address,
     parse_address,
@@ -27,6 +28,7 @@ __all__ = [
     "ObjectInfo",
     "ObjectMissing",
     "Pacer",
+    "PeerBusy",
     "Servable",
     "TransferCancelled",
     "format_address",

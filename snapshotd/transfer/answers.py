@@ -2,76 +2,44 @@
 What a bulk server says to one request: a refusal, or a head and then exactly the bytes that it promises.
 
 Rule 1: a request is checked whole before anything is answered.
-Rule 2: an object is held (leased) from its lookup to its last byte.
+Rule 2: an object is leased from its lookup to its last byte.
 Rule 3: whole chunks leave unverified, for the reader has their digests; parts of chunks are verified before the answer
         begins, and digests of what was sent follow them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Final, Protocol
 
 from snapshotd.arena.keys import describe
-from snapshotd.errors import CorruptionError, RemoteProtocolError, SnapshotdError, UsageError
+from snapshotd.errors import CorruptionError, RemoteProtocolError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import DIGEST_BYTES, chunk_count, chunk_digests, verify
 from snapshotd.reshard import Copy, gather_copy
 from snapshotd.transfer import blocks, wire
+from snapshotd.transfer.objects import Holding, Objects, Refusal, Servable
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
 
-__all__ = ["Answers", "Lookup", "Refusal", "Servable"]
-
-_log: Final = logging.getLogger(__name__)
-
-
-class Servable(Protocol):
-    """What the server needs of an object: an arena's slots and parity files have it, tests have their own."""
-
-    @property
-    def view(self) -> memoryview:
-        """All of its bytes."""
-
-    @property
-    def file_bytes(self) -> int:
-        """How many."""
-
-    @property
-    def digests(self) -> bytes | None:
-        """Chunk digests; None while the object is not sealed."""
-
-    @property
-    def root(self) -> str:
-        """Root digest."""
-
-
-Lookup = Callable[[ObjectKey], AbstractContextManager[Servable | None]]
-
-
-class Refusal(SnapshotdError):
-    """A request that is answered with a no; the connection goes on."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+__all__ = ["Answers"]
 
 
 class Answers:
     """Answers requests, in the thread of their connection. See BulkServer; ``sent`` hears how many bytes left."""
 
     def __init__(
-        self, lookup: Lookup, *, suspected: Callable[[ObjectKey], None], sent: Callable[[int], None]
+        self, objects: Objects, *, suspected: Callable[[ObjectKey], None], sent: Callable[[int], None]
     ) -> None:
-        self._lookup = lookup
+        self._objects = objects
         self._suspected = suspected
         self._sent = sent
 
-    def answer(self, sock: socket.socket, request: BulkRequest) -> None:
-        """Send head and payload. Refusal: say no, and go on. RemoteProtocolError: the peer does not know the rules."""
+    def answer(self, sock: socket.socket, request: BulkRequest, holding: Holding) -> None:
+        """
+        Send head and payload; what is to be held becomes part of ``holding``, which is the connection's.
+
+        Refusal: say no, and go on. RemoteProtocolError: the peer does not know the rules.
+        """
         if request.protocol != wire.PROTOCOL:
             raise RemoteProtocolError(f"protocol {request.protocol} is not spoken here, {wire.PROTOCOL} is")
         if request.object.WhichOneof("kind") is None:
@@ -82,27 +50,17 @@ class Answers:
             self._suspected(request.object)
             wire.send_frame(sock, BulkResponse(ok=True))
             return
+        if request.hold:
+            obj = holding.add(request.object)
+            wire.send_frame(sock, BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
+            return
         failpoint("transfer.before_send")
-        with self._held(request.object) as obj, memoryview(obj.view) as view:
+        with self._objects.leased(request.object) as obj, memoryview(obj.view) as view:
             if request.blocks:
                 self._send_blocks(sock, obj, view, request)
             else:
                 ranges = _checked(request, min(obj.file_bytes, view.nbytes))
                 self._send_ranges(sock, obj, view, ranges, with_digests=request.digests)
-
-    @contextlib.contextmanager
-    def _held(self, key: ObjectKey) -> Iterator[Servable]:
-        with contextlib.ExitStack() as stack:
-            try:
-                obj = stack.enter_context(self._lookup(key))
-            except SnapshotdError as error:
-                raise Refusal(error.code, str(error)) from error
-            except Exception as error:
-                _log.exception("lookup failed")
-                raise Refusal("INTERNAL", f"the lookup of {describe(key)} failed") from error
-            if obj is None or obj.digests is None:
-                raise Refusal("NOT_FOUND", f"{describe(key)} is not sealed here")
-            yield obj
 
     # ------------------------------------------------------------------------------------------ ranges
 

@@ -23,6 +23,7 @@ from snapshotd.layout import DIGEST_BYTES, chunk_count, root_digest
 from snapshotd.reshard import Copy
 from snapshotd.transfer import wire
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, blocks_of
+from snapshotd.transfer.holder import RENEW_S, Holder
 from snapshotd.transfer.incoming import Incoming, Steering, receive_blocks, whole_chunks
 from snapshotd.transfer.pool import Borrowed, Pool
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ByteRange, ObjectKey
@@ -225,6 +226,24 @@ class BulkClient:
         with self._asking(address, request, None) as (answer, _):
             answer.keep()
 
+    def hold(self, address: str, keys: Sequence[ObjectKey], *, renew_s: float = RENEW_S) -> Holder:
+        """
+        Return a hold on objects (at least one): they stay until it is closed, whatever their owner does meanwhile.
+
+        Over a connection that does not count as one of ``connections_per_peer``, on which a thread says every
+        ``renew_s`` seconds that we are still here. ObjectMissing when one of them is gone: then none is held. PeerBusy:
+        too many hold something there.
+        """
+        if not keys:
+            raise UsageError("a hold on nothing")
+
+        def ask(line: Borrowed, key: ObjectKey) -> None:
+            line.send(BulkRequest(protocol=wire.PROTOCOL, object=key, hold=True))
+            if not _head(line, address).held:
+                raise RemoteProtocolError(f"{address} cannot hold snapshots for readers: update its daemon")
+
+        return Holder(self._pool.apart(address), list(keys), ask, renew_s=renew_s)
+
     # ------------------------------------------------------------------------------------------ insides
 
     @contextmanager
@@ -299,6 +318,8 @@ def _refusal(address: str, response: BulkResponse) -> Exception:
     message = f"{address}: {response.message[:1000]}"
     if response.code == "NOT_FOUND":
         return wire.ObjectMissing(message)
+    if response.code == wire.PeerBusy.code:
+        return wire.PeerBusy(message)
     if response.code == "PERMISSION_DENIED":
         return AccessDenied(message)
     if response.code == CorruptionError.code:

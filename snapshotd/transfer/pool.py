@@ -142,10 +142,19 @@ class Borrowed:
         except OSError as error:
             raise self._pool.failed(self._address, f"lost {self._address}: {error}") from error
 
-    def end(self) -> None:
-        if self._connection is not None and not self._kept:
+    def hang_up(self) -> None:
+        """End the connection from another thread, which wakes the one that waits on it."""
+        if self._connection is not None:
+            wire.hang_up(self._connection.sock)
+
+    def close(self) -> None:
+        if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def end(self) -> None:
+        if not self._kept:
+            self.close()
         self._pool.take_back(self._address, self._connection)
 
 
@@ -171,6 +180,10 @@ class Pool:
             yield borrowed
         finally:
             borrowed.end()
+
+    def apart(self, address: str) -> Borrowed:
+        """Return a connection that is not of the limited ones, for any number of requests; the caller closes it."""
+        return Borrowed(self, address, None)
 
     def connect(self, address: str) -> Connection:
         """Return a new connection, with TLS if so set. PeerUnreachable, AccessDenied, UsageError."""

@@ -19,7 +19,8 @@ from typing import Final
 from snapshotd.errors import AccessDenied, RemoteProtocolError, SnapshotdError, UsageError
 from snapshotd.security import PeerGuard
 from snapshotd.transfer import wire
-from snapshotd.transfer.answers import Answers, Lookup, Refusal
+from snapshotd.transfer.answers import Answers
+from snapshotd.transfer.objects import Holding, Lookup, Objects, Refusal
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
 
 __all__ = ["BulkServer"]
@@ -43,9 +44,9 @@ class BulkServer:
         suspected: hears, in a thread of a connection, that a reader found an object rotten; it is to be verified.
         guard: who is served. Default: on loopback our own user and root, nobody else without TLS.
         max_connections: beyond that the connection that has been idle longest is closed for a new one, or, if all are
-            busy, the new one is refused.
+            busy, the new one is refused. Those that hold something are busy, and half of them may.
         timeout_s: a peer that neither takes nor gives a byte for so long is dropped.
-        idle_timeout_s: a connection without requests for so long is closed.
+        idle_timeout_s: a connection without requests for so long is closed, and lets go of what it held.
     """
 
     def __init__(
@@ -64,7 +65,10 @@ class BulkServer:
             raise UsageError("max_connections and timeouts of a bulk server must be positive")
         self._tls = tls
         self._guard = guard if guard is not None else PeerGuard()
-        self._answers = Answers(lookup, suspected=suspected, sent=lambda nbytes: self._count("sent_bytes", nbytes))
+        self._objects = Objects(lookup, holders_max=max(1, max_connections // 2))
+        self._answers = Answers(
+            self._objects, suspected=suspected, sent=lambda nbytes: self._count("sent_bytes", nbytes)
+        )
         self._max_connections = max_connections
         self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -116,7 +120,7 @@ class BulkServer:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._closing.wait(_ACCEPT_PAUSE_S)  # the kernel keeps the peer in the queue meanwhile
                 continue
-            connection = _Connection(self, sock)
+            connection = _Connection(self, sock, Holding(self._objects))
             with self._lock:
                 admitted = not self._closing.is_set() and self._make_room()
                 if admitted:
@@ -172,6 +176,7 @@ class BulkServer:
             self._count("errors")
             _log.exception("bulk connection failed")
         finally:
+            connection.holding.close()
             with self._lock:
                 self._connections.pop(connection, None)
             connection.close()
@@ -188,12 +193,12 @@ class BulkServer:
             self._counters["requests"] += 1
         sock.settimeout(self._timeout_s)
         try:
-            self._answers.answer(sock, request)
+            self._answers.answer(sock, request, connection.holding)
         except Refusal as error:
             self._count("errors")
             wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
         finally:
-            connection.busy = False
+            connection.busy = bool(connection.holding)
         return True
 
     def _part(self, sock: socket.socket, error: SnapshotdError) -> None:
@@ -231,10 +236,11 @@ class BulkServer:
 
 
 class _Connection:
-    """A socket, its thread, and whether a request is being answered."""
+    """A socket, its thread, what it holds, and whether it must not be cut: a request is being answered, or it holds."""
 
-    def __init__(self, server: BulkServer, sock: socket.socket) -> None:
+    def __init__(self, server: BulkServer, sock: socket.socket, holding: Holding) -> None:
         self.sock = sock
+        self.holding = holding
         self.busy = True  # until it has proved itself, it is not cut for others
         self._lock = threading.Lock()
         self._cut = False

@@ -31,6 +31,7 @@ __all__ = [
     "ConnectionClosed",
     "CorruptChunk",
     "ObjectMissing",
+    "PeerBusy",
     "TransferCancelled",
     "format_address",
     "hang_up",
@@ -61,6 +62,13 @@ class ObjectMissing(PeerError):
 
     code = "NOT_FOUND"
     exit_code = 1
+
+
+class PeerBusy(PeerError):
+    """The peer holds things for as many others as it may."""
+
+    code = "BUSY"
+    hint = "try again when they have ended"
 
 
 class CorruptChunk(CorruptionError):

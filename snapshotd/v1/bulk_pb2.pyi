@@ -62,33 +62,37 @@ class ParityKey(_message.Message):
     def __init__(self, group: _Optional[int] = ..., lane: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class BulkRequest(_message.Message):
-    __slots__ = ("protocol", "object", "digests", "ranges", "suspect", "blocks")
+    __slots__ = ("protocol", "object", "digests", "ranges", "suspect", "blocks", "hold")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     object: ObjectKey
     digests: bool
     ranges: _containers.RepeatedCompositeFieldContainer[ByteRange]
     suspect: bool
     blocks: _containers.RepeatedCompositeFieldContainer[Block]
-    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ...) -> None: ...
+    hold: bool
+    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., hold: _Optional[bool] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
-    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes")
+    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held")
     OK_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     code: str
     message: str
     file_bytes: int
     root_digest: str
     payload_bytes: int
-    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    held: bool
+    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., held: _Optional[bool] = ...) -> None: ...
