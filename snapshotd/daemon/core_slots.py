@@ -3,7 +3,8 @@ Slots and parity of a node: who may write, what counts, what may be freed.
 
 Rule 1: the newest committed snapshot is freed by nothing but a newer commit, or the coordinator's DropSnapshots.
 Rule 2: a sealed step that the coordinator may commit at any moment (its parity is whole here) is never overwritten.
-Rule 3: at most `generations` slots per rank; slots kept for older epochs count, but one can always be granted.
+Rule 3: at most `generations` slots per rank; slots kept for older epochs count, but one can always be granted. A slot
+that a reader holds for long does not count: another takes its place, if there is memory, until the reader has done.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from snapshotd.v1 import worker_pb2 as worker
 __all__ = ["Slots"]
 
 _RETRY_REFUSED_S = 5.0
+_HELD_S = 1.0
+"""A slot that nobody wants any more and that is read for longer than this is held by a tool: protection takes less."""
 
 
 class Slots:
@@ -57,7 +60,7 @@ class Slots:
     def _serve_worker(self, job: JobState, one: Worker) -> None:
         if not one.layout_hash or one.finished or (job.epoch and one.epoch and one.epoch < job.epoch):
             return
-        own = [slot for slot in self.of_job(job.name) if slot.rank == one.rank]
+        own = self._own(job, one)
         for slot in own:
             if slot.state is State.FREE and slot.layout_hash != one.layout_hash:
                 self._delete(slot)
@@ -66,7 +69,7 @@ class Slots:
         if free is None and not any(slot.state in (State.CREATING, State.VOIDING) for slot in own):
             if one.granted is None or len(own) < self._limit(job, own):
                 self._acquire(job, one, own)
-            own = [slot for slot in self.of_job(job.name) if slot.rank == one.rank]
+            own = self._own(job, one)
             free = next((slot for slot in own if slot.state is State.FREE), None)
         if one.layout_request is not None and not any(slot.state is State.CREATING for slot in own):
             self._reply_layout(one, accepted=True, reason="")
@@ -80,6 +83,13 @@ class Slots:
                 min_step=job.min_step,
             )
             self._state.send(one.conn, worker.Frame(grant=grant))
+
+    def _own(self, job: JobState, one: Worker) -> list[Slot]:
+        """The slots of a worker's rank, without those that readers hold."""
+        return [slot for slot in self.of_job(job.name) if slot.rank == one.rank and not self._is_held(slot)]
+
+    def _is_held(self, slot: Slot) -> bool:
+        return slot.state is State.VOIDING and self._state.now - slot.voided_at >= _HELD_S
 
     def _limit(self, job: JobState, own: list[Slot]) -> int:
         kept = sum(slot.state is State.SEALED and slot.key[0] < job.epoch for slot in own)
@@ -108,6 +118,8 @@ class Slots:
                 layout_hash=one.layout_hash,
                 file_bytes=one.file_bytes,
             )
+            if any(each.rank == one.rank and self._is_held(each) for each in self.of_job(job.name)):
+                self._state.count("slots_beside_held")
             self._state.slots[slot.slot] = slot
             self._state.do(self._order(job, one, slot.slot))
         elif not self._state.connected and one.granted is None:
@@ -274,7 +286,7 @@ class Slots:
         if slot.rebuilt or wrong:
             self._delete(slot)
         elif slot.state is not State.VOIDING:
-            slot.state = State.VOIDING
+            slot.state, slot.voided_at = State.VOIDING, self._state.now
             self._state.do(VoidSlot(slot=slot.slot))
 
     def free(self, job: JobState, gone: Callable[[SnapshotKey], bool]) -> None:

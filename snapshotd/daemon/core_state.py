@@ -50,7 +50,7 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Slot:
-    """One slot file. doomed: to be freed as soon as what holds it is over."""
+    """One slot file. doomed: to be freed as soon as what holds it is over. voided_at: when that was begun."""
 
     slot: SlotId
     job: str
@@ -63,6 +63,7 @@ class Slot:
     ref: control.SlotRef | None = None
     shard: control.NodeSealed.Shard | None = None
     doomed: bool = False
+    voided_at: float = 0.0
     rebuilt: bool = False
 
     @property

@@ -37,6 +37,7 @@ log = logging.getLogger("snapshotd.daemon")
 TICK_S = 0.2
 WORK_THREADS = 8
 LEASE_RETRY_S = 0.005
+LEASE_RETRY_MAX_S = 0.1
 
 
 class DaemonService:
@@ -206,8 +207,10 @@ class DaemonService:
             case events.CreateSlot():
                 ending = await self._create(order)
             case events.VoidSlot(slot=slot):
+                pause = LEASE_RETRY_S
                 while not self._arena.invalidate(self._slots[slot]):
-                    await asyncio.sleep(LEASE_RETRY_S)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.1, LEASE_RETRY_MAX_S)  # a tool may hold it for an hour
                 ending = events.SlotReady(slot=slot)
             case events.SealSlot():
                 ending = await self._seal(order)

@@ -275,6 +275,53 @@ def test_at_most_the_generations_are_held() -> None:
     assert len(bench.core.state.slots) == 2
 
 
+def test_a_slot_that_a_reader_holds_gets_a_stand_in_until_the_reader_has_done() -> None:
+    """A conversion of the live job takes minutes: each step in between would be unprotected."""
+    bench = training(held=(events.VoidSlot,))
+    bench.seal(1, 5)
+    bench.committed(5)
+    bench.seal(1, 6)
+    bench.committed(6)
+    (held,) = bench.done(events.VoidSlot)
+    bench.now = 0.9  # a peer's read to protect a step takes no longer
+    bench.handle(events.Ticked())
+    assert [] == bench.done(events.CreateSlot) == bench.to_worker(1, "grant")
+    bench.now = 1.1
+    bench.handle(events.Ticked())
+    (stand_in,) = bench.done(events.CreateSlot)
+    assert [stand_in.slot] == [grant.slot_id for grant in bench.to_worker(1, "grant")]
+    assert 1 == bench.core.state.counters["slots_beside_held"]
+    bench.seal(1, 7)
+    assert [6, 7] == bench.steps()
+    assert [] == bench.done(events.CreateSlot) == bench.to_worker(1, "grant")  # generations is the limit all the same
+    bench.handle(events.SlotReady(slot=held.slot))
+    assert [held.slot] == [effect.slot for effect in bench.done(events.DeleteSlot)]
+    assert 2 == len(bench.core.state.slots)
+
+
+def test_without_memory_for_a_stand_in_steps_are_left_out_and_the_slot_comes_back() -> None:
+    """Where two generations are all that fits, a long conversion costs steps; it never makes training wait."""
+    bench = training(held=(events.VoidSlot,))
+    for step in (5, 6):
+        bench.seal(1, step)
+        bench.committed(step)
+    (held,) = bench.done(events.VoidSlot)
+    bench._held = (events.VoidSlot, events.CreateSlot)
+    bench.now = 2.0
+    bench.handle(events.Ticked())
+    (create,) = bench.done(events.CreateSlot)
+    bench.handle(events.SlotRefused(slot=create.slot, reason="4 KiB are missing"))
+    assert 1 == bench.core.state.counters["slots_refused"]
+    assert ["no slot for rank 0: 4 KiB are missing"] == [note.text for note in bench.done(events.Note)]
+    bench.frame(1, 0, skip=worker.Skip(step=7, reason=worker.Skip.REASON_NO_SLOT))
+    assert [(7, "NO_SLOT")] == [(one.step, one.reason) for one in bench.reports("skipped")]
+    assert [6] == bench.steps()
+    bench.handle(events.SlotReady(slot=held.slot))
+    assert [held.slot] == [grant.slot_id for grant in bench.to_worker(1, "grant")]
+    bench.seal(1, 8)
+    assert [6, 8] == bench.steps()
+
+
 # ---------------------------------------------------------------- protect, commit, abandon
 
 

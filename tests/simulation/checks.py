@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapshotd.coordinator.events import Output, Put, ToAgent, ToNode
+from snapshotd.daemon.core_state import State
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from tests.simulation.arena import truth
@@ -72,7 +73,7 @@ class Checks:
             return
         state = node.core.state
         for slot in state.slots.values():
-            if not slot.rebuilt:
+            if not slot.rebuilt and slot.state is not State.VOIDING:  # which a tool may hold
                 counts[slot.rank] = counts.get(slot.rank, 0) + 1
         limit = self._world.plan.generations + 2
         if counts and max(counts.values()) > limit:

@@ -34,6 +34,8 @@ class SimNode:
         self.link: Link | None = None
         self._world = world
         self._dice = world.dice.stream(f"node/{node_id}")
+        self._readers = world.dice.stream(f"readers/{node_id}")
+        self._held_chance = world.dice.stream("readers").choice([0.0, 0.0, 0.05])
         self._cancelled: set[tuple[int, int]] = set()
         self._next_conn = 1
 
@@ -177,6 +179,12 @@ class SimNode:
         if self.incarnation == incarnation and self.core is not None:
             self.handle(work(*args))  # type: ignore[operator]
 
+    def _void(self, slot: events.SlotId) -> events.SlotReady:
+        self.arena[slot].record = None
+        self.arena[slot].rotten = False
+        self._world.checks.dirty = True
+        return events.SlotReady(slot=slot)
+
     def _obey(self, effect: events.Effect) -> None:
         tell = self._world.clock.tell
         match effect:
@@ -197,10 +205,10 @@ class SimNode:
                 self.arena[slot] = ArenaSlot(file_bytes=file_bytes)
                 self._later(0.02, events.SlotCreated(slot=slot, path=f"slot{slot}"))
             case events.VoidSlot(slot=slot):
-                self.arena[slot].record = None
-                self.arena[slot].rotten = False
-                self._world.checks.dirty = True
-                self._later(0.01, events.SlotReady(slot=slot))
+                if self._readers.random() < self._held_chance:
+                    self._run(self._readers.uniform(1.0, 8.0), self._void, slot)  # a tool reads it
+                else:
+                    self._later(0.01, self._void(slot))
             case events.SealSlot(slot=slot, ref=ref):
                 self._run(0.05, self._seal, slot, ref)
             case events.DeleteSlot(slot=slot):

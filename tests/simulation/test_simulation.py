@@ -47,6 +47,7 @@ PROBES = (
     "node_overwritten_uncommitted",
     "node_parity_failures",
     "node_rebuild_failures",
+    "node_slots_beside_held",
     "node_stale_messages",
     "persisted",
     "rebuilt_parity",
