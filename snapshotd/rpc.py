@@ -6,7 +6,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from urllib.parse import unquote
 
 import grpc
@@ -23,7 +22,6 @@ __all__ = [
     "parse_address",
     "same_user_guard",
     "server_credentials",
-    "tls_files",
 ]
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -130,15 +128,6 @@ def open_aio_channel(
     if tls is None:
         return grpc.aio.insecure_channel(address, options=list(options))
     return grpc.aio.secure_channel(address, _channel_credentials(tls), options=list(options))
-
-
-def tls_files(cert: str, key: str, ca: str) -> TlsFiles | None:
-    """The three TLS files, or None when none is named; UsageError when only some are."""
-    if not (cert or key or ca):
-        return None
-    if not (cert and key and ca):
-        raise UsageError("TLS between hosts is mutual: give all of --tls-cert, --tls-key and --tls-ca")
-    return TlsFiles(cert=Path(cert), key=Path(key), ca=Path(ca))
 
 
 def server_credentials(tls: TlsFiles | None) -> grpc.ServerCredentials | None:

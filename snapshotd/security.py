@@ -38,6 +38,7 @@ __all__ = [
     "peer_uid_of_unix",
     "private_directory",
     "require_secure",
+    "tls_files",
 ]
 
 _UNIX_PATH_BYTES_MAX: Final = 107
@@ -93,6 +94,15 @@ class TlsFiles:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise UsageError(f"cannot use the TLS files {self.cert}, {self.key}, {self.ca}: {error}") from error
         return context
+
+
+def tls_files(cert: str, key: str, ca: str) -> TlsFiles | None:
+    """The three TLS files, or None when none is named; UsageError when only some are."""
+    if not (cert or key or ca):
+        return None
+    if not (cert and key and ca):
+        raise UsageError("TLS between hosts is mutual: give all of --tls-cert, --tls-key and --tls-ca")
+    return TlsFiles(cert=Path(cert), key=Path(key), ca=Path(ca))
 
 
 class _PeerSocket(ssl.SSLSocket):

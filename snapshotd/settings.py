@@ -14,18 +14,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from snapshotd.errors import UsageError
-from snapshotd.rpc import tls_files
-from snapshotd.security import TlsFiles
 from snapshotd.sizes import parse_bytes
-from snapshotd.workersocket import default_socket_path
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from snapshotd.security import TlsFiles
 
 __all__ = [
     "CoordinatorSettings",
@@ -34,6 +34,7 @@ __all__ = [
     "ToolSettings",
     "add_flags",
     "defaults",
+    "from_environment",
     "load",
     "table",
     "variable",
@@ -238,6 +239,8 @@ class _Secured:
 
     @property
     def tls(self) -> TlsFiles | None:
+        from snapshotd.security import tls_files  # with ssl, which a conversion of files does not need
+
         return tls_files(self.tls_cert, self.tls_key, self.tls_ca)
 
 
@@ -287,6 +290,8 @@ class DaemonSettings(_Secured):
 
     @property
     def socket_path(self) -> Path:
+        from snapshotd.workersocket import default_socket_path  # with asyncio, which it does not need either
+
         return self.socket or default_socket_path()
 
     @property
@@ -370,6 +375,11 @@ def load(kind: type[S], flags: argparse.Namespace, section: str, environ: Mappin
         else:
             values[name] = setting.default
     return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def from_environment(kind: type[S], section: str) -> S:
+    """The settings of a command that is given no flags."""
+    return load(kind, argparse.Namespace(config=None, **dict.fromkeys(table(kind))), section)
 
 
 def defaults(kind: type[S], **values: Any) -> S:

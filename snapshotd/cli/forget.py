@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from snapshotd.cli.calls import ask
+from snapshotd.calls import ask
 from snapshotd.settings import ToolSettings, add_flags, load
 from snapshotd.v1 import control_pb2 as control
 

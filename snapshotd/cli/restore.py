@@ -6,15 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
-from snapshotd.cli.calls import ask
+from snapshotd.daemon.held import held_snapshot
 from snapshotd.daemon.persist import export_snapshot
-from snapshotd.daemon.sources import Sources
 from snapshotd.errors import UsageError
 from snapshotd.settings import ToolSettings, add_flags, load
-from snapshotd.transfer import BulkClient
-from snapshotd.v1 import control_pb2 as control
-
-LOCATE_TIMEOUT_S = 600.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +27,8 @@ def run(options: argparse.Namespace) -> int:
     if options.step is not None and options.step < 0:
         raise UsageError(f"--step {options.step} is below 0")
     began = time.monotonic()
-    request = control.LocateSnapshotRequest(job=options.job, step=options.step or 0, latest=options.step is None)
-    plan = ask(settings, lambda stub: stub.LocateSnapshot(request, timeout=LOCATE_TIMEOUT_S)).plan
-    tls = settings.tls
-    with BulkClient(tls=tls.client_context() if tls else None) as client:
-        durable = export_snapshot(plan, directory, Sources("", None, client))
+    with held_snapshot(settings, options.job, options.step) as (plan, sources):
+        durable = export_snapshot(plan, directory, sources)
     print(
         f"step {durable.step} of job {durable.job} (epoch {durable.epoch}, {durable.world_size} ranks) is in "
         f"{directory}; {time.monotonic() - began:.2f} s; {plan.reason}"

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from snapshotd.cli.calls import ask
+from snapshotd.calls import ask
 from snapshotd.errors import PeerUnreachable
 from snapshotd.settings import ToolSettings, add_flags, load
 from snapshotd.sizes import format_bytes

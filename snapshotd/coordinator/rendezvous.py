@@ -45,7 +45,8 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from snapshotd.rpc import open_channel, parse_address, tls_files
+from snapshotd.rpc import open_channel, parse_address
+from snapshotd.security import tls_files
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
 from snapshotd.workersocket import ask_who

@@ -132,7 +132,9 @@ class Wanted:
     def _refuse(self, request: _Request, steps: list[int], reasons: list[str]) -> None:
         name = self._job.name
         there = f"there are steps {', '.join(map(str, steps[-16:]))}" if steps else "there is no other either"
-        if request.step is not None and not reasons:
+        if not steps and not reasons and self._job.committed is None:
+            text, code = f"job {name} has no snapshot yet: nothing of it was committed", "INVALID_ARGUMENT"
+        elif request.step is not None and not reasons:
             text, code = f"job {name} has no snapshot of step {request.step}; {there}", "INVALID_ARGUMENT"
         else:
             text = f"no snapshot of job {name} can be had: {'; '.join(reasons[:4]) or 'nothing is held'}; {there}"

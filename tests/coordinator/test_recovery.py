@@ -215,6 +215,9 @@ def test_a_rebuild_that_fails_is_tried_on_another_node() -> None:
 
 def test_a_tool_gets_the_newest_snapshot_or_the_steps_that_exist() -> None:
     bench = running()
+    bench.handle(SnapshotWanted(request_id="r", job=JOB, step=None))
+    answer = bench.last.answer[0]
+    assert (answer.error_code, "has no snapshot yet" in answer.error) == ("INVALID_ARGUMENT", True)
     bench.commit(5)
     bench.handle(SnapshotWanted(request_id="r", job=JOB, step=None))
     located = bench.last.answer[0].located
