@@ -15,7 +15,7 @@ TARGET = Path(__file__).resolve().parent / "reference" / "settings.md"
 COMMANDS = (
     ("snapshotd coordinator", "coordinator", CoordinatorSettings),
     ("snapshotd daemon", "daemon", DaemonSettings),
-    ("snapshotd status, restore, forget", "tools", ToolSettings),
+    ("snapshotd status, restore, forget; convert, inspect, verify, diff of job:NAME", "tools", ToolSettings),
 )
 
 

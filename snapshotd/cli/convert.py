@@ -6,19 +6,25 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from snapshotd.settings import ToolSettings, add_flags, load
 from snapshotd.sizes import parse_bytes
 from snapshotd.universal.convert import DTYPE_NAMES, Report, convert, parse_layout
+from snapshotd.universal.places import Place, place_of
 from snapshotd.universal.readers import FORMATS as SOURCES
 from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.stream import DEFAULT_MEMORY, Progress, Settings
 from snapshotd.universal.writers import FORMATS as TARGETS
 
+_LINE_EVERY_S = 10.0
+A_JOB = "job:NAME[@STEP], a snapshot in a running job's memory"
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory or file")
+    parser.add_argument("source", metavar="SRC", help=f"a checkpoint's directory or file, or {A_JOB}")
     parser.add_argument("target", metavar="DST", help="a directory that does not exist, or is empty (a file for torch)")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
     add_source(parser, "SRC")
@@ -35,10 +41,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_source(parser: argparse.ArgumentParser, name: str) -> None:
     """The options that say how a source is read, the same for all commands that read one."""
+    add_flags(parser, ToolSettings)
     parser.add_argument(
         "--from", dest="source_format", default="auto", choices=("auto", *SOURCES), help=f"the format of {name}"
     )
     parser.add_argument("--rules", metavar="FILE", help="how ranks' parts make a whole: TOML, or a preset's name")
+
+
+def place(options: argparse.Namespace, source: str) -> Place:
+    """Where the source is that an argument names."""
+    return place_of(source, lambda: load(ToolSettings, options, "tools"))
 
 
 def rules_of(options: argparse.Namespace) -> Rules | None:
@@ -53,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     )
     try:
         report = convert(
-            options.source,
+            place(options, options.source),
             options.target,
             to=options.to,
             source_format=options.source_format,
@@ -77,9 +89,10 @@ def run(options: argparse.Namespace) -> int:
 class ProgressBar:
     """A bar on stderr where that is a terminal, else a line every ten seconds. Callable as stream.Progress."""
 
-    def __init__(self, verb: str) -> None:
+    def __init__(self, verb: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.verb = verb
-        self.began = self.spoke = time.monotonic()
+        self.clock = clock
+        self.began = self.spoke = clock()
         self.bar: Any = None
         self.task: Any = None
 
@@ -87,8 +100,8 @@ class ProgressBar:
         if sys.stderr.isatty():
             self._draw(done, total)
             return
-        now = time.monotonic()
-        if now - self.spoke >= 10:
+        now = self.clock()
+        if now - self.spoke >= _LINE_EVERY_S:
             self.spoke = now
             rate = done / max(now - self.began, 1e-9)
             left = (total - done) / max(rate, 1)

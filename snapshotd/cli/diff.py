@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
-from snapshotd.cli.convert import rules_of
+from snapshotd.cli.convert import A_JOB, place, rules_of
+from snapshotd.settings import ToolSettings, add_flags
 from snapshotd.universal import readers
 from snapshotd.universal.compare import Difference, diff
 
@@ -15,18 +16,22 @@ _SHOWN = 50
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("one", type=Path, metavar="A", help="a checkpoint of any format")
-    parser.add_argument("other", type=Path, metavar="B", help="another one")
+    parser.add_argument("one", metavar="A", help=f"a checkpoint of any format, or {A_JOB}")
+    parser.add_argument("other", metavar="B", help="another one")
     parser.add_argument("--rules", metavar="FILE", help="how ranks' parts make a whole: TOML, or a preset's name")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
+    add_flags(parser, ToolSettings)
 
 
 def run(options: argparse.Namespace) -> int:
     rules = rules_of(options)
-    one, other = readers.read(options.one, rules=rules), readers.read(options.other, rules=rules)
-    one.check()
-    other.check()
-    found = diff(one, other)
+    with (
+        closing(readers.read(place(options, options.one), rules=rules)) as one,
+        closing(readers.read(place(options, options.other), rules=rules)) as other,
+    ):
+        one.check()
+        other.check()
+        found = diff(one, other)
     if options.json:
         same = sum(1 for tensor in one.tensors) - sum(1 for item in found if item.kind and item.what != "extra")
         print(json.dumps({"equal": not found, "same": same, "differences": [asdict(item) for item in found]}, indent=2))

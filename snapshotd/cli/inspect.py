@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from snapshotd.cli.convert import add_source, rules_of
+from snapshotd.cli.convert import A_JOB, add_source, place, rules_of
 from snapshotd.durable import DurableSnapshot, open_snapshot, scan_durable
 from snapshotd.durable.format import MARKER_NAME
 from snapshotd.errors import CorruptionError, FormatError, UsageError
 from snapshotd.layout import Layout, header_length
 from snapshotd.sizes import format_bytes
 from snapshotd.universal.describe import describe
+from snapshotd.universal.places import Job, Place
 from snapshotd.universal.rules import Rules
 
 TENSORS_SHOWN = 40
@@ -22,14 +23,14 @@ _PEEK_BYTES = 1 << 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a checkpoint, a job's directory or the durable root, or a slot file")
+    parser.add_argument("path", help=f"a checkpoint, a job's directory or the durable root, a slot file, or {A_JOB}")
     add_source(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare the digests")
 
 
 def run(options: argparse.Namespace) -> int:
-    found = examine(options.path, options.source_format, rules_of(options), verify=options.verify)
+    found = examine(place(options, options.path), options.source_format, rules_of(options), verify=options.verify)
     if options.json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine(
-    path: Path, source_format: str = "auto", rules: Rules | None = None, *, verify: bool = False
+    path: Place, source_format: str = "auto", rules: Rules | None = None, *, verify: bool = False
 ) -> dict[str, Any]:
     """
     Describe what lies at `path`; with `verify`, every byte is read.
@@ -46,12 +47,14 @@ def examine(
     Raises UsageError when there is nothing that snapshotd knows, FormatError or CorruptionError for a snapshot or slot
     that is broken. Other checkpoints that are broken are described as such.
     """
+    if isinstance(path, Job):
+        return describe(path, source_format, rules, verify=verify)
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     if source_format != "auto":
-        return _checkpoint(path, source_format, rules, verify)
+        return describe(path, source_format, rules, verify=verify)
     if path.is_file() and path.name != MARKER_NAME:
-        return _slot_file(path) if _is_slot(path) else _checkpoint(path, "auto", rules, verify)
+        return _slot_file(path) if _is_slot(path) else describe(path, "auto", rules, verify=verify)
     if path.is_file():
         path = path.parent
     if (path / MARKER_NAME).is_file():
@@ -64,7 +67,7 @@ def examine(
         )
     durables = scan_durable(path) or scan_durable(path.parent, path.name)
     if not durables:
-        return _checkpoint(path, "auto", rules, verify)
+        return describe(path, "auto", rules, verify=verify)
     return {
         "kind": "durable-root",
         "path": str(path),
@@ -104,18 +107,6 @@ def _is_slot(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         return path.suffix == ".safetensors" and b'"snapshotd.boxes"' in file.read(_PEEK_BYTES)
-
-
-def _checkpoint(path: Path, source_format: str, rules: Rules | None, verify: bool) -> dict[str, Any]:
-    found = describe(path, source_format, rules)
-    if verify and found["complete"]:
-        from snapshotd.universal.compare import verify as read_all
-
-        checked = read_all(path, found["format"], rules=rules)
-        found["verified_bytes"] = checked.nbytes
-        if checked.problems:
-            found.update(complete=False, problem="; ".join(checked.problems[:10]))
-    return found
 
 
 def _slot_file(path: Path) -> dict[str, Any]:

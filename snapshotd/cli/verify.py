@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from snapshotd.cli.convert import add_source, make_progress, rules_of
+from snapshotd.cli.convert import A_JOB, add_source, make_progress, place, rules_of
 from snapshotd.errors import CorruptionError
 from snapshotd.universal.compare import verify
 
@@ -15,7 +14,7 @@ _SHOWN = 50
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of any format")
+    parser.add_argument("path", metavar="PATH", help=f"a checkpoint of any format, or {A_JOB}")
     add_source(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
@@ -23,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     bar = make_progress("verifying")
     try:
-        found = verify(options.path, options.source_format, bar, rules_of(options))
+        found = verify(place(options, options.path), options.source_format, bar, rules_of(options))
     finally:
         bar.close()
     if options.json:
@@ -31,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         step = "" if found.step is None else f", step {found.step}"
         how = f"{found.digests} digests match" if found.digests else "all bytes are there (the format has no digests)"
+        if found.format == "snapshot":
+            how = "every chunk matches its digest"  # or it would not have been read
         good = "broken" if found.problems else how
         print(f"{options.path}: {found.format}{step}, {found.tensors} tensors, {found.nbytes} bytes: {good}")
         for line in found.problems[:_SHOWN]:

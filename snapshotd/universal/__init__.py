@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from snapshotd.universal.api import Checkpoint, LazyTensor, open
 from snapshotd.universal.convert import Report, convert
+from snapshotd.universal.places import Job
 from snapshotd.universal.stream import Settings
 
-__all__ = ["Checkpoint", "LazyTensor", "Report", "Settings", "convert", "open"]
+__all__ = ["Checkpoint", "Job", "LazyTensor", "Report", "Settings", "convert", "open"]

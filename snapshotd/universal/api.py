@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from snapshotd.errors import UsageError
 from snapshotd.universal import readers
+from snapshotd.universal.places import Job, place_of
 from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.words import Words, to_float, word_dtype
@@ -86,12 +86,23 @@ class Checkpoint:
     """
     A checkpoint that is open for reading; nothing of its tensors has been read.
 
-    ``state`` is all that is known of it: groups, tied and frozen names, extra, warnings; see state.py.
+    A context manager, for snapshots of running jobs. ``state`` is all that is known of it: groups, tied and frozen
+    names, extra, warnings; see state.py.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
         self._tensors = {tensor.key: tensor for tensor in state.tensors}
+
+    def close(self) -> None:
+        """Let go of a running job's slots, which it gets back; nothing is to be done for checkpoints in files."""
+        self.state.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def step(self) -> int | None:
@@ -122,13 +133,16 @@ class Checkpoint:
         return len(self.state.tensors)
 
 
-def open(path: str | os.PathLike[str], format: str = "auto", rules: Rules | str | None = None) -> Checkpoint:
+def open(path: str | os.PathLike[str] | Job, format: str = "auto", rules: Rules | str | None = None) -> Checkpoint:
     """
     Open the checkpoint at ``path``, of any format that can be read; FormatError when it is broken.
 
+    ``job:NAME`` and ``job:NAME@STEP`` are snapshots in a running job's memory, which keeps them until the checkpoint is
+    closed, or gone. The coordinator is found as tools find it; ``Job`` takes other settings.
+
     ``rules`` (a file, a preset, or what ``load_rules`` gives): for ranks' files that do not say how they make a whole.
     """
-    state = readers.read(Path(path), format, load_rules(rules) if isinstance(rules, str) else rules)
+    state = readers.read(place_of(path), format, load_rules(rules) if isinstance(rules, str) else rules)
     state.check()
     return Checkpoint(state)
 

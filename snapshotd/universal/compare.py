@@ -5,6 +5,7 @@ Compare and verify checkpoints, tensor by tensor and bit by bit, with bounded me
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ import numpy as np
 from snapshotd.errors import CorruptionError, UsageError
 from snapshotd.universal import readers
 from snapshotd.universal.format import MARKER_NAME
+from snapshotd.universal.places import Place
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import Progress, digest_of
 from snapshotd.universal.views import View, slabs
@@ -22,7 +24,7 @@ from snapshotd.universal.words import to_float, word_dtype
 if TYPE_CHECKING:
     from snapshotd.universal.rules import Rules
 
-__all__ = ["Difference", "Verified", "diff", "verify"]
+__all__ = ["Difference", "Verified", "diff", "verify", "verify_state"]
 
 _SLAB: Final = 4 << 20
 
@@ -58,7 +60,7 @@ class Verified:
 
 
 def verify(
-    path: Path, format_name: str = "auto", progress: Progress | None = None, rules: Rules | None = None
+    path: Place, format_name: str = "auto", progress: Progress | None = None, rules: Rules | None = None
 ) -> Verified:
     """
     Read every byte: each element must be there exactly once, and match its digest where the format has digests.
@@ -66,10 +68,15 @@ def verify(
     Problems of tensors are collected; an unreadable structure is raised as FormatError.
     """
     name = readers.detect(path) if format_name == "auto" else format_name
-    state = readers.read(path, name, rules)
+    with closing(readers.read(path, name, rules)) as state:
+        return verify_state(path, name, state, progress)
+
+
+def verify_state(path: Place, name: str, state: State, progress: Progress | None = None) -> Verified:
+    """The same for a state that was read, of the format ``name``."""
     result = Verified(format=name, step=state.step)
     digests: dict[tuple[str, str], str] = {}
-    if name == "universal":
+    if name == "universal" and isinstance(path, Path):
         from snapshotd.universal.readers.universal import manifest_of
 
         folder = path.parent if path.name == MARKER_NAME else path

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,10 +18,11 @@ from snapshotd.errors import UsageError
 from snapshotd.layout.dtypes import dtype_of
 from snapshotd.universal import readers
 from snapshotd.universal.derived import Cast
+from snapshotd.universal.places import Job, Place, place_of
 from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.state import FIXED_KINDS, State, Tensor
 from snapshotd.universal.stream import Settings
-from snapshotd.universal.writers import writer_for
+from snapshotd.universal.writers import Writer, writer_for
 
 __all__ = ["DTYPE_NAMES", "Report", "convert", "parse_layout", "select"]
 
@@ -47,7 +49,7 @@ class Report:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Job,
     target: str | os.PathLike[str],
     *,
     to: str,
@@ -66,38 +68,41 @@ def convert(
     FormatError and CorruptionError say what is wrong with the source, UsageError with the arguments or the target. When
     it raises, nothing stands under a final name that is not whole, and ``settings.resume`` goes on.
     """
-    source_path, target_path = Path(source), Path(target)
+    place, target_path = place_of(source), Path(target)
     writer = writer_for(to)
-    if source_path.resolve() == target_path.resolve() or source_path.resolve() in target_path.resolve().parents:
+    if isinstance(place, Path) and place.resolve() in (target_path.resolve(), *target_path.resolve().parents):
         raise UsageError(f"the target {target_path} must not be the source, nor inside it")
-    name = readers.detect(source_path) if source_format == "auto" else source_format
+    name = readers.detect(place) if source_format == "auto" else source_format
     if isinstance(rules, str):
         rules = load_rules(rules)
-    state = readers.read(source_path, name, rules)
-    if rules is not None:
-        rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
-    state = select(state, only=only, dtype=dtype)
-    state.check()
-    lost = writer.losses(state)
-    if lost and strict:
-        raise UsageError(f"{to} cannot hold: {'; '.join(lost)} (--strict was given)")
+    with closing(readers.read(place, name, rules)) as state:
+        if rules is not None:
+            rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
+        state = select(state, only=only, dtype=dtype)
+        state.check()
+        report = _report(state, writer, name, to, dry_run)
+        if report.lost and strict:
+            raise UsageError(f"{to} cannot hold: {'; '.join(report.lost)} (--strict was given)")
+        if not dry_run:
+            options = {"layout": dict(layout or {}), "rules": rules}
+            identity = _identity(place, state, to, options)
+            writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
+    return report
+
+
+def _report(state: State, writer: Writer, source_format: str, to: str, dry_run: bool) -> Report:
     limits = getattr(writer, "limits", None)
-    report = Report(
-        source_format=name,
+    return Report(
+        source_format=source_format,
         target_format=to,
         step=state.step,
         tensors=len(state.tensors),
         nbytes=state.nbytes,
         kinds={kind: sum(tensor.kind == kind for tensor in state.tensors) for kind in state.kinds},
-        lost=lost,
+        lost=writer.losses(state),
         warnings=[*state.warnings, *(limits(state) if limits is not None else ())],
         dry_run=dry_run,
     )
-    if not dry_run:
-        options = {"layout": dict(layout or {}), "rules": rules}
-        identity = _identity(source_path, state, to, options)
-        writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
-    return report
 
 
 def select(state: State, *, only: Only | None = None, dtype: str | None = None) -> State:
@@ -138,18 +143,24 @@ def parse_layout(text: str | None) -> dict[str, int]:
     return result
 
 
-def _identity(source: Path, state: State, to: str, options: Mapping[str, Any]) -> str:
-    """Name the work, so that an interrupted run goes on with nothing else: the source's files, and what comes of it."""
+def _identity(source: Place, state: State, to: str, options: Mapping[str, Any]) -> str:
+    """
+    Name the work, so that an interrupted run goes on with nothing else: the source's bytes, and what comes of them.
+
+    Files are taken for the same by size and time, a job's slots by what their labels say.
+    """
     files: dict[str, None] = {}
     for tensor in state.tensors:
         files.update(dict.fromkeys(tensor.view.labels()))
     rules = options.get("rules")
-    facts: list[Any] = [to, options["layout"], str(source.resolve()), repr(rules.rules) if rules else None]
+    where = str(replace(source, step=state.step) if isinstance(source, Job) else source.resolve())
+    facts: list[Any] = [to, options["layout"], where, repr(rules.rules) if rules else None]
     for label in files:
         try:
             stat = os.stat(label)
         except OSError:
+            facts.append([label])
             continue
         facts.append([label, stat.st_size, stat.st_mtime_ns])
     facts += [[tensor.kind, tensor.name, tensor.dtype, tensor.shape] for tensor in state.tensors]
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+    return f"{xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())} {where}"

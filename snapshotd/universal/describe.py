@@ -4,11 +4,13 @@ What a checkpoint is, for people who found one: format, step, tensors, layout, w
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from snapshotd.errors import CorruptionError
 from snapshotd.universal import readers
+from snapshotd.universal.places import Job, Place
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import View
 
@@ -20,6 +22,7 @@ __all__ = ["describe"]
 _READERS: Final = {
     "universal": ("safetensors", "transformers (the weights)", "snapshotd (Snapshotter.restore)"),
     "snapshot": ("safetensors (rank files)", "snapshotd (Snapshotter.restore)"),
+    "job": ("snapshotd restore",),
     "dcp": ("torch.distributed.checkpoint",),
     "deepspeed": ("DeepSpeed",),
     "megatron": ("Megatron-LM",),
@@ -29,9 +32,11 @@ _READERS: Final = {
 _PLACES: Final = ("topology", "layout", "ranks", "world_size")
 
 
-def describe(path: Path, format_name: str = "auto", rules: Rules | None = None) -> dict[str, Any]:
+def describe(
+    path: Place, format_name: str = "auto", rules: Rules | None = None, *, verify: bool = False
+) -> dict[str, Any]:
     """
-    Return what lies at ``path``; nothing of its tensors is read.
+    Return what lies at ``path``; nothing of its tensors is read, unless every byte is to be verified.
 
     One that is broken is described as far as it can be, with ``complete`` false and the ``problem`` in words.
     UsageError where nothing is there that is known, or where rules are needed.
@@ -39,12 +44,25 @@ def describe(path: Path, format_name: str = "auto", rules: Rules | None = None) 
     name = readers.detect(path) if format_name == "auto" else format_name
     found: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "format": name, "complete": True}
     try:
-        state = readers.read(path, name, rules)
-        found.update(_of_state(state, name))
-        state.check()
+        with closing(readers.read(path, name, rules)) as state:
+            found.update(_of_state(state, "job" if isinstance(path, Job) else name))
+            if isinstance(path, Job):
+                found.update(kind="job", path=str(replace(path, step=state.step)), **state.source)
+            state.check()
+            if verify:
+                found.update(_verified(path, name, state))
     except CorruptionError as error:
         found.update(complete=False, problem=str(error))
     return found
+
+
+def _verified(path: Place, name: str, state: State) -> dict[str, Any]:
+    from snapshotd.universal.compare import verify_state
+
+    checked = verify_state(path, name, state)
+    if checked.problems:
+        return {"complete": False, "problem": "; ".join(checked.problems[:10]), "verified_bytes": checked.nbytes}
+    return {"verified_bytes": checked.nbytes}
 
 
 def _of_state(state: State, name: str) -> dict[str, Any]:

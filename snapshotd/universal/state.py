@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -83,7 +83,7 @@ class State:
     A checkpoint. ``tensors`` are in the source's own order, parameters as the model lists them where that is known.
 
     ``format`` is the reader's name, ``source`` says where it came from (JSON: versions, topology), ``step`` is None
-    where the source does not say.
+    where the source does not say. ``closer`` is for a source that keeps something open; may be called twice.
     """
 
     format: str
@@ -95,6 +95,12 @@ class State:
     frozen: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    closer: Callable[[], object] | None = field(default=None, compare=False, repr=False)
+
+    def close(self) -> None:
+        """Let go of what is held for this state: a running job's slots. Tensors can't be read any more after that."""
+        if self.closer is not None:
+            self.closer()
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         """The tensors of one kind by name."""

@@ -121,9 +121,9 @@ def write_files(
     """
     Write ``files`` into the directory ``target`` and return {file: {key: Written}}.
 
-    ``identity`` names the work: an interrupted run goes on only if it is the same. UsageError when the directory holds
-    something else (or, with a ``journal`` of its own name, one of the files), and when it holds an interrupted run and
-    ``settings.resume`` is not set.
+    ``identity`` names the work (and behind a space, in words): an interrupted run goes on only if it is the same.
+    UsageError when the directory holds something else (or, with a ``journal`` of its own name, one of the files), and
+    when it holds an interrupted run and ``settings.resume`` is not set.
     """
     target.mkdir(parents=True, exist_ok=True)
     there = {entry.name for entry in target.iterdir()} - {journal}
@@ -187,8 +187,9 @@ class _Journal:
             try:
                 entry = json.loads(line)
                 if i == 0 and entry["identity"] != identity:
+                    words = str(entry["identity"]).partition(" ")[2] or "something else"
                     raise UsageError(
-                        f"{self.path.parent} holds an interrupted conversion of something else, or with other "
+                        f"{self.path.parent} holds an interrupted conversion of {words}, as it was then, or with other "
                         "options: give the same ones, or remove it"
                     )
                 if i:

@@ -85,7 +85,7 @@ def test_resume_of_something_else_is_refused(tmp_path: Path) -> None:
     """Two conversions would be mixed in one directory."""
     with pytest.raises(Interrupt):
         convert(SOURCE, tmp_path / "x", to="universal", settings=Settings(progress=stop_after(3)))
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match=f"an interrupted conversion of {SOURCE}, as it was then"):
         convert(FIXTURES / "dcp_fsdp2_w2" / "ckpt", tmp_path / "x", to="universal", settings=Settings(resume=True))
     with pytest.raises(FormatError, match="interrupted"):
         read(tmp_path / "x")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from snapshotd.errors import FormatError, LayoutError, UsageError
+from snapshotd.universal.places import Job, Place
 from snapshotd.universal.state import State
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["FORMATS", "WITH_RULES", "detect", "read"]
 FORMATS: Final = ("universal", "snapshot", "megatron", "deepspeed", "dcp", "hf", "torch")
 """What ``--from`` knows, in the order of detection. Megatron's torch_dist lies in DCP files, so it comes before."""
 
-WITH_RULES: Final = ("megatron", "deepspeed", "torch")
+WITH_RULES: Final = ("deepspeed", "torch")
 
 _MODULES: Final = {"torch": "torch_save"}
 
@@ -53,8 +54,10 @@ class Reader(Protocol):
         """Return the state at ``path``. FormatError, naming file, expectation and remedy, when it is broken."""
 
 
-def detect(path: Path) -> str:
+def detect(path: Place) -> str:
     """Return the name of the format of ``path``; UsageError when none of them is recognised."""
+    if isinstance(path, Job):
+        return "snapshot"
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     names = _names(path)
@@ -70,12 +73,18 @@ def detect(path: Path) -> str:
     )
 
 
-def read(path: Path, format_name: str = "auto", rules: Rules | None = None) -> State:
+def read(path: Place, format_name: str = "auto", rules: Rules | None = None) -> State:
     """
-    Return the state at ``path``, which is of ``format_name``, or of what is detected.
+    Return the state at ``path``, which is of ``format_name``, or of what is detected. The caller closes it.
 
     ``rules`` are used only for what the files do not record themselves.
     """
+    if isinstance(path, Job):
+        if format_name not in ("auto", "snapshot"):
+            raise UsageError(f"{path} is a snapshot of ours, and nothing in the format {format_name}: leave --from out")
+        from snapshotd.universal.readers import live
+
+        return live.read(path)
     if format_name == "auto":
         format_name = detect(path)
     elif format_name not in FORMATS:

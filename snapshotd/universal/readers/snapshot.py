@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from snapshotd.durable import DurableSnapshot, RankFile, open_snapshot
+from snapshotd.durable import DurableSnapshot, open_snapshot
 from snapshotd.durable.format import MARKER_NAME
 from snapshotd.errors import FormatError
 from snapshotd.layout import Shard
@@ -21,7 +21,7 @@ from snapshotd.universal.readers.optimizers import Optimizer
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import Joined, Stored, View, stored_bytes
 
-__all__ = ["assemble", "detect", "read"]
+__all__ = ["assemble", "detect", "parse_meta", "read"]
 
 META_VERSION: Final = 1
 
@@ -40,7 +40,10 @@ def read(path: Path) -> State:
     ranks = [_Rank(snapshot, rank) for rank in range(snapshot.world_size)]
     ref = snapshot.ref
     state = assemble(
-        [(rank.file.layout.shards, rank, dict(rank.file.layout.ties), _meta(rank.file)) for rank in ranks]
+        [
+            (rank.file.layout.shards, rank, dict(rank.file.layout.ties), parse_meta(rank.file.meta(), rank.label))
+            for rank in ranks
+        ]
     )
     state.source.update({"job": ref.job, "epoch": ref.epoch, "world_size": ref.world_size})
     return state
@@ -186,11 +189,12 @@ def _plain(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _meta(file: RankFile) -> dict[str, Any]:
+def parse_meta(data: bytes, label: str) -> dict[str, Any]:
+    """Return the step's JSON of a rank, whose padding may be with it."""
     try:
-        meta = json.loads(file.meta())
+        meta = json.loads(data.rstrip(b" \0"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.path}: the step's JSON cannot be read: {error!s:.200}") from error
+        raise FormatError(f"{label}: the step's JSON cannot be read: {error!s:.200}") from error
     if not isinstance(meta, dict) or meta.get("version") != META_VERSION:
-        raise FormatError(f"{file.path}: the step's JSON is of a version that is not known: update snapshotd")
+        raise FormatError(f"{label}: the step's JSON is of a version that is not known: update snapshotd")
     return meta

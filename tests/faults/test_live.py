@@ -1,0 +1,250 @@
+"""
+A job's snapshot in memory as a source like any other, with real launchers, daemons and workers that train on meanwhile.
+
+The oracle is what the workers themselves noted of their whole state at that step, byte by byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotd.cli import main
+from snapshotd.errors import PeerUnreachable, UsageError
+from snapshotd.settings import ToolSettings, defaults
+from snapshotd.universal import Checkpoint, Job, open
+from tests.faults.cluster import JOB, ROOT, Cluster, Options, Zygotes
+from tests.faults.story import Player, Scenario
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.timeout(200)
+
+PATIENCE_S = 60.0
+OPTIONS = Options(nodes=2, script="fsdp2.py", steps=100_000, holds=(4,), trace=True)
+
+
+class Live:
+    """A job of two ranks, FSDP2, which stands still at the end of a step until it is told to go on."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._player = Player(Scenario(name="live", options=cluster.options, story="", outcome="undisturbed"), cluster)
+
+    @property
+    def settings(self) -> ToolSettings:
+        return defaults(ToolSettings, coordinator=self.cluster.address)
+
+    def stand(self, step: int = 0) -> int:
+        """Go on, step by step, to one from that one on which is committed, and return it."""
+        if self._player.held < 0:
+            self._player._do_at("0")
+        while self._player.held < step:
+            (self.cluster.directory / f"go-{self._player.held}").touch()
+            self._player._do_at(str(self._player.held + 1))
+        return self._player.held
+
+    def truth(self, step: int) -> dict[str, str]:
+        return next(notes.traces[step] for notes in self.cluster.notes() if notes.rank == 0)
+
+    def open(self, step: int | None = None) -> Checkpoint:
+        return open(Job(name=JOB, step=step, settings=self.settings))
+
+    def run(self, *words: str) -> int:
+        return main([*words, "--coordinator", self.cluster.address])
+
+    def slots(self) -> list[int]:
+        """How many slots there are on each node."""
+        return [len(list((self.cluster.directory / node / "arena").rglob("*.slot"))) for node in ("n0", "n1")]
+
+    def counts(self) -> Counter[str]:
+        """What the daemons, and the coordinator of the job, have counted."""
+        status, total = self.cluster.status(), Counter[str]()
+        for counters in (*(node["counters"] for node in status["nodes"]), *(job["counts"] for job in status["jobs"])):
+            total.update(counters)
+        return total
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        self.cluster.until(condition, PATIENCE_S, what)
+
+    def holder(self, step: int, *lines: str) -> subprocess.Popen[bytes]:
+        """A process that has opened the step as anybody would, and waits."""
+        script = ["import sys", "from snapshotd.universal import open", f"c = open('job:{JOB}@{step}')", *lines]
+        script += ["print('held', flush=True)", "sys.stdin.read()"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "SNAPSHOTD_COORDINATOR": self.cluster.address},
+            cwd=ROOT,
+        )
+        assert process.stdout is not None
+        assert b"held\n" == process.stdout.readline()
+        return process
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    zygotes = Zygotes()
+    cluster = Cluster(zygotes, OPTIONS)
+    try:
+        cluster.start()
+        yield Live(cluster)
+    finally:
+        try:
+            cluster.close(orderly=False)
+        finally:
+            cluster.remove()
+            zygotes.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    os.kill(process.pid, signal.SIGKILL)
+    assert -signal.SIGKILL == process.wait(20)
+    process.stdin.close()
+    process.stdout.close()
+
+
+def digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """The state as the workers note it (tests/scripts/lab.py)."""
+    found = {}
+    for tensor in checkpoint:
+        if tensor.kind in ("rng", "extra"):
+            continue
+        plain = tensor.torch().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        name = tensor.name if tensor.kind in ("model", "buffer") else f"optimizer0.{tensor.name}.{tensor.kind}"
+        found[name] = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode() + raw).hexdigest()[:16]
+    return found
+
+
+def test_a_live_job_converts_bit_by_bit(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody wants the weights of this morning's step, and the run must not stop for it."""
+    step = live.stand()
+    source = f"job:{JOB}@{step}"
+    assert 0 == live.run("convert", source, str(tmp_path / "u"), "--to", "universal", "--memory", "32MiB")
+    with open(tmp_path / "u") as universal:
+        assert (live.truth(step), step) == (digests(universal), universal.step)
+        assert [JOB, 2] == [universal.state.source[key] for key in ("job", "world_size")]
+    assert 0 == live.run("convert", f"job:{JOB}", str(tmp_path / "t.pt"), "--to", "torch")
+    with open(tmp_path / "t.pt") as saved:
+        assert live.truth(step) == digests(saved)
+    # What the daemons write of the same step, and another reader of ours reads, is the same in all parts.
+    assert 0 == live.run("restore", "--job", JOB, "--step", str(step), str(tmp_path / "durable"))
+    capsys.readouterr()
+    assert 0 == live.run("diff", source, str(tmp_path / "durable"))
+    assert 0 == live.run("diff", str(tmp_path / "u"), source)
+    assert ["equal: ", "equal: "] == [line[:7] for line in capsys.readouterr().out.splitlines()]
+    assert 0 == live.run("verify", source)
+    text = capsys.readouterr().out
+    assert f"{source}: snapshot, step {step}, " in text and "every chunk matches its digest" in text
+
+
+def test_inspect_says_what_it_is(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    step = live.stand()
+    assert 0 == live.run("inspect", f"job:{JOB}", "--json", "--verify")
+    found = json.loads(capsys.readouterr().out)
+    expected = {"kind": "job", "job": JOB, "epoch": 1, "step": step, "world_size": 2, "complete": True}
+    assert expected == {key: found[key] for key in expected}
+    assert (found["bytes"], True) == (found["verified_bytes"], "snapshotd convert" in found["readable_by"])
+    assert len(live.truth(step)) == sum(count for kind, count in found["kinds"].items() if kind not in ("rng", "extra"))
+    assert 0 == live.run("inspect", f"job:{JOB}@{step}")
+    text = capsys.readouterr().out
+    assert f"path: job:{JOB}@{step}" in text and "embedding.weight" in text
+
+
+def test_the_job_trains_on_and_what_is_held_stays(live: Live) -> None:
+    """The slot would be written over in the middle of a conversion, or the run be unprotected as long as it takes."""
+    step = live.stand()
+    before = live.counts()
+    assert [2, 2] == live.slots()
+    with live.open(step) as checkpoint:
+        newest = live.stand(step + 6)
+        assert live.truth(step) == digests(checkpoint)
+        assert [3, 3] == live.slots()
+        newest = live.stand(newest + 3)
+        with live.open() as other:  # another tool, another step
+            assert (newest, live.truth(newest)) == (other.step, digests(other))
+            assert live.truth(step) == digests(checkpoint)
+        with pytest.raises(UsageError, match=f"no snapshot of step {step}; there are steps .*{newest}"):
+            live.open(step)
+    with pytest.raises(UsageError, match="the checkpoint is closed"):
+        digests(checkpoint)
+    live.until(lambda: live.slots() == [2, 2], "the room is given back")
+    after = live.stand(newest + 3)
+    with live.open() as checkpoint:
+        assert (after, live.truth(after)) == (checkpoint.step, digests(checkpoint))
+    # Steps that found no slot are all that it cost.
+    grown = {name for name, count in (live.counts() - before).items() if count}
+    costs = ("skipped", "refused", "abandoned", "failures", "failed", "lost", "corrupt", "stale")
+    assert grown & {"slots_beside_held"}
+    assert {name for name in grown if any(word in name for word in costs)} <= {"skipped_no_slot", "skipped_NO_SLOT"}
+
+
+def test_a_killed_holder_gives_the_job_its_room_back(live: Live) -> None:
+    step = live.stand()
+    holder = live.holder(step)
+    newest = live.stand(step + 6)
+    assert [3, 3] == live.slots()
+    end(holder)
+    live.until(lambda: live.slots() == [2, 2], "the room is given back")
+    assert live.stand(newest + 2) > newest
+
+
+def test_a_killed_conversion_goes_on_with_the_same_step_only(
+    live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of one step and half of another would be a checkpoint that no run ever was in."""
+    step = live.stand()
+    words = [
+        "from snapshotd.universal import Settings, convert",
+        "def progress(done, total):",
+        "    if done * 2 >= total: print('held', flush=True); sys.stdin.read()",
+        "settings = Settings(progress=progress, threads=1)",
+        f"convert('job:{JOB}', {str(tmp_path / 'u')!r}, to='universal', settings=settings)",
+    ]
+    end(live.holder(step, *words))
+    assert not (tmp_path / "u" / "universal.json").exists()
+    shutil.copytree(tmp_path / "u", tmp_path / "late")
+    assert 2 == live.run("convert", f"job:{JOB}", str(tmp_path / "u"), "--to", "universal")
+    assert "go on with --resume" in capsys.readouterr().err
+    assert 0 == live.run("convert", f"job:{JOB}@{step}", str(tmp_path / "u"), "--to", "universal", "--resume")
+    with open(tmp_path / "u") as universal:
+        assert live.truth(step) == digests(universal)
+    live.stand(step + 1)
+    assert 2 == live.run("convert", f"job:{JOB}", str(tmp_path / "late"), "--to", "universal", "--resume")
+    assert f"an interrupted conversion of job:{JOB}@{step}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["inspect", "job:nobody"], 2, "there is no job 'nobody'; known are: job"),
+        (["inspect", f"job:{JOB}@1"], 2, "has no snapshot of step 1; there are steps"),
+        (["verify", f"job:{JOB}", "--from", "dcp"], 2, "leave --from out"),
+        (["diff", f"job:{JOB}", "job:"], 2, "names no job"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    live: Live, words: Sequence[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live.stand()
+    assert code == live.run(*words)
+    assert says in capsys.readouterr().err
+
+
+def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert PeerUnreachable.exit_code == main(["verify", "job:x", "--coordinator", "127.0.0.1:9"])
+    error: Any = capsys.readouterr().err
+    assert "no coordinator answers at 127.0.0.1:9" in error
