@@ -11,8 +11,8 @@ import pytest
 from snapshotd.errors import UsageError
 from snapshotd.universal import readers, torchzip
 from snapshotd.universal.convert import convert
+from snapshotd.universal.readers.megatron_names import EMBEDDING
 from snapshotd.universal.readers.megatron_padding import padding_of
-from snapshotd.universal.readers.megatron_rules import EMBEDDING
 from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import Cut, read_all, stored_bytes

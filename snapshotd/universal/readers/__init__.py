@@ -26,7 +26,7 @@ __all__ = ["FORMATS", "WITH_RULES", "detect", "read"]
 FORMATS: Final = ("universal", "snapshot", "megatron", "deepspeed", "dcp", "hf", "torch")
 """What ``--from`` knows, in the order of detection. Megatron's torch_dist lies in DCP files, so it comes before."""
 
-WITH_RULES: Final = ("deepspeed", "torch")
+WITH_RULES: Final = ("megatron", "deepspeed", "torch")
 
 _MODULES: Final = {"torch": "torch_save"}
 

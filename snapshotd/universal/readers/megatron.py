@@ -14,6 +14,7 @@ from snapshotd.errors import FormatError
 from snapshotd.universal.readers import dcp
 from snapshotd.universal.readers.megatron_dist import is_distributed, read_distributed
 from snapshotd.universal.readers.megatron_legacy import is_legacy, read_legacy
+from snapshotd.universal.rules import Rules
 from snapshotd.universal.state import State
 
 __all__ = ["detect", "read"]
@@ -36,13 +37,17 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> State:
-    """Return the state at ``path``: a run's folder (its newest iteration), or an iteration's."""
+def read(path: Path, rules: Rules | None = None) -> State:
+    """
+    Return the state at ``path``: a run's folder (its newest iteration), or an iteration's.
+
+    ``rules``: for parameters that the package's preset does not know.
+    """
     folder = _find(path.parent if path.name == TRACKER else path)
     if is_distributed(folder):
-        return read_distributed(folder)
+        return read_distributed(folder, rules)
     if is_legacy(folder):
-        return read_legacy(folder)
+        return read_legacy(folder, rules)
     if (folder / ".metadata").is_file() and not (folder / "common.pt").is_file():
         return dcp.read(folder)  # --ckpt-format torch_dcp: DCP as any other trainer writes it
     if (folder / "common.pt").is_file():

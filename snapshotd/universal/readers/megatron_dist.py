@@ -24,9 +24,11 @@ from snapshotd.universal.readers.megatron_dp import Objects, put_dp_reshardable
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
 from snapshotd.universal.readers.megatron_groups import Member, by_rule
+from snapshotd.universal.readers.megatron_names import is_buffer, is_expert, list_order
 from snapshotd.universal.readers.megatron_optim import groups_of
-from snapshotd.universal.readers.megatron_rules import is_buffer, is_expert, list_order
+from snapshotd.universal.readers.megatron_rules import rules_for
 from snapshotd.universal.readers.megatron_whole import Whole, put_rng, put_vocabulary, step_view
+from snapshotd.universal.rules import Rules
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State
 from snapshotd.universal.views import Cut, Joined, Reshaped, View
@@ -65,8 +67,8 @@ def is_distributed(folder: Path) -> bool:
         return False
 
 
-def read_distributed(folder: Path) -> State:
-    """Return the state in an iteration's folder."""
+def read_distributed(folder: Path, rules: Rules | None = None) -> State:
+    """Return the state in an iteration's folder. ``rules``: for parameters that Megatron-core does not know."""
     _check_backend(folder)
     common_path = folder / COMMON
     if not common_path.is_file():
@@ -88,13 +90,14 @@ def read_distributed(folder: Path) -> State:
                 "expert_tensor_parallel_size": 1,
             },
             facts.label,
-        )
+        ),
+        rules,
     )
     parts = _model(items, facts)
     state = State(format="megatron", tensors=[], step=_iteration(folder, common))
     sharding = _sharding(common, objects)
     _put_states(items, parts, facts, sharding, folder)
-    _put_optimizer(common, objects, items, parts, whole, facts, sharding, folder)
+    _put_optimizer(common, objects, items, parts, whole, facts, rules_for(facts, rules), sharding, folder)
     for name in sorted(parts, key=list_order):
         whole.add(Place(0, 0, 0), parts[name])
     whole.put(state)
@@ -292,6 +295,7 @@ def _put_optimizer(
     parts: dict[str, Part],
     whole: Whole,
     facts: Facts,
+    rules: Rules,
     sharding: str | None,
     folder: Path,
 ) -> None:
@@ -302,7 +306,7 @@ def _put_optimizer(
         )
     flat = sharding in FLAT or any(_flat_key(item.key) for item in items)
     if flat:
-        whole.warnings += put_dp_reshardable(objects, items, parts, whole.groups, facts, folder)
+        whole.warnings += put_dp_reshardable(objects, items, parts, whole.groups, facts, rules, folder)
         return
     chain = _chain(common.get("optimizer"))
     if sharding is not None and not any("optimizer" in one for one in chain):

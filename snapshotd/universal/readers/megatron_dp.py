@@ -23,19 +23,11 @@ from snapshotd.universal.readers.megatron_flat import (
     put_places,
 )
 from snapshotd.universal.readers.megatron_groups import GroupTable, Member, by_rule
+from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT, is_buffer, is_expert, layer_of, list_order
 from snapshotd.universal.readers.megatron_optim import chained, groups_of
-from snapshotd.universal.readers.megatron_rules import (
-    EMBEDDING,
-    OUTPUT,
-    is_buffer,
-    is_expert,
-    layer_of,
-    list_order,
-    merge,
-    rule_of,
-    split,
-)
+from snapshotd.universal.readers.megatron_rules import share_of
 from snapshotd.universal.readers.megatron_whole import step_view
+from snapshotd.universal.rules import Rule, Rules, merge
 from snapshotd.universal.views import Cut, Joined, View
 
 __all__ = ["Objects", "put_dp_reshardable", "rank_parts"]
@@ -54,9 +46,10 @@ def put_dp_reshardable(
     parts: Mapping[str, Part],
     table: GroupTable,
     facts: Facts,
+    rules: Rules,
     folder: Path,
 ) -> list[str]:
-    """Give the ``parts`` of the whole model their states out of flat buckets; returns warnings."""
+    """Give the ``parts`` of the whole model their states out of flat buckets; returns warnings. ``rules``: of it."""
     if not facts.known:
         raise FormatError(
             f"{folder}: the optimizer is in flat buckets (dp_reshardable), and without args nothing tells "
@@ -68,7 +61,7 @@ def put_dp_reshardable(
     if chains != list(range(len(chains))) or not chains:
         raise FormatError(f"{folder}: the optimizer is said to be in flat buckets, but there are none")
     warnings: list[str] = []
-    ranks = {place: rank_parts(parts, facts, place) for place in sorted(_places(facts))}
+    ranks = {place: rank_parts(parts, facts, rules, place) for place in sorted(_places(facts))}
     for chain in chains:
         for place, chunks in ranks.items():
             spread = facts.ep > 1 and chain == len(chains) - 1 and len(chains) > 1
@@ -83,7 +76,7 @@ def put_dp_reshardable(
             warning = _put_rank(mine, buckets.get((chain, group), {}), saved, facts, place, label)
             warnings += [warning] if warning else []
             _put_groups(mine, saved, table, facts, label)
-    _merge_back(ranks, parts, facts)
+    _merge_back(ranks, parts, facts, rules)
     return warnings
 
 
@@ -131,7 +124,9 @@ def _group_index(facts: Facts, place: Place, spread: bool) -> int:
     return place.tp + facts.tp * place.pp
 
 
-def rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place, *, buffers: bool = False) -> list[list[Part]]:
+def rank_parts(
+    parts: Mapping[str, Part], facts: Facts, rules: Rules, place: Place, *, buffers: bool = False
+) -> list[list[Part]]:
     """
     Return what one rank has of the whole model's ``parts``, chunk by chunk, in the rank's own order: parameters and
     their states, with ``buffers`` those too. Under tied embeddings the last stage has a copy under its own name.
@@ -158,22 +153,18 @@ def rank_parts(parts: Mapping[str, Part], facts: Facts, place: Place, *, buffers
             expert = _EXPERT.search(name)
             if expert and per_rank and int(expert[1] or expert[2]) // per_rank != place.ep:
                 continue
-            found.append(_cut(name, part, facts, place))
+            found.append(_cut(name, part, facts, rules, place))
         if is_last and facts.tied and facts.pp > 1 and EMBEDDING in parts:
-            found.append(_cut(OUTPUT, parts[EMBEDDING], facts, place))
+            found.append(_cut(OUTPUT, parts[EMBEDDING], facts, rules, place))
         result.append(found)
     return result
 
 
-def _cut(name: str, part: Part, facts: Facts, place: Place) -> Part:
+def _cut(name: str, part: Part, facts: Facts, rules: Rules, place: Place) -> Part:
     ranks = facts.etp if is_expert(name) else facts.tp
-    rule = rule_of(name, facts.gated is True)
-    if rule is None and (ranks == 1 or is_buffer(name, part.view)):
-        rule = "replicated"
-    if rule is None:
-        raise FormatError(f"no rule says how {name} is shared by {ranks} tensor ranks")
-    states = {kind: split(name, rule, view, place.tp % ranks, ranks) for kind, view in part.states.items()}
-    return Part(name, split(name, rule, part.view, place.tp % ranks, ranks), name, states)
+    rank = place.tp % ranks
+    states = {kind: share_of(rules, kind, name, view, rank, ranks) for kind, view in part.states.items()}
+    return Part(name, share_of(rules, "model", name, part.view, rank, ranks), name, states)
 
 
 def _put_rank(
@@ -230,7 +221,9 @@ def _put_groups(
             parts[member.name].states["step"] = step  # type: ignore[assignment]
 
 
-def _merge_back(ranks: Mapping[Place, Sequence[Sequence[Part]]], parts: Mapping[str, Part], facts: Facts) -> None:
+def _merge_back(
+    ranks: Mapping[Place, Sequence[Sequence[Part]]], parts: Mapping[str, Part], facts: Facts, rules: Rules
+) -> None:
     """States of the whole parameters out of those of the ranks. The tied copy of the last stage is compared."""
     found: dict[str, dict[Place, Part]] = {}
     for place, chunks in ranks.items():
@@ -248,6 +241,7 @@ def _merge_back(ranks: Mapping[Place, Sequence[Sequence[Part]]], parts: Mapping[
         owner = parts.get(name)
         if owner is None:
             continue  # the tied copy: equal to the first stage's by construction, and not in the model
-        rule = rule_of(name, facts.gated is True) or "replicated"
         for kind in by_rank[0].states:
-            owner.states[kind] = merge(name, rule, [by_rank[rank].states[kind] for rank in range(count)])
+            rule = rules.find(kind, name) or Rule.of([name], how="replicated")
+            shards = [by_rank[rank].states[kind] for rank in range(count)]
+            owner.states[kind] = merge(rule.as_padded(), name, shards)  # as the model's tensors are at this point

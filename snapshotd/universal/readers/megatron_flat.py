@@ -21,7 +21,7 @@ import numpy as np
 from snapshotd.errors import FormatError
 from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.readers.megatron_facts import Facts
-from snapshotd.universal.readers.megatron_rules import EMBEDDING, OUTPUT
+from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT
 from snapshotd.universal.views import Cut, View, concat, flat_part, read_all
 from snapshotd.universal.words import cast
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from snapshotd.errors import FormatError
 from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts
-from snapshotd.universal.readers.megatron_rules import EMBEDDING, OUTPUT, is_expert
+from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT, is_expert
 from snapshotd.universal.readers.param_ids import names_of_ids
 from snapshotd.universal.state import State
 

@@ -20,10 +20,11 @@ from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
+from snapshotd.universal.readers.megatron_names import layer_of, renumbered
 from snapshotd.universal.readers.megatron_optim import Optimizers
 from snapshotd.universal.readers.megatron_padding import PADDING_KEY, take_padding
-from snapshotd.universal.readers.megatron_rules import layer_of, renumbered
 from snapshotd.universal.readers.megatron_whole import Whole, put_rng, put_vocabulary
+from snapshotd.universal.rules import Rules
 from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.views import Reshaped, View
@@ -58,8 +59,8 @@ def is_legacy(folder: Path) -> bool:
     return bool(ranks) and (not held or not held.isdisjoint(_FILES))
 
 
-def read_legacy(folder: Path) -> State:
-    """Return the state in an iteration's folder."""
+def read_legacy(folder: Path, rules: Rules | None = None) -> State:
+    """Return the state in an iteration's folder. ``rules``: for parameters that Megatron-core does not know."""
     folders = _rank_folders(folder)
     first = _load(next(iter(folders.values())) / MODEL_FILE)
     facts = Facts(first.get("args"), str(next(iter(folders.values())) / MODEL_FILE))
@@ -67,7 +68,7 @@ def read_legacy(folder: Path) -> State:
     ranks = [_open(place, path) for place, path in sorted(places.items())]
     _check_same(folder, ranks, facts)
     facts.vp = len(ranks[0].chunks)
-    whole = Whole(facts)
+    whole = Whole(facts, rules)
     firsts = _first_layers(folder, ranks, facts)
     extra_states: dict[str, Any] = {}
     for rank in ranks:

@@ -12,7 +12,7 @@ from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.readers.megatron_facts import Facts
 from snapshotd.universal.readers.megatron_flat import Part, buffers_of, put_coalesced
 from snapshotd.universal.readers.megatron_groups import GroupTable, Member, assign, by_rule
-from snapshotd.universal.readers.megatron_rules import is_buffer, is_expert
+from snapshotd.universal.readers.megatron_names import is_buffer, is_expert
 from snapshotd.universal.readers.megatron_whole import step_view
 from snapshotd.universal.views import View
 

@@ -12,18 +12,11 @@ from collections.abc import Mapping
 from typing import Final
 
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.views import Cut, View
+from snapshotd.universal.views import View
 
-__all__ = ["PADDING_KEY", "padding_of", "padding_rows", "put_padding", "take_padding"]
+__all__ = ["PADDING_KEY", "padding_of", "put_padding", "take_padding"]
 
 PADDING_KEY: Final = "vocabulary_padding"
-
-
-def padding_rows(view: View, rows: int | None) -> View | None:
-    """Return the rows behind the first ``rows``; None when there are none."""
-    if rows is None or not view.shape or view.shape[0] <= rows:
-        return None
-    return Cut(view, (rows, *(0 for _ in view.shape[1:])), (view.shape[0] - rows, *view.shape[1:]))
 
 
 def put_padding(state: State, padding: Mapping[tuple[str, str], View]) -> None:

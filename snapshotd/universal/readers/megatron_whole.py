@@ -14,8 +14,10 @@ from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part
 from snapshotd.universal.readers.megatron_groups import GroupTable
-from snapshotd.universal.readers.megatron_padding import padding_rows, put_padding
-from snapshotd.universal.readers.megatron_rules import cut_rows, is_buffer, is_expert, merge, merge_fused, rule_of
+from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT, is_buffer, is_expert
+from snapshotd.universal.readers.megatron_padding import put_padding
+from snapshotd.universal.readers.megatron_rules import is_fused, looks_gated, merge_fused, rules_for
+from snapshotd.universal.rules import Rejoiner, Rules
 from snapshotd.universal.state import State, Tensor, scalar
 from snapshotd.universal.views import View, files_of
 
@@ -24,18 +26,18 @@ __all__ = ["Whole", "put_rng", "put_vocabulary", "step_view"]
 _COMPARED_NUMEL: Final = 1 << 16
 """Copies on expert ranks that are larger are not compared: that would read the dense model once per expert rank."""
 
-_EMBEDDING: Final = "word_embeddings.weight"
-_OUTPUT: Final = "output_layer.weight"
-
 
 class Whole:
-    """Parts of ranks, added in any order of ranks but in the model's order of names; ``put`` makes a State of them."""
+    """
+    Parts of ranks, added in any order of ranks but in the model's order of names; ``put`` makes a State of them.
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    ``rules``: the user's own.
+    """
+
+    def __init__(self, facts: Facts, rules: Rules | None = None) -> None:
+        self.facts, self.given = facts, rules
         self.parts: dict[str, dict[Place, Part]] = {}
         self.groups = GroupTable()
-        self.padding: dict[tuple[str, str], View] = {}
         self.warnings: list[str] = []
 
     def add(self, place: Place, part: Part) -> None:
@@ -46,82 +48,70 @@ class Whole:
 
     def put(self, state: State) -> None:
         """Add tensors, tied names and groups to ``state``."""
-        rules = {name: self._rule(name, parts) for name, parts in self.parts.items()}
-        unknown = [name for name, rule in rules.items() if rule is None]
-        if unknown:
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise FormatError(
-                f"no rule says how these parameters are shared by {self.facts.tp} tensor ranks: "
-                f"{', '.join(unknown[:10])}{more}; save with tensor-parallel size 1, or as torch_dist"
-            )
+        rules = self._rules()
+        rejoiner = Rejoiner(rules, self.facts.tp)
         whole: dict[str, dict[str, View]] = {}
         for name, parts in self.parts.items():
-            rule = rules[name] or ""
-            buffer = is_buffer(name, next(iter(parts.values())).view)
-            kind = "buffer" if buffer else "model"
+            kind = "buffer" if is_buffer(name, next(iter(parts.values())).view) else "model"
             views = {place: part.view for place, part in parts.items()}
-            whole[name] = {kind: self._whole(name, rule, views, kind)}
+            whole[name] = {kind: self._whole(rejoiner, name, views, kind)}
             for kind in dict.fromkeys(kind for part in parts.values() for kind in part.states):
                 found = {place: part.states[kind] for place, part in parts.items() if kind in part.states}
-                whole[name][kind] = self._whole(name, rule, found, kind)
+                whole[name][kind] = self._whole(rejoiner, name, found, kind)
         self._tie(state, whole)
         kinds = dict.fromkeys(kind for views in whole.values() for kind in views)
         for kind in sorted(kinds, key=lambda kind: {"model": 0, "buffer": 1, "fp32": 2}.get(kind, 3)):
             state.tensors += [Tensor(kind, name, views[kind]) for name, views in whole.items() if kind in views]
-        put_padding(state, {key: view for key, view in self.padding.items() if key[1] in whole})
+        put_padding(state, {key: view for key, view in rejoiner.padding.items() if key[1] in whole})
         self.groups.put(state, {name: i for i, name in enumerate(whole)})
         if state.param_groups:
             listed = {name for group in state.param_groups for name in group["names"]}
             state.frozen += [name for name, views in whole.items() if "model" in views and name not in listed]
-        state.warnings += self.warnings
+        state.warnings += self.warnings + rejoiner.warnings()
 
-    def _rule(self, name: str, parts: Mapping[Place, Part]) -> str | None:
-        rule = rule_of(name, self._gated(name, parts))
-        if rule is None and (self.facts.tp == 1 or is_buffer(name, next(iter(parts.values())).view)):
-            return "replicated"
-        return rule
-
-    def _gated(self, name: str, parts: Mapping[Place, Part]) -> bool:
-        """What args say; without them, whether the first matrix has twice as many rows as the second has columns."""
-        if self.facts.gated is not None:
-            return self.facts.gated
-        first, second = next(
-            (
-                pair
-                for pair in (("linear_fc1.", "linear_fc2."), ("dense_h_to_4h.", "dense_4h_to_h."))
-                if pair[0] in name
-            ),
-            ("", ""),
+    def _rules(self) -> Rules:
+        """UsageError that lists the parameters that several tensor ranks have and no rule covers."""
+        shown = {name: next(iter(parts.values())).view for name, parts in self.parts.items()}
+        gated = looks_gated(shown) if self.facts.gated is None else None
+        rules = rules_for(self.facts, self.given, gated)
+        shared = [
+            name
+            for name, view in shown.items()
+            if not is_buffer(name, view) and not is_fused(name) and self._ranks(name) > 1
+        ]
+        rules.require(
+            "model", shared, f"the run had {self.facts.tp} tensor ranks; say with --rules how they share these"
         )
-        stem = name.partition(first)[0] if first else ""
-        other = self.parts.get(f"{stem}{second}weight")
-        mine = self.parts.get(f"{stem}{first}weight")
-        if not first or other is None or mine is None:
-            return False
-        place = next(iter(mine))
-        return place in other and mine[place].view.shape[0] == 2 * other[place].view.shape[-1]
+        return rules
 
-    def _whole(self, name: str, rule: str, views: Mapping[Place, View], kind: str) -> View:
-        facts = self.facts
-        if rule in ("fused_in", "fused_out"):
-            grid: dict[int, dict[int, View]] = {}
-            for place, view in sorted(views.items()):
-                grid.setdefault(place.ep, {}).setdefault(place.tp % facts.etp, view)
-            if next(iter(views.values())).shape == ():
-                return merge(name, rule, list(views.values()))
-            rows = [[row[tp] for tp in sorted(row)] for _, row in sorted(grid.items())]
-            self._complete(name, len(rows), facts.ep, views)
-            return merge_fused(rule, rows, facts.experts_per_rank, facts.gated is True)
-        expert = is_expert(name)
-        ranks = facts.etp if expert else facts.tp
+    def _ranks(self, name: str) -> int:
+        return self.facts.etp if is_expert(name) else self.facts.tp
+
+    def _whole(self, rejoiner: Rejoiner, name: str, views: Mapping[Place, View], kind: str) -> View:
+        if is_fused(name) and next(iter(views.values())).shape:
+            return self._fused(rejoiner.rules, name, views)
+        ranks, rule = self._ranks(name), rejoiner.rules.find(kind, name)
         by_rank: dict[int, list[View]] = {}
         for place, view in sorted(views.items(), key=lambda item: (item[0].ep, item[0])):
             by_rank.setdefault(place.tp % ranks, []).append(view)
-        if kind in ("model", "buffer") or rule != "replicated":
+        divided = rule is not None and rule.how in ("sharded", "flattened")
+        if kind in ("model", "buffer") or divided:
             self._complete(name, len(by_rank), ranks, views)
         copies = [self._one(name, by_rank[rank]) for rank in sorted(by_rank)]
-        view = merge(name, rule, copies)
-        return self._unpadded(name, view, kind) if rule == "vocabulary" else view
+        if name.endswith((EMBEDDING, OUTPUT)):
+            self._check_padded(name, copies)
+        if rule is not None:
+            return rejoiner.merge(kind, name, copies)
+        return copies[0] if len(copies) == 1 else Merged(copies, "equal", name)
+
+    def _fused(self, rules: Rules, name: str, views: Mapping[Place, View]) -> View:
+        facts = self.facts
+        grid: dict[int, dict[int, View]] = {}
+        for place, view in sorted(views.items()):
+            grid.setdefault(place.ep, {}).setdefault(place.tp % facts.etp, view)
+        rows = [[row[tp] for tp in sorted(row)] for _, row in sorted(grid.items())]
+        self._complete(name, len(rows), facts.ep, views)
+        return merge_fused(name, rows, facts.experts_per_rank, rules.sizes["glu"] == 2)
 
     def _one(self, name: str, copies: Sequence[View]) -> View:
         """Expert ranks are data-parallel ranks to all but the experts: their copies are the same."""
@@ -136,20 +126,13 @@ class Whole:
                 f"{name} is on {found} of {expected} ranks that should have a part of it (it is in {files})"
             )
 
-    def _unpadded(self, name: str, view: View, kind: str) -> View:
-        padded, true = self.facts.count("padded_vocab_size"), self.facts.count("vocab_size")
-        if not view.shape:
-            return view
-        if padded is not None and view.shape[0] != padded:
+    def _check_padded(self, name: str, shards: Sequence[View]) -> None:
+        padded = self.facts.count("padded_vocab_size")
+        rows = sum(view.shape[0] for view in shards if view.shape)
+        if padded is not None and rows and rows != padded:
             raise FormatError(
-                f"{name} has {view.shape[0]} rows in all, but args say padded_vocab_size {padded} ({files_of(view)})"
+                f"{name} has {rows} rows in all, but args say padded_vocab_size {padded} ({files_of(shards[0])})"
             )
-        if true is not None and true > view.shape[0]:
-            raise FormatError(f"{name} has {view.shape[0]} rows, but args say vocab_size {true} ({files_of(view)})")
-        rows = padding_rows(view, true)
-        if rows is not None:
-            self.padding[kind, name] = rows
-        return cut_rows(view, true)
 
     def _tie(self, state: State, whole: dict[str, dict[str, View]]) -> None:
         """
@@ -159,12 +142,12 @@ class Whole:
         """
         if not self.facts.tied:
             return
-        first = next((name for name in whole if name.endswith(f"embedding.{_EMBEDDING}")), None)
+        first = next((name for name in whole if name.endswith(EMBEDDING)), None)
         if first is None:
             return
-        alias = next((name for name in whole if name.endswith(_OUTPUT)), None)
+        alias = next((name for name in whole if name.endswith(OUTPUT)), None)
         if alias is None:
-            alias = f"{first[: -len('embedding.' + _EMBEDDING)]}{_OUTPUT}"
+            alias = first[: -len(EMBEDDING)] + OUTPUT
         copies = whole.pop(alias, {})
         for kind, view in copies.items():
             known = whole[first].get(kind)
@@ -173,18 +156,12 @@ class Whole:
 
 
 def put_vocabulary(state: State, facts: Facts) -> None:
-    """Say in ``source`` how the vocabulary was padded, or warn that the true size is not known."""
+    """Say in ``source`` how the vocabulary was padded."""
     padded, true = facts.count("padded_vocab_size"), facts.count("vocab_size")
     if padded is not None:
         state.source["padded_vocab_size"] = padded
     if true is not None:
         state.source["vocab_size"] = true
-        return
-    if any(tensor.name.endswith((_EMBEDDING, _OUTPUT)) for tensor in state.tensors):
-        state.warnings.append(
-            "args do not say the true vocab_size (it came from a tokenizer): word embeddings and output layer keep "
-            "their padding rows"
-        )
 
 
 def put_rng(state: State, rank: int, saved: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from snapshotd.universal.rules.language import PRESETS, Rule, Rules, load_rules, name_list
 from snapshotd.universal.rules.ranks import cut_ranks, join_ranks, rules_of_record
-from snapshotd.universal.rules.shares import Rejoiner, join_parts, merge, split
+from snapshotd.universal.rules.shares import Rejoiner, join_parts, merge, split, widths
 
 __all__ = [
     "PRESETS",
@@ -24,4 +24,5 @@ __all__ = [
     "merge",
     "rules_of_record",
     "split",
+    "widths",
 ]

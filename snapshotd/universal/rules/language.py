@@ -81,6 +81,10 @@ class Rule:
             return [size for size in self.parts if isinstance(size, int)]
         return [1] * (self.parts if isinstance(self.parts, int) else 1)
 
+    def as_padded(self) -> Rule:
+        """Return the same rule for a vocabulary that keeps its padding, or has it already."""
+        return replace(self, vocabulary=None)
+
     def matches(self, name: str) -> bool:
         return name in self.plain or any(pattern.fullmatch(name) for pattern in self.patterns)
 

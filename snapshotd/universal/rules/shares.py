@@ -71,12 +71,17 @@ def split(rule: Rule, name: str, view: View, ranks: int) -> list[View]:
 
 
 class Rejoiner:
-    """Puts the shards of tensor-parallel ranks together by rules, and remembers what should be said about it."""
+    """
+    Puts the shards of tensor-parallel ranks together by rules, and remembers what should be said about it.
+
+    ``padding``: by (kind, name), the rows behind a vocabulary that were cut off.
+    """
 
     def __init__(self, rules: Rules, ranks: int) -> None:
         self.rules, self.ranks = rules, ranks
         self.averaged: set[str] = set()
         self.padded: set[str] = set()
+        self.padding: dict[tuple[str, str], View] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def merge(self, kind: str, name: str, shards: Sequence[View]) -> View:
@@ -85,7 +90,10 @@ class Rejoiner:
         if rule is None:
             self.rules.require(kind, [name], f"it is on {self.ranks} ranks, and the source does not record how")
             raise AssertionError("unreachable")
-        whole = merge(rule, name, shards, self._shapes.get(name))
+        whole = merge(rule.as_padded(), name, shards, self._shapes.get(name))
+        whole, rest = _cut_vocabulary(rule, name, whole)
+        if rest is not None:
+            self.padding[kind, name] = rest
         self._shapes.setdefault(name, whole.shape)
         if rule.how == "averaged" and whole.shape:
             self.averaged.add(name)
@@ -111,10 +119,11 @@ def _merge_sharded(rule: Rule, name: str, views: Sequence[View]) -> View:
     _check_dim(rule, name, first)
     for view in views:
         others = [d for d in range(len(first.shape)) if d != dim]
-        if len(view.shape) != len(first.shape) or any(view.shape[d] != first.shape[d] for d in others):
+        same = view.dtype == first.dtype and len(view.shape) == len(first.shape)
+        if not same or any(view.shape[d] != first.shape[d] for d in others):
             raise FormatError(
-                f"{name}: {list(first.shape)} in {files_of(first)} and {list(view.shape)} in {files_of(view)} are no "
-                f"parts of one tensor on dimension {dim} ({rule.where})"
+                f"{name}: {first.dtype} {list(first.shape)} in {files_of(first)} and {view.dtype} {list(view.shape)} "
+                f"in {files_of(view)} are no parts of one tensor on dimension {dim} ({rule.where})"
             )
     if len(rule.units) == 1:
         whole = concat(views, dim)
@@ -129,10 +138,20 @@ def _merge_sharded(rule: Rule, name: str, views: Sequence[View]) -> View:
                     f"{rule.where} it should have {expected}"
                 )
         whole = join_parts(views, dim, rows)
-    size = rule.vocabulary
-    if isinstance(size, int) and 0 < size < whole.shape[dim]:
-        return Cut(whole, (0,) * len(whole.shape), (*whole.shape[:dim], size, *whole.shape[dim + 1 :]))
-    return whole
+    return _cut_vocabulary(rule, name, whole)[0]
+
+
+def _cut_vocabulary(rule: Rule, name: str, whole: View) -> tuple[View, View | None]:
+    """The true rows of a vocabulary, and its padding if it has any."""
+    rows, dim = rule.vocabulary, rule.dim
+    if not isinstance(rows, int) or not rows or not whole.shape or rows == whole.shape[dim]:
+        return whole, None
+    if rows > whole.shape[dim]:
+        raise FormatError(
+            f"{name} has {whole.shape[dim]} rows in all ({files_of(whole)}), by {rule.where} it should have {rows} and "
+            "padding behind them"
+        )
+    return _slice(whole, dim, 0, rows), _slice(whole, dim, rows, whole.shape[dim] - rows)
 
 
 def join_parts(views: Sequence[View], dim: int, rows: Sequence[Sequence[int]]) -> View:

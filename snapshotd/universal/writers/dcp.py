@@ -2,16 +2,14 @@
 Write a checkpoint of torch.distributed.checkpoint: one file per rank of the layout, readable by plain ``dcp.load``.
 
 Keys are those of torch's own examples: ``model.<fqn>``, ``optim.state.<fqn>.<name>``,
-``optim.param_groups.<i>.<field>``, and the rest as it was. Tensors are cut on dim 0 into as many parts as there are
-ranks, as FSDP2 does: which rank loads what does not matter, DCP's reader intersects chunks. torch is not needed:
-``.metadata`` is pickled with torch's names.
+``optim.param_groups.<i>.<field>``, and the rest as it was. What lies in which rank's file, dcp_mesh.py decides. torch
+is not needed: ``.metadata`` is pickled with torch's names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +18,7 @@ from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import OutFile, Settings, Written, remove_journal, write_files
 from snapshotd.universal.torchfile import Archive, lay_out
 from snapshotd.universal.views import Cut, View
+from snapshotd.universal.writers.dcp_mesh import Mesh
 from snapshotd.universal.writers.torch_tree import (
     NOTE_KEY,
     is_plain_step,
@@ -35,9 +34,6 @@ from snapshotd.universal.writers.universal import write_whole
 __all__ = ["flat_items", "losses", "write"]
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
-_SHARD_FROM: Final = 2
-"""Tensors with fewer elements on dim 0 are not cut."""
-
 _PathOf = tuple[Any, ...]
 
 
@@ -57,8 +53,8 @@ def losses(state: State) -> list[str]:
 
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the directory ``target``, for as many ranks as the layout has."""
-    world = prod(options.get("layout", {}).values())
-    plan = _Plan(world)
+    names = [tensor.name for tensor in state.tensors if tensor.kind in ("model", "buffer")]
+    plan = _Plan(Mesh(options.get("layout", {}), options.get("rules"), names or _trained(state)))
     objects: list[tuple[_PathOf, Any]] = []
     for path, item in flat_items(state):
         if isinstance(item, View):
@@ -100,6 +96,17 @@ def flat_items(state: State) -> Iterator[tuple[_PathOf, Any]]:
     yield (NOTE_KEY,), note_of(state)
 
 
+def _owner(path: _PathOf) -> tuple[str, str]:
+    """The kind and the name of the parameter that a tensor belongs to; empty for what belongs to none."""
+    if path[0] == "optim" and len(path) == 4 and path[1] == "state":
+        return path[3], path[2]
+    return (path[0], path[1]) if path[0] in ("model", "fp32") and len(path) == 2 else ("", "")
+
+
+def _trained(state: State) -> list[str]:
+    return list(dict.fromkeys(name for group in state.param_groups for name in group["names"]))
+
+
 def _state_value(tensor: Tensor) -> Any:
     return plain_value(tensor.view) if is_plain_step(tensor) else tensor.view
 
@@ -119,8 +126,9 @@ def _flatten(path: _PathOf, value: Any) -> Iterator[tuple[_PathOf, Any]]:
 class _Plan:
     """Collects chunks and objects; gives the files, and what ``.metadata`` says of them."""
 
-    def __init__(self, world: int) -> None:
-        self.ranks = [_RankFile(f"__{rank}_0.distcp") for rank in range(world)]
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.ranks = [_RankFile(f"__{rank}_0.distcp") for rank in range(mesh.world)]
         self.described: dict[str, Any] = {}
         self.paths: dict[str, _PathOf] = {}
         self.stored: list[tuple[Instance, Instance]] = []
@@ -129,13 +137,11 @@ class _Plan:
     def tensor(self, path: _PathOf, view: View) -> None:
         key = self._key(path)
         chunks = []
-        for rank, (at, lengths) in enumerate(self._cuts(view)):
+        for rank, (at, lengths) in self.mesh.boxes(*_owner(path), view.shape):
             part = view if lengths == view.shape else Cut(view, at, lengths)
             chunks.append(_instance("ChunkStorageMetadata", offsets=_size(at), sizes=_size(lengths)))
             pickled = dumps(tensor_call("0", view.dtype, lengths, part.nbytes))
-            # What is not cut goes to the ranks in turn, so that their files are of about the same size.
-            file = self.ranks[rank] if lengths != view.shape else self._next()
-            self._append(file, key, _size(at), pickled, [("0", f"{key}@{at}", part)])
+            self._append(self.ranks[rank], key, _size(at), pickled, [("0", f"{key}@{at}", part)])
         properties = Instance(
             Name(_METADATA, "TensorProperties"),
             (
@@ -184,16 +190,6 @@ class _Plan:
             "version": "1.0.0",
         }
         return dumps(Instance(Name(_METADATA, "Metadata"), state))
-
-    def _cuts(self, view: View) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        world, shape = len(self.ranks), view.shape
-        if world == 1 or not shape or shape[0] < _SHARD_FROM or 0 in shape:
-            return [((0,) * len(shape), shape)]
-        rows = -(-shape[0] // world)
-        rest = (0,) * (len(shape) - 1)
-        return [
-            ((begin, *rest), (min(rows, shape[0] - begin), *shape[1:])) for begin in range(0, shape[0], rows)
-        ]
 
     def _key(self, path: _PathOf) -> str:
         key = ".".join(map(str, path))

@@ -21,18 +21,18 @@ from snapshotd.universal.readers.megatron_dp import rank_parts
 from snapshotd.universal.readers.megatron_facts import Facts, Place
 from snapshotd.universal.readers.megatron_flat import Part, buffers_of, layouts
 from snapshotd.universal.readers.megatron_groups import Member, by_rule
-from snapshotd.universal.readers.megatron_padding import PADDING_KEY, padding_of
-from snapshotd.universal.readers.megatron_rules import (
+from snapshotd.universal.readers.megatron_names import (
     EMBEDDING,
     OUTPUT,
     in_list_order,
     is_buffer,
     is_expert,
     layer_of,
-    pad_rows,
     renumbered,
-    rule_of,
 )
+from snapshotd.universal.readers.megatron_padding import PADDING_KEY, padding_of
+from snapshotd.universal.readers.megatron_rules import is_fused, rules_for
+from snapshotd.universal.rules import load_rules
 from snapshotd.universal.state import State
 from snapshotd.universal.stream import OutFile, Settings, remove_journal, write_files
 from snapshotd.universal.torchfile import lay_out
@@ -96,7 +96,9 @@ def _is_odd(state: State, kind: str) -> Iterable[bool]:
 
 def _check_names(state: State) -> None:
     names = [name for name, tensor in state.of_kind("model").items() if not is_buffer(name, tensor.view)]
-    unknown = [name for name in names if rule_of(name, False) is None or not in_list_order(name)]
+    preset = load_rules("megatron")
+    shared = [name for name in names if not is_fused(name)]
+    unknown = [name for name in shared if preset.find("model", name) is None or not in_list_order(name)]
     if EMBEDDING not in names or unknown:
         listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise UsageError(
@@ -143,6 +145,7 @@ class _Plan:
         self.facts = Facts({key: _thin(value) for key, value in self.args.items()}, "the target's args")
         if self.facts.ep > 1 and not self.facts.num_experts:
             raise UsageError(f"--layout ep={self.facts.ep}: the model has no experts to spread")
+        self.rules = rules_for(self.facts)
         self.places = sorted(self.facts.places())
         self.parts = self._parts()
         self.chains = self._chains()
@@ -159,12 +162,12 @@ class _Plan:
         for kind in ("model", "buffer"):
             for name, tensor in self.state.of_kind(kind).items():
                 part = Part(name, tensor.view, name, states.get(name, {}))
-                rule = rule_of(name, False)
-                if rule == "vocabulary":
+                rule = self.rules.find(kind, name)
+                if rule is not None and rule.vocabulary is not None:
                     views = {"model": part.view, **part.states}
                     padded = {key: _padded(view, rows, padding.get((key, name))) for key, view in views.items()}
                     part = Part(name, padded.pop("model"), name, padded)
-                elif rule in ("fused_in", "fused_out") and self.facts.etp * self.facts.ep > 1:
+                elif is_fused(name) and self.facts.etp * self.facts.ep > 1:
                     raise UsageError(f"{name} holds all experts in one matrix; it is not cut for other expert ranks")
                 parts[name] = part
         return parts
@@ -210,7 +213,7 @@ class _Plan:
         facts = self.facts
         file = _File()
         number = facts.rank_of(place)
-        chunks = rank_parts(self.parts, facts, place, buffers=True)
+        chunks = rank_parts(self.parts, facts, self.rules, place, buffers=True)
         tree: dict[str, Any] = {"args": self._pickled({"$object": _NAMESPACE, "fields": self.args}, file)}
         version = self.state.extra.get("checkpoint_version")
         tree["checkpoint_version"] = version if isinstance(version, (int, float)) and version >= 2 else 3.0
@@ -437,7 +440,9 @@ def _padded(view: View, rows: int, padding: View | None) -> View:
     fits = padding is not None and padding.dtype == view.dtype and view.shape[:1] != ()
     if fits and padding is not None and view.shape[0] + padding.shape[0] == rows:
         return concat([view, padding])
-    return pad_rows(view, rows)
+    if not view.shape or view.shape[0] >= rows:
+        return view
+    return concat([view, Filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))])
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from snapshotd.universal.readers.megatron_facts import Facts
-from snapshotd.universal.readers.megatron_rules import EMBEDDING, OUTPUT, layer_of
+from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT, layer_of
 from snapshotd.universal.state import State, Tensor
 
 __all__ = ["target_args"]

@@ -1,0 +1,236 @@
+"""Megatron checkpoints with modules that Megatron-core does not know: how ranks share these, the user's rules say."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from snapshotd.errors import FormatError, UsageError
+from snapshotd.universal import convert
+from snapshotd.universal import open as open_checkpoint
+from snapshotd.universal.readers import read
+from snapshotd.universal.readers.megatron_padding import padding_of
+from snapshotd.universal.rules import load_rules
+from snapshotd.universal.state import State
+from snapshotd.universal.views import read_all
+
+torch = pytest.importorskip("torch")
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+CASE = FIXTURES / "megatron_tp2_pp2" / "ckpt"
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+STAGES = (0, 1)
+RULES = """
+version = 1
+[sizes]
+words = 21
+[[rule]]
+names = "**.adapter.out.weight"
+how = "sharded"
+dim = 1
+[[rule]]
+names = "**.adapter.scale"
+how = "replicated"
+[[rule]]
+names = "**.adapter.fused.weight"
+how = "sharded"
+parts = [3, 1]
+[[rule]]
+names = "decoder.word_table.weight"
+how = "sharded"
+vocabulary = "words"
+multiple = 8
+"""
+
+
+def wholes() -> dict[str, Any]:
+    """The custom parameters of the undivided model, two of which are in each stage's first layer."""
+    shapes = {"decoder.word_table.weight": (21, 6)}
+    for layer in (0, 2):
+        shapes[f"decoder.layers.{layer}.adapter.out.weight"] = (8, 32)
+        shapes[f"decoder.layers.{layer}.adapter.fused.weight"] = (16, 5)
+        shapes[f"decoder.layers.{layer}.adapter.scale"] = (32,)
+    dice = torch.Generator().manual_seed(7)
+    return {
+        name: {kind: torch.randn(shape, generator=dice) for kind in KINDS} for name, shape in sorted(shapes.items())
+    }
+
+
+def cut(name: str, whole: Any, rank: int) -> Any:
+    """What tensor rank ``rank`` of 2 has, by hand."""
+    if name.endswith("out.weight"):
+        return whole[:, :16] if rank == 0 else whole[:, 16:]
+    if name.endswith("fused.weight"):
+        return torch.cat([whole[6 * rank : 6 * rank + 6], whole[12 + 2 * rank : 14 + 2 * rank]])
+    if name.endswith("word_table.weight"):
+        return torch.cat([whole, torch.full((11, 6), 7.0)])[16 * rank : 16 * rank + 16]
+    return whole
+
+
+def load(path: Path) -> Any:
+    stand_in = type("AttnBackend", (), {"__init__": lambda self, value: None})
+    array = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    allowed = [
+        *(argparse.Namespace, signal.Signals, np.ndarray, np.dtype, array, type(np.dtype(np.uint32))),
+        (stand_in, "megatron.core.transformer.enums.AttnBackend"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        values = torch.load(path, weights_only=True)
+    values["args"].attention_backend = None
+    return values
+
+
+def add_custom(values: Any, stage: int, rank: int) -> None:
+    """Put the custom parameters of a stage behind the others: in the model, its groups, their states and masters."""
+    groups = values["optimizer"]["optimizer"]["param_groups"]
+    states = values["optimizer"]["optimizer"]["state"]
+    kept = [[(states[i], master) for i, master in zip(g["params"], m, strict=True)] for g, m in masters_of(values)]
+    for name, kinds in wholes().items():
+        layer = int(name.split(".")[2]) // 2 if ".layers." in name else 1
+        if layer != stage:
+            continue
+        local = name.replace("layers.2.", "layers.0.")
+        mine = {kind: cut(name, whole, rank).clone() for kind, whole in kinds.items()}
+        values["model"][local] = mine["fp32"].to(torch.bfloat16)
+        state = {"step": torch.tensor(4.0), "exp_avg": mine["exp_avg"], "exp_avg_sq": mine["exp_avg_sq"]}
+        kept[0 if mine["fp32"].dim() > 1 else 1].append((state, mine["fp32"]))
+    values["optimizer"]["fp32_from_fp16_params"] = [[master for _, master in group] for group in kept]
+    values["optimizer"]["optimizer"]["state"] = dict(enumerate(state for group in kept for state, _ in group))
+    count = 0
+    for group, members in zip(groups, kept, strict=True):
+        group["params"] = list(range(count, count + len(members)))
+        count += len(members)
+
+
+def masters_of(values: Any) -> Any:
+    optimizer = values["optimizer"]
+    return zip(optimizer["optimizer"]["param_groups"], optimizer["fp32_from_fp16_params"], strict=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The fixture's run with more parameters in it, as a trainer with modules of its own would have saved it."""
+    shutil.copytree(CASE, tmp_path / "run")
+    for stage in STAGES:
+        for rank in (0, 1):
+            path = tmp_path / "run" / "iter_0000004" / f"mp_rank_{rank:02d}_{stage:03d}" / "model_optim_rng.pt"
+            values = load(path)
+            add_custom(values, stage, rank)
+            torch.save(values, path)
+    (tmp_path / "rules.toml").write_text(RULES)
+    return tmp_path / "run"
+
+
+def words_of(state: State) -> dict[tuple[str, str], Any]:
+    return {tensor.key: read_all(tensor.view) for tensor in state.tensors}
+
+
+def test_custom_parameters_are_whole_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    """Somebody added an adapter to Megatron's model; without it the whole checkpoint would be of no use elsewhere."""
+    report = convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "rules.toml"))
+    assert [] == report.warnings
+    state = read(tmp_path / "u")
+    found, before = words_of(state), words_of(read(CASE))
+    assert [] == [key for key, words in before.items() if not np.array_equal(words, found[key])]
+    for name, kinds in wholes().items():
+        for kind, whole in kinds.items():
+            assert np.array_equal(whole.numpy().view(np.uint32), found[kind, name]), (kind, name)
+        weights = kinds["fp32"].to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(weights, found["model", name]), name
+    matrices, vectors = ([n for n in group["names"] if "adapter" in n] for group in state.param_groups)
+    assert (4, 2) == (len(matrices), len(vectors))
+
+
+def test_padding_of_a_custom_vocabulary_is_kept_apart(run: Path, tmp_path: Path) -> None:
+    rows = padding_of(read(run, rules=load_rules(str(tmp_path / "rules.toml"))))
+    name = "decoder.word_table.weight"
+    assert {"model", *KINDS} == {kind for kind, padded in rows if padded == name}
+    assert [[7.0] * 6] * 11 == read_all(rows["exp_avg", name]).view(np.float32).tolist()
+
+
+def test_parameters_that_no_rule_covers_are_all_listed(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two|2 tensor ranks") as raised:
+        read(run)
+    assert [] == [name for name in wholes() if name not in str(raised.value)]
+    few = tmp_path / "few.toml"
+    few.write_text('version = 1\n[[rule]]\nnames = "**.adapter.**"\nhow = "replicated"\n')
+    with pytest.raises(UsageError, match=r"few.toml: no rule covers decoder.word_table.weight, and one is needed"):
+        read(run, rules=load_rules(str(few)))
+
+
+def test_a_rule_that_contradicts_the_files_is_refused(run: Path, tmp_path: Path) -> None:
+    """Ranks that should be the same but are not, and a vocabulary larger than what is there."""
+    first = '[[rule]]\nnames = "**.fused.weight"\nhow = "replicated"\n'
+    text = RULES.replace("[[rule]]", f"{first}[[rule]]", 1)
+    (tmp_path / "same.toml").write_text(text)
+    with pytest.raises(FormatError, match=r"fused.weight should be the same in .*mp_rank_00_00.* and .*_01_00"):
+        convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "same.toml"))
+    (tmp_path / "large.toml").write_text(RULES.replace("words = 21", "words = 33"))
+    with pytest.raises(FormatError, match=r"word_table.weight has 32 rows in all .* it should have 33"):
+        convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "large.toml"))
+
+
+def test_a_rule_that_matches_nothing_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "idle.toml").write_text(RULES + '[[rule]]\nnames = "**.lora.weight"\nhow = "replicated"\n')
+    with pytest.raises(UsageError, match=r"nothing is matched by \*\*.lora.weight"):
+        convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "idle.toml"))
+
+
+def test_averaged_parameters_are_warned_of(run: Path, tmp_path: Path) -> None:
+    """Norms that drifted apart: nobody had the mean, so it is said."""
+    text = RULES.replace('"**.adapter.scale"\nhow = "replicated"', '"**.adapter.scale"\nhow = "averaged"')
+    (tmp_path / "mean.toml").write_text(text)
+    report = convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "mean.toml"))
+    (warning,) = report.warnings
+    assert warning.startswith("averaged over 2 ranks") and "layers.2.adapter.scale" in warning
+
+
+def test_what_args_record_comes_before_the_numbers_of_a_file(run: Path, tmp_path: Path) -> None:
+    """The model is SwiGLU's, as args say: with glu = 1 of a preset, gate and up would be mixed silently."""
+    text = RULES.replace("[sizes]", 'extends = "megatron"\n[sizes]\nglu = 1\nvocabulary = 90')
+    (tmp_path / "more.toml").write_text(text)
+    state = read(run, rules=load_rules(str(tmp_path / "more.toml")))
+    found, before = words_of(state), words_of(read(CASE))
+    assert [] == [key for key, words in before.items() if not np.array_equal(words, found[key])]
+
+
+def test_a_file_gives_the_vocabulary_that_args_do_not(tmp_path: Path) -> None:
+    """It came from a tokenizer, so nothing in the files tells padding from words."""
+    shutil.copytree(CASE, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("model_optim_rng.pt"):
+        values = load(path)
+        values["args"].vocab_size = None
+        torch.save(values, path)
+    name = "embedding.word_embeddings.weight"
+    opened = open_checkpoint(tmp_path / "run")
+    assert (112, 32) == opened[name].shape
+    assert any(name in line and "vocabulary = ROWS" in line for line in opened.state.warnings)
+    (tmp_path / "r.toml").write_text('version = 1\nextends = "megatron"\n[sizes]\nvocabulary = 97\n')
+    opened = open_checkpoint(tmp_path / "run", rules=str(tmp_path / "r.toml"))
+    assert (97, 32) == opened[name].shape
+    assert [] == opened.state.warnings
+
+
+def test_gated_experts_without_args_are_seen_by_their_shapes(tmp_path: Path) -> None:
+    """Halves of [gate; up] joined as if they were blocks of rows would train on, wrong."""
+    shutil.copytree(CASE, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("model_optim_rng.pt"):
+        values = load(path)
+        del values["args"]
+        values["model"] = {
+            re.sub(r"mlp\.(linear_fc\d\.weight)$", r"mlp.experts.\g<1>0", key): value
+            for key, value in values["model"].items()  # as TEGroupedMLP has its first expert
+        }
+        del values["optimizer"]
+        torch.save(values, path)
+    state, expected = read(tmp_path / "run"), read(CASE)
+    name = "decoder.layers.3.mlp.experts.linear_fc1.weight0"
+    whole = expected.of_kind("model")["decoder.layers.3.mlp.linear_fc1.weight"]
+    assert np.array_equal(read_all(whole.view), read_all(state.of_kind("model")[name].view))
