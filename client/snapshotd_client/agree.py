@@ -20,6 +20,7 @@ _FRESH: Final = 1
 _SNAPSHOT: Final = 2
 _FAILED: Final = 3
 _LOST: Final = 4
+_STARTED: Final = 5
 _WORDS: Final = {_NONE: "no daemon", _FRESH: "a fresh start", _FAILED: "an error", _LOST: "lost state"}
 
 
@@ -47,7 +48,13 @@ class Verdict:
     def snapshot(cls, epoch: int, step: int) -> Verdict:
         return cls(_SNAPSHOT, epoch, step)
 
+    @classmethod
+    def started(cls, first_step: int, *, daemon: bool) -> Verdict:
+        return cls(_STARTED, int(daemon), first_step)
+
     def __str__(self) -> str:
+        if self.kind == _STARTED:
+            return f"step {self.step} after a universal checkpoint{'' if self.epoch else ', with no daemon'}"
         return f"step {self.step} of epoch {self.epoch}" if self.kind == _SNAPSHOT else _WORDS[self.kind]
 
 

@@ -58,6 +58,15 @@ class Extras:
         }
         return data, sink.leaves
 
+    def scheduler_states(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the name and the state of each scheduler, as they are now."""
+        return [(one.name, one.target.state_dict()) for one in self._schedulers]
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Return the scaler's state as it is now; None where there is no scaler."""
+        state: dict[str, Any] | None = None if self._scaler is None else self._scaler.state_dict()
+        return state
+
     def template(self, name: str) -> Any:
         """Return the state that ``extra[name]`` has now, in the shape that ``encode`` walks; None if there is none."""
         value: Any = self.values.get(name)

@@ -31,7 +31,7 @@ from snapshotd_client.link import Link, Question
 from snapshotd_client.placement import Piece
 from snapshotd_client.readable import ReadableFiles, populate
 
-__all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want"]
+__all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want", "cut"]
 
 BATCH_BYTES: Final = 16 * 1024 * 1024
 """Small enough for the cache, from where the daemon has put it; large enough that the round trip vanishes."""
@@ -165,7 +165,7 @@ def _batches(wants: Iterable[Want]) -> Iterator[list[Want]]:
     batch: list[Want] = []
     size = 0
     for want in wants:
-        for part in _cut(want):
+        for part in cut(want):
             if batch and (size + part.nbytes > BATCH_BYTES or len(batch) >= _MAX_WANTS):
                 yield batch
                 batch, size = [], 0
@@ -175,7 +175,8 @@ def _batches(wants: Iterable[Want]) -> Iterator[list[Want]]:
         yield batch
 
 
-def _cut(want: Want) -> Iterator[Want]:
+def cut(want: Want) -> Iterator[Want]:
+    """Return the parts of a want, each of at most ``BATCH_BYTES``."""
     if want.nbytes <= BATCH_BYTES:
         yield want
         return
@@ -184,7 +185,7 @@ def _cut(want: Want) -> Iterator[Want]:
     step = max(1, lengths[dim] * BATCH_BYTES // want.nbytes)
     for begin in range(0, lengths[dim], step):
         rows = want.piece.rows(dim, begin, min(begin + step, lengths[dim]))
-        yield from _cut(Want(want.entry, rows, want.target)) if step == 1 else (Want(want.entry, rows, want.target),)
+        yield from cut(Want(want.entry, rows, want.target)) if step == 1 else (Want(want.entry, rows, want.target),)
 
 
 def _source_of(want: Want, data: Array, offset: int) -> tuple[Want, Array]:

@@ -45,11 +45,16 @@ class _OptimizerLoad:
 
 
 class Loader:
-    """``wants`` says what to fetch (and makes the tensors for it); after that, ``apply`` puts it in place."""
+    """
+    ``wants`` says what to fetch (and makes the tensors for it); after that, ``apply`` puts it in place.
 
-    def __init__(self, inventory: Inventory, manifest: Manifest) -> None:
+    ``model_only``: optimizers and schedulers stay as they are.
+    """
+
+    def __init__(self, inventory: Inventory, manifest: Manifest, *, model_only: bool = False) -> None:
         self._inventory = inventory
         self._manifest = manifest
+        self._model_only = model_only
         self._wants: list[Want] = []
         self._leaf_tensors: dict[str, Any] = {}
         self._loads: list[_OptimizerLoad] = []
@@ -66,7 +71,7 @@ class Loader:
         for spot in inventory.tree.buffers.values():
             self._want_buffer(spot.owner, spot.key, spot.name)
         stored = {item["key"]: item for item in self._manifest.meta["optimizers"]}
-        for view in inventory.optimizers:
+        for view in [] if self._model_only else inventory.optimizers:
             if view.key not in stored:
                 self._problems.append(f"{view.key} (not in the snapshot, which has {', '.join(stored) or 'none'})")
                 continue
@@ -85,7 +90,8 @@ class Loader:
         for load in self._loads:
             _apply_optimizer(load)
         rest = self._manifest.meta["rest"]
-        self._inventory.extras.load_schedulers(rest, self._leaf)
+        if not self._model_only:
+            self._inventory.extras.load_schedulers(rest, self._leaf)
         missing = self._inventory.extras.load_extra(rest, self._leaf, self._inventory.tree.extra_states)
         self._inventory.rescan()
         return missing

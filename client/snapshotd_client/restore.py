@@ -46,12 +46,13 @@ class Outcome:
 
 
 class Restorer:
-    """One restore of one worker."""
+    """One restore of one worker; ``start`` is the universal checkpoint for a fresh job, empty for none."""
 
-    def __init__(self, inventory: Inventory, link: Link, settings: Settings) -> None:
+    def __init__(self, inventory: Inventory, link: Link, settings: Settings, start: str = "") -> None:
         self._inventory = inventory
         self._link = link
         self._settings = settings
+        self._start = start
 
     def run(self) -> Outcome:
         """Return what to go on with. StateLost or RestoreError when nothing can be gone on with."""
@@ -69,12 +70,16 @@ class Restorer:
     def _act(self, decision: pb.RestoreDecision | None) -> tuple[Verdict, Outcome]:
         if decision is None:
             logger.warning(
-                "snapshotd: no daemon answers at %s; training starts at step 0, and steps are captured once one is "
+                "snapshotd: no daemon answers at %s; training starts afresh, and steps are captured once one is "
                 "there. Start one with `snapshotd daemon`, or set SNAPSHOTD_SOCKET",
                 self._settings.socket,
             )
+            if self._start:
+                return self._begin(None)
             return Verdict.none(), Outcome(0, {"kind": "none", "step": None, "reason": "no daemon"})
         if decision.kind == _Decision.KIND_FRESH:
+            if self._start:
+                return self._begin(decision)
             self._done(True, "", 0.0, 0.0, 0)
             return Verdict.fresh(), Outcome(0, {"kind": "fresh", "step": None, "reason": decision.reason})
         if decision.kind == _Decision.KIND_REFUSED:
@@ -133,13 +138,29 @@ class Restorer:
 
     # ------------------------------------------------------------------ loading
 
+    def _begin(self, decision: pb.RestoreDecision | None) -> tuple[Verdict, Outcome]:
+        """Start from a universal checkpoint, with or without a daemon."""
+        from snapshotd_client.start import begin  # its reader is loaded by those who use it
+
+        try:
+            first_step, facts = begin(self._start, self._inventory, self._settings, self._threads())
+        except Exception as error:
+            self._done(False, f"{type(error).__name__}: {error}", 0.0, 0.0, 0)
+            raise
+        self._done(True, "", 0.0, facts["load_s"], 0)
+        reason = "no daemon" if decision is None else decision.reason
+        verdict = Verdict.started(first_step, daemon=decision is not None)
+        return verdict, Outcome(first_step, {**facts, "reason": reason})
+
+    def _threads(self) -> int:
+        return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // self._settings.local_world_size))
+
     def _load(self, decision: pb.RestoreDecision) -> dict[str, Any]:
         begun = time.monotonic()
         manifest = _read_manifest(decision.manifest_path)
         if manifest.meta.get("step") != decision.source_step:
             raise RestoreError(f"the snapshot says step {manifest.meta.get('step')}, the daemon {decision.source_step}")
-        threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // self._settings.local_world_size))
-        fetcher = Fetcher(self._link, begun + self._settings.restore_timeout_s, threads)
+        fetcher = Fetcher(self._link, begun + self._settings.restore_timeout_s, self._threads())
         loader = Loader(self._inventory, manifest)
         order = {name: place for place, name in enumerate(manifest.tensors)}
         fetcher.run(sorted(loader.wants(), key=lambda want: order[want.entry.name]))
@@ -178,6 +199,8 @@ class Restorer:
         facts = outcome.facts
         if facts["kind"] == "fresh":
             text = f"job {self._settings.job} starts at step 0: {facts['reason'] or 'nothing was captured before'}"
+        elif facts["kind"] == "start":
+            text = f"job {self._settings.job} starts at step {outcome.first_step} {facts['told']}"
         else:
             lost = f", {facts['lost_steps']} steps lost" if facts["lost_steps"] else ""
             text = (

@@ -63,10 +63,11 @@ class RngText:
 
 
 def set_rng(data: dict[str, Any], devices: Iterable[torch.device]) -> None:
-    """Set all generators to what ``RngText`` gave. ValueError when it can't be that."""
-    version, words, gauss = data["python"]
-    raw = base64.b64decode(words)
-    random.setstate((version, struct.unpack(f"<{len(raw) // 8}Q", raw), gauss))
+    """Set the generators that ``data`` has, in the form of ``RngText``. ValueError when it can't be that."""
+    if "python" in data:
+        version, words, gauss = data["python"]
+        raw = base64.b64decode(words)
+        random.setstate((version, struct.unpack(f"<{len(raw) // 8}Q", raw), gauss))
     if "numpy" in data:
         keys, position, has_gauss, cached = data["numpy"]
         state = np.frombuffer(base64.b64decode(keys), dtype="<u4")

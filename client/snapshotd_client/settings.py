@@ -23,7 +23,7 @@ else:
 __all__ = ["Settings"]
 
 _MAX_THREADS = 16
-_KEYS = ("socket", "job", "copy_threads", "connect_timeout_s", "restore_timeout_s", "debug_copy")
+_KEYS = ("socket", "job", "copy_threads", "connect_timeout_s", "restore_timeout_s", "debug_copy", "start")
 """Of the table [client]; each has a variable: SNAPSHOTD_ and the key."""
 
 
@@ -42,6 +42,7 @@ class Settings:
         connect_timeout_s: how long restore() waits for a daemon when nothing says that there is one.
         restore_timeout_s: how long restore() waits for a decision when there is one.
         debug_copy: copy before capture() returns, and compare (SNAPSHOTD_DEBUG_COPY=1).
+        start: the universal checkpoint that a job without a snapshot of its own starts from (SNAPSHOTD_START).
     """
 
     socket: str
@@ -57,6 +58,7 @@ class Settings:
     connect_timeout_s: float = 5.0
     restore_timeout_s: float = 120.0
     debug_copy: bool = False
+    start: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -88,6 +90,7 @@ class Settings:
             connect_timeout_s=_seconds(env, "SNAPSHOTD_CONNECT_TIMEOUT_S", 5.0),
             restore_timeout_s=_seconds(env, "SNAPSHOTD_RESTORE_TIMEOUT_S", 120.0),
             debug_copy=env.get("SNAPSHOTD_DEBUG_COPY", "0") not in ("", "0"),
+            start=env.get("SNAPSHOTD_START", ""),
         )
 
 

@@ -105,16 +105,22 @@ class Snapshotter:
 
     # ------------------------------------------------------------------ what users call
 
-    def restore(self) -> int:
+    def restore(self, start: str | os.PathLike[str] | None = None) -> int:
         """
         Load the newest state that can be had, and return the step to go on with: 0 on a fresh job.
 
+        ``start`` (default: SNAPSHOTD_START) is a universal checkpoint for a fresh job to begin with; a job that has a
+        snapshot of its own never looks at it. The step is then the one after the checkpoint's, or 0 where it has
+        weights only.
+
         Waits for the daemon's decision. StateLost (exit code 6) when the state is lost for good, RestoreError when it
-        does not fit this model or ranks disagree; both mean that training must not go on.
+        does not fit this model or ranks disagree, UsageError or CorruptionError when ``start`` does not fit or is
+        broken; they all mean that training must not go on.
         """
         if self._inert or self._closed:
             return 0
-        restorer = Restorer(self._inventory, self._link, self.settings)
+        path = self.settings.start if start is None else os.fspath(start)
+        restorer = Restorer(self._inventory, self._link, self.settings, path)
         try:
             outcome = restorer.run()
         except BaseException:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -19,6 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from snapshotd.errors import CorruptionError  # noqa: E402
+from snapshotd.universal.sources import FileSource  # noqa: E402
+from tests.fixtures import model as tiny  # noqa: E402
 
 WORLD = 2
 
@@ -174,12 +182,12 @@ def same_world(job):
 
 
 def from_one(job):
-    """A snapshot of one plain process is restored by two sharded ranks."""
+    """What one plain process captured is restored by two sharded ranks; "start": a universal checkpoint of it."""
     model = wrap(job["kind"], Net(9))
     opt = adamw(model.parameters())
-    with Snapshotter(model, opt, settings=settings(job)) as snap:
+    with Snapshotter(model, opt, settings=settings(job, start=job.get("start", ""))) as snap:
         assert snap.restore() == 1
-        assert snap.last_restore["source_world_size"] == 1
+        assert snap.last_restore["kind"] == ("start" if "start" in job else "snapshot")
     state = full_state(model, opt)
     expected = load_file(job["full"])
     assert state.keys() == expected.keys()
@@ -193,6 +201,81 @@ def from_one(job):
         assert not isinstance(opt.state[model.embed.weight]["step"], DTensor)
     train(model, opt)
     dist.barrier()
+
+
+def from_fixture(job):
+    """A foreign run goes on: it was of two ranks under FSDP2, so its next losses come out to the bit."""
+    truth = json.loads(Path(job["truth"]).read_text())
+    config = tiny.Cfg(**{**truth["model"], "seed": 5})
+    model = tiny.build(config)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    opt = torch.optim.AdamW(tiny.groups_of(model, "one"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, tiny.warm_cos())
+    extra = {"dataloader": {}, "train": {"step": 0}}
+    read = count_reads()
+    with Snapshotter(model, opt, scheduler, extra=extra, settings=settings(job)) as snap:
+        first = snap.restore(job["start"])
+        assert snap.last_restore["generators"]
+    assert first == truth["step"] + 1
+    assert extra == {"dataloader": truth["dataloader"], "train": {"step": 4, "tokens": 768}}
+    # Each byte for its digest on one of the ranks, and each rank its half of what is sharded.
+    whole = sum(path.stat().st_size for path in Path(job["start"]).glob("*.safetensors"))
+    total = torch.tensor(read())
+    dist.all_reduce(total)
+    assert whole < total.item() < 2.2 * whole, (whole, total)
+    losses = []
+    for step in range(first - 1, first + 2):  # its data counts from 0, its steps from 1
+        loss = tiny.loss_of(model, config, *tiny.batch(config, step, dist.get_rank(), WORLD))
+        loss.backward()
+        opt.step()
+        scheduler.step()
+        opt.zero_grad()
+        mean = loss.detach()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / WORLD)
+    assert losses == truth["next_losses"], losses
+    dist.barrier()
+
+
+def from_rot(job):
+    """One byte is rotten, and one rank finds it: no rank may go on."""
+    model = DistributedDataParallel(Net(9))
+    with Snapshotter(model, adamw(model.parameters()), settings=settings(job, start=job["start"])) as snap:
+        try:
+            snap.restore()
+        except CorruptionError as error:
+            text = str(error)
+        except RestoreError as error:
+            text = f"told: {error}"
+        else:
+            text = "it went on"
+    assert "exp_avg of" in text or "told: the ranks do not go on from the same state" in text, text
+    told = torch.tensor(int(text.startswith("told:")))
+    dist.all_reduce(told)
+    assert told == 1
+    dist.barrier()
+
+
+def count_reads():
+    """Count the bytes that are read from files, from now on; the function gives the number and ends it."""
+    before = FileSource.read_into
+    count = 0
+    lock = threading.Lock()
+
+    def read_into(self, begin, out):
+        nonlocal count
+        with lock:
+            count += out.nbytes
+        before(self, begin, out)
+
+    def end():
+        FileSource.read_into = before
+        return count
+
+    FileSource.read_into = read_into
+    return end
 
 
 def odd_placements(job):
@@ -248,6 +331,8 @@ def disagree(job):
 SCENARIOS = {
     "same_world": same_world,
     "from_one": from_one,
+    "from_fixture": from_fixture,
+    "from_rot": from_rot,
     "odd_placements": odd_placements,
     "disagree": disagree,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import dist_jobs
 import numpy as np
@@ -17,8 +18,12 @@ from fake_daemon import FakeDaemon
 from safetensors.torch import load_file, save_file
 from snapshotd_client import Snapshotter
 from snapshotd_client.settings import Settings
+from test_start import universal_of
 from torch import multiprocessing as mp
 
+from snapshotd.universal import convert
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 RUNS = {
     "ddp": ("same_world", {"kind": "ddp", "opt": "adamw"}),
     "fsdp": ("same_world", {"kind": "fsdp", "opt": "adamw", "eval": True}),
@@ -26,6 +31,11 @@ RUNS = {
     "plain": ("same_world", {"kind": "plain", "opt": "muon"}),
     "one_to_fsdp": ("from_one", {"kind": "fsdp"}),
     "one_to_ddp": ("from_one", {"kind": "ddp"}),
+    "start_fsdp": ("from_one", {"kind": "fsdp"}),
+    "start_hsdp": ("from_one", {"kind": "hsdp"}),
+    "start_ddp": ("from_one", {"kind": "ddp"}),
+    "start_dcp": ("from_fixture", {"truth": str(FIXTURES / "dcp_fsdp2_w2" / "truth.json")}),
+    "start_rot": ("from_rot", {}),
     "odd": ("odd_placements", {}),
     "disagree": ("disagree", {}),
 }
@@ -38,14 +48,16 @@ def runs(tmp_path_factory):
     with ExitStack() as stack:
         daemons = {name: stack.enter_context(FakeDaemon()) for name in RUNS}
         for name, (scenario, _) in RUNS.items():
-            if scenario == "from_one":
+            if scenario in ("from_one", "from_rot"):
                 capture_alone(daemons[name], folder / f"{name}.safetensors")
             else:
                 daemons[name].world_size = 2
-        jobs = [
-            (scenario, {**job, "socket": daemons[name].path, "full": str(folder / f"{name}.safetensors")})
-            for name, (scenario, job) in RUNS.items()
-        ]
+        jobs = []
+        for name, (scenario, job) in RUNS.items():
+            jobs.append((scenario, {**job, "socket": daemons[name].path, "full": str(folder / f"{name}.safetensors")}))
+            if name.startswith("start_"):
+                jobs[-1][1]["start"] = str(make_start(daemons[name], folder / name))
+        flip_last_bit(folder / "start_rot" / "optimizer.exp_avg.safetensors")
         mp.spawn(dist_jobs.run_rank, args=(str(folder), json.dumps(jobs)), nprocs=2)
         assert all((folder / f"done-{rank}").exists() for rank in range(2))
         yield daemons, folder
@@ -62,6 +74,22 @@ def capture_alone(daemon, path):
         assert snap.wait(20)
         daemon.wait_for(lambda: 0 in daemon.sealed)
     save_file(dist_jobs.full_state(model, opt), path)
+
+
+def make_start(daemon, path):
+    """Return a universal checkpoint: of what the daemon holds, which then is forgotten, or of a foreign one."""
+    if daemon.sealed:
+        universal_of(daemon, 0, path)
+    else:
+        convert(FIXTURES / "dcp_fsdp2_w2" / "ckpt", path, to="universal")
+    daemon.world_size = 2
+    return path
+
+
+def flip_last_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def coverage(daemon, step):

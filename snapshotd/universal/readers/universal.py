@@ -1,20 +1,25 @@
 """
 Read our own universal format back: from ``universal.json`` alone, with each file's header checked against it.
+
+A training job that starts from a universal checkpoint reads it by this module: neither here nor in what is imported
+here does anybody open a pickle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from snapshotd.errors import FormatError
+from snapshotd.errors import CorruptionError, FormatError
 from snapshotd.universal.format import MARKER_NAME, Manifest
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.stream import JOURNAL
+from snapshotd.universal.stream import JOURNAL, digest_of
 from snapshotd.universal.views import Stored
 
-__all__ = ["detect", "manifest_of", "read"]
+__all__ = ["check_share", "detect", "manifest_of", "read", "tensors_of"]
 
 
 def detect(path: Path) -> bool:
@@ -28,6 +33,22 @@ def read(path: Path) -> State:
     """Return the state at ``path``. FormatError when a file is missing, cut short, or is not what the marker says."""
     folder = path.parent if path.name == MARKER_NAME else path
     manifest = manifest_of(folder)
+    source_facts = dict(manifest.source)
+    return State(
+        format=str(source_facts.pop("format", "universal")),
+        tensors=tensors_of(folder, manifest),
+        step=manifest.step,
+        source=source_facts,
+        param_groups=manifest.param_groups,
+        tied=manifest.tied,
+        frozen=manifest.frozen,
+        extra=manifest.extra,
+        warnings=manifest.warnings,
+    )
+
+
+def tensors_of(folder: Path, manifest: Manifest) -> list[Tensor]:
+    """Return the tensors in the manifest's order. FormatError as for ``read``."""
     files: dict[str, dict[str, Stored]] = {}
     tensors: list[Tensor] = []
     for entry in manifest.tensors:
@@ -46,18 +67,29 @@ def read(path: Path) -> State:
                 f"{entry.dtype} {list(entry.shape)}"
             )
         tensors.append(Tensor(entry.kind, entry.name, view))
-    source_facts = dict(manifest.source)
-    return State(
-        format=str(source_facts.pop("format", "universal")),
-        tensors=tensors,
-        step=manifest.step,
-        source=source_facts,
-        param_groups=manifest.param_groups,
-        tied=manifest.tied,
-        frozen=manifest.frozen,
-        extra=manifest.extra,
-        warnings=manifest.warnings,
-    )
+    return tensors
+
+
+def check_share(manifest: Manifest, tensors: Sequence[Tensor], index: int, count: int, threads: int) -> None:
+    """
+    Read share ``index`` of ``count`` of all bytes and compare the digests; CorruptionError names what is rotten.
+
+    The shares of all together are the whole checkpoint, each tensor in one of them.
+    """
+    total = max(1, sum(tensor.nbytes for tensor in tensors))
+    mine: list[tuple[str, Tensor]] = []
+    begin = 0
+    for entry, tensor in zip(manifest.tensors, tensors, strict=True):
+        if begin * count // total == index:
+            mine.append((entry.digest, tensor))
+        begin += tensor.nbytes
+    with ThreadPoolExecutor(threads, "snapshotd-verify") as readers:
+        for (expected, tensor), found in zip(mine, readers.map(lambda one: digest_of(one[1].view), mine), strict=True):
+            if expected != found:
+                raise CorruptionError(
+                    f"{tensor.view.label}: {tensor.kind} of {tensor.name} has digest {found}, {MARKER_NAME} says "
+                    f"{expected}: the file has changed, or rotted; copy it again, or convert it anew"
+                )
 
 
 def manifest_of(folder: Path) -> Manifest:
