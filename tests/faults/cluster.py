@@ -185,6 +185,7 @@ class Notes:
     world: int
     node: str
     pid: int
+    script: str
     first: int | None = None
     restored: dict[str, Any] = field(default_factory=dict)
     losses: dict[int, str] = field(default_factory=dict)
@@ -204,7 +205,7 @@ def read_notes(directory: Path) -> list[Notes]:
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         if not lines:
             continue
-        notes = Notes(**{name: lines[0][name] for name in ("rank", "world", "node", "pid")})
+        notes = Notes(**{name: lines[0][name] for name in ("rank", "world", "node", "pid", "script")})
         for line in lines[1:]:
             if line["kind"] == "restored":
                 notes.first, notes.restored = line["first"], line
@@ -266,6 +267,8 @@ class Cluster:
         self.coordinator: Process | None = None
         self.daemons: dict[str, Process] = {}
         self.agents: dict[str, Process] = {}
+        self.job_name = JOB
+        self.start_path = ""
         self.committed = -1  # the newest committed step that anybody has seen
         self.armed_once: set[str] = set()
         self._started: list[Process] = []
@@ -333,10 +336,11 @@ class Cluster:
         argv = [
             "--nnodes", f"{least}:{most}", "--nproc-per-node", str(options.workers), "--max-restarts", "100",
             "--monitor-interval", "0.05", "--rdzv-backend", options.backend, "--rdzv-endpoint", self.address,
-            "--rdzv-id", JOB,
+            "--rdzv-id", self.job_name,
         ]  # fmt: skip
         env = self._env(name, "")
         env["FAULTS_ARM"] = self._arm(f"worker {name}")
+        env["SNAPSHOTD_START"] = self.start_path
         if options.backend == "c10d":
             argv += ["--rdzv-conf", f"is_host={int(name == 'n0')},join_timeout=30,last_call_timeout=1"]
         argv += options.script_argv if options.real else ["--no-python", str(self.zygotes.shim), *options.script_argv]
@@ -423,7 +427,7 @@ class Cluster:
         return status
 
     def job(self) -> dict[str, Any]:
-        return next((job for job in self.status().get("jobs", []) if job["job"] == JOB), {})
+        return next((job for job in self.status().get("jobs", []) if job["job"] == self.job_name), {})
 
     def notes(self) -> list[Notes]:
         return read_notes(self.directory)

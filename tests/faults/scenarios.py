@@ -242,6 +242,27 @@ add(
     "at 4; kill node n1; go; at 9; start node n3; restarted; go", world=3, outcome="memory",
 )  # fmt: skip
 
+# ---------------------------------------------------------------- another parallelism, on another number of ranks
+
+for script, ranks in (("ddp.py", 1), ("fsdp2.py", 3), ("tp_fsdp2.py", 4)):
+    name = f"fsdp2-4-to-{script.removesuffix('.py').replace('_', '-')}-{ranks}"
+    add(
+        f"whole-job-changes-from-memory-{name}", fsdp2(4),
+        f"at 6; kill launcher n0 n1 n2 n3; kill workers; go; relaunch {script} {ranks}", world=ranks, **MEMORY,
+    )  # fmt: skip
+    add(
+        f"whole-job-changes-from-disk-{name}", fsdp2(4, persist_every=1),
+        f"at 6; persisted held; kill node n0 n1 n2 n3; go; relaunch {script} {ranks}",
+        "durable", r"steps? (is|are) lost|durable", world=ranks, exact=True,
+    )  # fmt: skip
+
+add(
+    "new-job-starts-from-universal-fsdp2-4-to-tp-fsdp2-4", fsdp2(4, persist_every=1),
+    "at 6; persisted held; kill launcher n0 n1 n2 n3; kill workers; go; universal; relaunch tp_fsdp2.py 4; "
+    "at 9; kill worker n1; go",
+    world=4, **MEMORY,
+)  # fmt: skip
+
 # ---------------------------------------------------------------- more nodes than parity covers
 
 LOST = r"steps? (is|are) lost"

@@ -8,17 +8,20 @@ go                        let them go on
 kill worker|daemon|launcher N..., kill workers, kill coordinator, kill node N...
 pause worker N, resume worker N            SIGSTOP, SIGCONT
 start daemon|launcher|node N, start coordinator
+relaunch SCRIPT N         another job script of the same job, on nodes n0 to n(N-1); those that are gone start anew
+universal                 convert the step where all stand still, which is durable; what is launched from now on is a
+                          new job that starts from that
 dies worker|daemon N, dies coordinator     wait until an armed failpoint has killed it
 reached NAME              wait until an armed failpoint has touched {dir}/NAME
 flip slot|parity N        flip a bit in what the node holds of the newest committed step
 restarted                 wait until workers that were restarted have made a step
 redundant                 wait until as many losses can be borne again as there is parity for
-persisted                 wait until a durable snapshot is there
+persisted [held]          wait until a durable snapshot is there [of the very step where all stand still]
 counted NAME              wait until a counter of daemons or job is above 0 in the status
 away                      wait until the coordinator counts a node as lost
 
-The oracle. Same number of workers: each loss, and at the end each byte of state, is that of an undisturbed run.
-Another number: what was restored, gathered from all ranks, is what the step before held, byte by byte.
+The oracle. Same script and number of workers: each loss, and at the end each byte of state, is that of an undisturbed
+run. Another one: what was restored, gathered from all ranks, is what the step before held, byte by byte.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tests.faults.cluster import PATIENCE_S, ROOT, Cluster, Notes, Options, flip_bit
@@ -71,6 +74,7 @@ class Player:
         self.hold: int | None = None
         self.held = -1
         self.committed_before = -1
+        self.relaunched: set[int] = set()  # pids of the workers before
 
     # ------------------------------------------------------------ the story
 
@@ -158,6 +162,23 @@ class Player:
             if what in ("launcher", "node"):
                 cluster.start_agent(name)
 
+    def _do_relaunch(self, script: str, nodes: str) -> None:
+        cluster, count = self.cluster, int(nodes)
+        self.relaunched = {notes.pid for notes in cluster.notes()}
+        cluster.options = replace(cluster.options, script=script, nodes=count, least=count, most=count)
+        for name in [f"n{i}" for i in range(count)]:
+            if name not in cluster.daemons:
+                cluster.start_daemon(name)
+                cluster.wait_daemon(name)
+            cluster.start_agent(name)
+
+    def _do_universal(self) -> None:
+        cluster = self.cluster
+        (source,) = [one["path"] for one in cluster.job()["durables"] if one["step"] == self.held]
+        cluster.start_path = str(cluster.directory / "universal")
+        self._run_cli("convert", source, cluster.start_path, "--to", "universal")
+        cluster.job_name = "another"
+
     def _do_dies(self, what: str, name: str = "", launch: str = "1") -> None:
         cluster = self.cluster
         if what == "coordinator":
@@ -192,10 +213,12 @@ class Player:
             lambda: f"redundancy: {self.cluster.job()}",
         )
 
-    def _do_persisted(self) -> None:
-        self.cluster.until(
-            lambda: self.cluster.job().get("durables"), PATIENCE_S, lambda: f"persisted: {self.cluster.job()}"
-        )
+    def _do_persisted(self, which: str = "") -> None:
+        def persisted() -> bool:
+            steps = [durable["step"] for durable in self.cluster.job().get("durables", [])]
+            return self.held in steps if which == "held" else bool(steps)
+
+        self.cluster.until(persisted, PATIENCE_S, lambda: f"persisted: {self.cluster.job()}")
 
     def _do_counted(self, name: str) -> None:
         def count() -> int:
@@ -212,11 +235,15 @@ class Player:
         self.cluster.until(lost, PATIENCE_S, "a node is lost")
 
     def _do_cli(self) -> None:
-        """The real command, as a process of its own."""
-        command = [sys.executable, "-m", "snapshotd", "status", "--json", "--coordinator", self.cluster.address]
+        text = self._run_cli("status", "--json", "--coordinator", self.cluster.address)
+        assert json.loads(text)["jobs"], text
+
+    def _run_cli(self, *words: str) -> str:
+        """The real command, as a process of its own; returns what it says."""
+        command = [sys.executable, "-m", "snapshotd", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["jobs"], done.stdout
+        return done.stdout
 
     def _living_notes(self) -> list[Notes]:
         living = set(self.cluster.workers())
@@ -255,7 +282,7 @@ class Player:
         """Every loss and every byte of state that can be compared."""
         self._judge_losses(notes, undisturbed)
         self._judge_restores(notes, undisturbed)
-        if all(one.world == len(undisturbed) for one in notes):
+        if all(_is_alike(one, undisturbed) for one in notes):
             for one in notes:
                 if one.end:
                     expected = undisturbed[one.rank].end["local"]
@@ -263,16 +290,16 @@ class Player:
 
     def _judge_losses(self, notes: list[Notes], undisturbed: list[Notes]) -> None:
         """Each step that anybody made, also one that was lost later, on the way of the undisturbed run."""
-        grown = False
+        changed = False
         for one in notes:
-            grown = grown or one.world != len(undisturbed)
-            if grown:
-                continue  # after a change of size the sums differ; the restored state is judged instead
+            changed = changed or not _is_alike(one, undisturbed)
+            if changed:
+                continue  # after a change of layout the sums differ; the restored state is judged instead
             expected = {step: undisturbed[one.rank].losses[step] for step in one.losses}
             _assert_equal(expected, one.losses, f"losses of rank {one.rank} from step {one.first} on")
 
     def _judge_restores(self, notes: list[Notes], undisturbed: list[Notes]) -> None:
-        """What was restored onto another number of ranks, gathered, is what the step before held."""
+        """What was restored, also onto another layout, gathered, is what the step before held."""
         truth = dict(undisturbed[0].traces)
         for one in notes:
             if one.rank != 0:
@@ -298,8 +325,17 @@ class Player:
             assert first > self.committed_before, told
         if scenario.outcome == "durable":
             assert decided["lost_steps"] == self.held + 1 - first, decided
+        if self.relaunched:
+            assert self.cluster.committed > self.held, f"nothing was committed after step {self.held}"
+            afresh = [one.pid for one in self.cluster.notes() if one.pid not in self.relaunched and not one.first]
+            assert not afresh, f"workers {afresh} began at step 0"
         if scenario.exact:
             assert first == self.held + 1, f"held at {self.held}, went on from {first}"
+
+
+def _is_alike(one: Notes, undisturbed: list[Notes]) -> bool:
+    """Whether this worker did the same sums as those of the undisturbed run."""
+    return (one.script, one.world) == (undisturbed[0].script, len(undisturbed))
 
 
 def _assert_equal(expected: dict, found: dict, what: str) -> None:

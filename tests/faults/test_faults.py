@@ -132,7 +132,7 @@ def test_the_judge_sees_a_single_wrong_bit(stage: Stage) -> None:
 
 
 def test_scripts_use_the_four_lines_only() -> None:
-    for script in ("fsdp2.py", "ddp.py"):
+    for script in ("fsdp2.py", "ddp.py", "tp_fsdp2.py"):
         lines = (SCRIPTS / script).read_text().splitlines()
         assert sum(line.endswith("# snapshotd") for line in lines) == 4, script
 

@@ -42,7 +42,7 @@ KINDS = {
         "lab",  # first: its exit handler is to run last
         "torch._dynamo",
         "torch.distributed.fsdp",
-        "torch.distributed.tensor",
+        "torch.distributed.tensor.parallel",
         "torch.distributed.checkpoint.state_dict",
         "torch.nn.parallel",
         "torch.utils.data",

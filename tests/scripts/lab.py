@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 SEED = 20240607
 WIDTH = 32
@@ -80,7 +82,7 @@ class Block(nn.Module):
 
 
 class Words(nn.Module):
-    """A small language model with tied weights, a scalar parameter and a frozen one."""
+    """A small language model with tied weights, a scalar parameter, a frozen one, and a buffer that counts."""
 
     def __init__(self, large: int) -> None:
         super().__init__()
@@ -92,8 +94,10 @@ class Words(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += x.numel()
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h)
@@ -251,9 +255,12 @@ class Position:
         self.batch = state["batch"]
 
 
-def batches(args: argparse.Namespace, position: Position) -> Iterator[torch.Tensor]:
-    """This rank's batches from the position on; make it after the restore."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def batches(
+    args: argparse.Namespace, position: Position, rank: int | None = None, world: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Batches of a share (default: this rank's of all) from the position on; make it after the restore."""
+    rank = dist.get_rank() if rank is None else rank
+    world = dist.get_world_size() if world is None else world
 
     def indices() -> Iterator[list[int]]:
         start = position.batch
@@ -287,7 +294,7 @@ class Notes:
     """What this worker did, line by line; a line that was written survives the worker."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], others: dict[str, Any]) -> None:
-        self._model = model
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._optimizers = optimizers
         self._others = others
         self._rank = dist.get_rank() if dist.is_initialized() else 0
@@ -299,7 +306,8 @@ class Notes:
         self._next = 0.0
         name = f"notes.{time.monotonic_ns():020d}.{self._node}.{os.getpid()}"
         self._file = (self._directory / name).open("w", buffering=1)
-        self._write(kind="start", rank=self._rank, world=world, node=self._node, pid=os.getpid())
+        script = Path(sys.argv[0]).name
+        self._write(kind="start", rank=self._rank, world=world, node=self._node, pid=os.getpid(), script=script)
 
     def restored(self, first: int) -> None:
         """Right after the restore: where it goes on, and with what."""
@@ -328,22 +336,21 @@ class Notes:
 
     def local(self) -> dict[str, str]:
         """Digests of everything that this rank holds."""
-        digests = {name: _digest(_local(p)) for name, p in self._model.named_parameters()}
-        digests |= {name: _digest(_local(b)) for name, b in self._model.named_buffers()}
-        for name, value in self._optimizer_state():
-            digests[name] = _digest(_local(value))
-        for name, value in {**self._others, "groups": _Groups(self._optimizers)}.items():
-            digests[name] = hashlib.sha256(repr(value.state_dict()).encode()).hexdigest()[:16]
+        digests = self._digests(_local)
         digests["rng"] = _digest(torch.get_rng_state())
         digests["random"] = hashlib.sha256(repr(random.getstate()).encode()).hexdigest()[:16]
         digests["numpy"] = hashlib.sha256(repr(np.random.get_state()).encode()).hexdigest()[:16]
         return digests
 
     def full(self) -> dict[str, str]:
-        """Digests of the gathered state: the same whatever the number of ranks. All ranks call it together."""
-        digests = {name: _digest(_whole(p)) for name, p in self._model.named_parameters()}
-        for name, value in self._optimizer_state():
-            digests[name] = _digest(_whole(value))
+        """Digests of the gathered state: the same however it is cut over ranks. All ranks call it together."""
+        return self._digests(_whole)
+
+    def _digests(self, part: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, str]:
+        tensors = (*self._model.named_parameters(), *self._model.named_buffers(), *self._optimizer_state())
+        digests = {name: _digest(part(tensor)) for name, tensor in tensors}
+        for name, value in {**self._others, "groups": _Groups(self._optimizers)}.items():
+            digests[name] = hashlib.sha256(repr(value.state_dict()).encode()).hexdigest()[:16]
         return digests
 
     def _optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
