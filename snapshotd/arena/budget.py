@@ -34,12 +34,13 @@ _UNLIMITED: Final = 1 << 60  # version 1 control groups say 2**63 - 4096 when th
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """
-    What one node needs, in bytes: ``generations x (slots + parity) + buffers``.
+    What one node needs, in bytes: ``generations x (slots + parity) + buffers + held``.
 
     slot_bytes: file bytes of each slot of one generation (one per rank of this node).
     generations: snapshots kept at once; one committed, one being filled: at least 2.
     k, m: data and parity units of the stripes; the parity of a generation is m/k of its slots. m = 0: none.
     buffer_bytes: what restores may need on top.
+    held_bytes: slots that nobody wants any more, but readers hold.
     """
 
     slot_bytes: Sequence[int]
@@ -47,13 +48,14 @@ class Need:
     k: int = 1
     m: int = 0
     buffer_bytes: int = 0
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         if (
             self.generations < 1
             or self.k < 1
             or self.m < 0
-            or self.buffer_bytes < 0
+            or min(self.buffer_bytes, self.held_bytes) < 0
             or min(self.slot_bytes, default=0) < 0
         ):
             raise UsageError(f"no such need: {self!r}")
@@ -71,7 +73,8 @@ class Need:
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.generations * (self.slots_total + self.parity_total) + page_bytes(self.buffer_bytes)
+        more = page_bytes(self.buffer_bytes) + page_bytes(self.held_bytes)
+        return self.generations * (self.slots_total + self.parity_total) + more
 
     def words(self) -> str:
         """Return the sum in words, with every number in it."""
@@ -80,7 +83,8 @@ class Need:
         )
         parity = f" + {self.m}/{self.k} parity of {format_bytes(self.parity_total)}" if self.m else ""
         buffers = f" + {format_bytes(self.buffer_bytes)} for restores" if self.buffer_bytes else ""
-        return f"{self.generations} generations x ({slots}{parity}){buffers} = {format_bytes(self.total)}"
+        held = f" + {format_bytes(self.held_bytes)} that readers hold" if self.held_bytes else ""
+        return f"{self.generations} generations x ({slots}{parity}){buffers}{held} = {format_bytes(self.total)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

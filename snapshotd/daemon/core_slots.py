@@ -141,6 +141,7 @@ class Slots:
             generations=self._state.settings.generations,
             k=max(1, n - m),
             m=m,
+            held_bytes=sum(slot.file_bytes for slot in self.of_job(job.name) if self._is_held(slot)),
         )
 
     def _overwrite(self, job: JobState, own: list[Slot]) -> None:

@@ -192,8 +192,9 @@ class CreateSlot:
     """
     Ends in SlotCreated or SlotRefused. header: the head of the slot file (layout).
 
-    lane_bytes: the slots of all of the job's ranks on this node, in one generation; with generations, k and m they say
-    what the job needs here in all, which is compared with what there is before the first byte is taken.
+    lane_bytes: the slots of all of the job's ranks on this node, in one generation; with generations, k and m, and the
+    bytes of slots that readers hold besides, they say what the job needs here in all, which is compared with what there
+    is before the first byte is taken.
     """
 
     slot: SlotId
@@ -204,6 +205,7 @@ class CreateSlot:
     generations: int = 2
     k: int = 1
     m: int = 0
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,13 @@ class Orders:
 
     def create_slot(self, order: events.CreateSlot) -> SlotFile:
         """A new slot; BudgetError, with all numbers, when the job as a whole would not fit on this node."""
-        need = Need(slot_bytes=order.lane_bytes, generations=order.generations, k=order.k, m=order.m)
+        need = Need(
+            slot_bytes=order.lane_bytes,
+            generations=order.generations,
+            k=order.k,
+            m=order.m,
+            held_bytes=order.held_bytes,
+        )
         held = min(need.total, self._arena.used_bytes)
         check(need, budget=self._arena.budget_bytes, root=self._arena.root, held_bytes=held)
         return self._arena.create_slot(order.header, order.file_bytes, job=order.job)

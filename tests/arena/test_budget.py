@@ -21,8 +21,12 @@ def test_need_counts_pages_generations_and_parity() -> None:
     assert (
         need.words() == "3 generations x (2 slots of 16 KiB in all + 2/4 parity of 8 KiB) + 1 B for restores = 76 KiB"
     )
-    with pytest.raises(UsageError):
-        Need(slot_bytes=(-1,))
+    need = Need(slot_bytes=(4096,), k=1, m=1, held_bytes=5000)
+    assert need.total == 2 * (4096 + 4096) + 8192
+    assert need.words().endswith(") + 4.9 KiB that readers hold = 24 KiB")
+    for wrong in ({"slot_bytes": (-1,)}, {"slot_bytes": (1,), "held_bytes": -1}):
+        with pytest.raises(UsageError):
+            Need(**wrong)
 
 
 @pytest.mark.parametrize(

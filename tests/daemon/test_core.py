@@ -289,6 +289,7 @@ def test_a_slot_that_a_reader_holds_gets_a_stand_in_until_the_reader_has_done() 
     bench.now = 1.1
     bench.handle(events.Ticked())
     (stand_in,) = bench.done(events.CreateSlot)
+    assert LAYOUT.file_bytes == stand_in.held_bytes  # beside two generations with their parity
     assert [stand_in.slot] == [grant.slot_id for grant in bench.to_worker(1, "grant")]
     assert 1 == bench.core.state.counters["slots_beside_held"]
     bench.seal(1, 7)

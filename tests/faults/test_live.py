@@ -15,11 +15,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snapshotd.arena.budget import Need
 from snapshotd.cli import main
 from snapshotd.errors import PeerUnreachable, UsageError
 from snapshotd.settings import ToolSettings, defaults
@@ -54,6 +57,15 @@ class Live:
             self._player._do_at(str(self._player.held + 1))
         return self._player.held
 
+    def walk(self, steps: int) -> None:
+        """So many steps further, whether they are committed or not."""
+        here = max(notes.holding or 0 for notes in self.cluster.notes())
+        for step in range(here, here + steps):
+            (self.cluster.directory / f"go-{step}").touch()
+            self.until(
+                lambda step=step: {step + 1} == {notes.holding for notes in self.cluster.notes()}, "a step is made"
+            )
+
     def truth(self, step: int) -> dict[str, str]:
         return next(notes.traces[step] for notes in self.cluster.notes() if notes.rank == 0)
 
@@ -74,6 +86,10 @@ class Live:
             total.update(counters)
         return total
 
+    @property
+    def job(self) -> dict[str, Any]:
+        return self.cluster.job()
+
     def until(self, condition: Callable[[], object], what: str) -> None:
         self.cluster.until(condition, PATIENCE_S, what)
 
@@ -93,10 +109,9 @@ class Live:
         return process
 
 
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    zygotes = Zygotes()
-    cluster = Cluster(zygotes, OPTIONS)
+@contextmanager
+def started(zygotes: Zygotes, options: Options) -> Iterator[Live]:
+    cluster = Cluster(zygotes, options)
     try:
         cluster.start()
         yield Live(cluster)
@@ -105,7 +120,19 @@ def live() -> Iterator[Live]:
             cluster.close(orderly=False)
         finally:
             cluster.remove()
-            zygotes.close()
+
+
+@pytest.fixture(scope="module")
+def zygotes() -> Iterator[Zygotes]:
+    zygotes = Zygotes()
+    yield zygotes
+    zygotes.close()
+
+
+@pytest.fixture(scope="module")
+def live(zygotes: Zygotes) -> Iterator[Live]:
+    with started(zygotes, OPTIONS) as live:
+        yield live
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -127,6 +154,13 @@ def digests(checkpoint: Checkpoint) -> dict[str, str]:
         name = tensor.name if tensor.kind in ("model", "buffer") else f"optimizer0.{tensor.name}.{tensor.kind}"
         found[name] = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode() + raw).hexdigest()[:16]
     return found
+
+
+def costs(live: Live, before: Counter[str]) -> set[str]:
+    """Names of what has been counted since then, if it is a loss of any kind."""
+    words = ("skipped", "refused", "abandoned", "failures", "failed", "lost", "corrupt", "stale", "rebuil")
+    grown = {name for name, count in (live.counts() - before).items() if count}
+    return {name for name in grown if any(word in name for word in words)}
 
 
 def test_a_live_job_converts_bit_by_bit(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,10 +220,30 @@ def test_the_job_trains_on_and_what_is_held_stays(live: Live) -> None:
     with live.open() as checkpoint:
         assert (after, live.truth(after)) == (checkpoint.step, digests(checkpoint))
     # Steps that found no slot are all that it cost.
-    grown = {name for name, count in (live.counts() - before).items() if count}
-    costs = ("skipped", "refused", "abandoned", "failures", "failed", "lost", "corrupt", "stale")
-    assert grown & {"slots_beside_held"}
-    assert {name for name in grown if any(word in name for word in costs)} <= {"skipped_no_slot", "skipped_NO_SLOT"}
+    assert costs(live, before) <= {"skipped_no_slot", "skipped_NO_SLOT"}
+    assert 0 < (live.counts() - before)["slots_beside_held"]
+
+
+def test_without_room_for_more_the_job_leaves_steps_out_and_loses_nothing(live: Live, zygotes: Zygotes) -> None:
+    """Two generations are all that fits: a stand-in that took the room of parity would cost the protection itself."""
+    live.stand()
+    size = max(path.stat().st_size for path in live.cluster.directory.rglob("*.slot"))
+    least = Need(slot_bytes=(size,), generations=2, k=1, m=1).total + 4096
+    with started(zygotes, replace(OPTIONS, daemon_flags=("--budget", str(least)))) as tight:
+        step = tight.stand()
+        before = tight.counts()
+        with tight.open(step) as checkpoint:
+            newest = tight.stand(step + 1)
+            tight.walk(3)
+            tight.until(lambda: tight.counts()["slots_refused"] >= 2, "each rank has asked for a slot")
+            tight.walk(3)
+            assert (newest, [2, 2]) == (tight.job["committed"]["step"], tight.slots())
+            assert tight.truth(step) == digests(checkpoint)
+        assert {"skipped_no_slot", "skipped_NO_SLOT", "slots_refused"} == costs(tight, before)
+        after = tight.stand(newest + 7)
+        with tight.open() as checkpoint:
+            assert (after, tight.truth(after)) == (checkpoint.step, digests(checkpoint))
+        assert "that readers hold" in (tight.cluster.directory / "daemon-n0.log").read_text()
 
 
 def test_a_killed_holder_gives_the_job_its_room_back(live: Live) -> None:
