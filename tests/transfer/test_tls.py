@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,20 @@ def test_round_trip(ours: Authority, shelf, make_thing, serve: Serve) -> None:
             )
             assert out == thing.view
     assert server.counters()["connections"] == 1
+
+
+def test_a_hold_inside_tls(ours: Authority, shelf, make_thing, serve: Serve) -> None:
+    thing = shelf.put(KEY, make_thing(MIB))
+    server = serve(tls=ours.issue("a").server_context())
+    with BulkClient(tls=ours.issue("b").client_context()) as client:
+        with client.hold(server.address_text, [KEY], renew_s=0.01):
+            deadline = time.monotonic() + 10
+            while server.counters()["requests"] < 5:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            assert thing.num_readers == 1
+        server.close()
+        assert thing.num_readers == 0
 
 
 def _refused(client: BulkClient, server: BulkServer, error: type[Exception]) -> None:
