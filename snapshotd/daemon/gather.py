@@ -2,9 +2,9 @@
 Carry out byte-range copies from a source that is not mapped here: few requests, little memory, nothing fetched that is
 not wanted.
 
-Rule 1: whole chunks of what follows each other in the source go straight to their places, all of it in one request.
-Rule 2: all else (edges, small tensors far from others, strided blocks) goes through scratch memory of at most
-``BATCH_BYTES``, as parts of chunks.
+Rule 1: whole chunks of what follows each other in the source are read as such.
+Rule 2: all else (edges, small tensors far from others, strided blocks) is read as parts of chunks.
+Rule 3: both in one request, unless there are very many parts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Final
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.source import Piece, Source
 from snapshotd.layout import CHUNK_BYTES
-from snapshotd.reshard import Copy, cut_copy, scatter_copies
+from snapshotd.reshard import Copy, cut_copy
 from snapshotd.transfer import BLOCK_BYTES_MAX, BLOCKS_MAX, RANGES_MAX
 
 __all__ = ["BATCH_BYTES", "gather"]
 
-BATCH_BYTES: Final = 32 * CHUNK_BYTES
-"""8 MiB: large enough that the round trip vanishes, small enough for the cache."""
+BATCH_BYTES: Final = 64 * CHUNK_BYTES
+"""16 MiB of parts in one request: as much as a worker asks for at once."""
 
 
 def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: threading.Event | None = None) -> int:
@@ -42,15 +42,16 @@ def gather(source: Source, copies: Iterable[Copy], target: memoryview, cancel: t
     direct: list[Piece] = []
     for span in _spans(sorted(runs, key=lambda copy: copy.src_begin)):
         _split(span, source.file_bytes, target, direct, small)
-    for first in range(0, len(direct), RANGES_MAX):
-        source.read(direct[first : first + RANGES_MAX])
-    nbytes = sum(piece.into.nbytes for piece in direct)
     parts = [part for copy in small for part in cut_copy(copy, BLOCK_BYTES_MAX)]
-    for batch in _batches(sorted(parts, key=lambda copy: copy.src_begin)):
+    batches = list(_batches(sorted(parts, key=lambda copy: copy.src_begin)))
+    nbytes = 0
+    for first in range(0, len(direct), RANGES_MAX):
         check_cancel(cancel, "fetching")
-        with memoryview(bytearray(sum(copy.nbytes for copy in batch))) as scratch:
-            nbytes += source.read_parts(batch, scratch)
-            scatter_copies(batch, scratch, target)
+        some = direct[first : first + RANGES_MAX]
+        nbytes += source.read(some, batches.pop() if batches else (), target)
+    for batch in batches:
+        check_cancel(cancel, "fetching")
+        nbytes += source.read([], batch, target)
     return nbytes
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from snapshotd.arena import describe
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.source import Corruption, OnCorruption, Piece, Stream, check_range, check_root
+from snapshotd.daemon.source import NOWHERE, Corruption, OnCorruption, Piece, Stream, check_range, check_root
 from snapshotd.errors import CorruptionError, SnapshotdError
 from snapshotd.reshard import Copy
 from snapshotd.transfer import BulkClient, Incoming, ObjectInfo, TransferCancelled
@@ -72,28 +72,23 @@ class PeerSource:
         self.read([Piece(begin, part)])
         return part
 
-    def read(self, pieces: Sequence[Piece]) -> None:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
         for piece in pieces:
             check_range(self, piece.begin, piece.end)
-        digests = self.digests()
         with self._watched():
             self._client.read_verified(
                 self._address,
                 self._key,
                 [(piece.begin, piece.into) for piece in pieces],
-                digests=digests,
+                parts,
+                target,
+                digests=self._digests,
                 file_bytes=self.file_bytes,
+                learned=self._learn,
                 cancel=self._cancel,
                 pace=self._pace,
             )
-
-    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
-        self.digests()  # for their root
-        with self._watched():
-            root = self._client.read_parts(self._address, self._key, copies, out, cancel=self._cancel, pace=self._pace)
-            if self._root and root != self._root:
-                raise CorruptionError(f"{self.name} on {self.node_id} has another root digest by now: {root}")
-        return out.nbytes
+        return sum(piece.into.nbytes for piece in pieces) + sum(part.nbytes for part in parts)
 
     @contextmanager
     def stream(self, begin: int, end: int) -> Iterator[Stream]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, TypeAlias
@@ -110,10 +110,12 @@ class Restore:
         self._free: list[BufferFile] = []
         self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
         self._plan = PlanSources(order, sources)
+        self._fetchers = ThreadPoolExecutor(_MAX_THREADS, "snapshotd-restore")
         try:
             with self._plan.use() as opened:
                 self._layouts = read_layouts(opened)
         except BaseException:
+            self._fetchers.shutdown()
             self._plan.close()
             raise
         self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
@@ -228,6 +230,7 @@ class Restore:
         for held in batches:
             self._give_back(held)
         self._give_back(free)
+        self._fetchers.shutdown(wait=False)
         self._plan.close()
 
     def __enter__(self) -> Restore:
@@ -320,12 +323,8 @@ class Restore:
             for number, offset in place.items():
                 files[number], offsets[number] = len(paths), offset
             paths.append(str(buffer.path))
-            copies = [
-                replace(copy, target=0, dst_begin=copy.dst_begin + offset)
-                for number, offset in place.items()
-                for copy in by_target.get(number, [])
-            ]
-            copied, remote, fetched = _fill(buffer.view, merge_neighbours(copies), sources, cancel)
+            copies = [copy.shifted(offset) for number, offset in place.items() for copy in by_target.get(number, [])]
+            copied, remote, fetched = _fill(buffer.view, merge_neighbours(copies), sources, self._fetchers, cancel)
             local += copied
         return Batch(
             batch_id=self._keep(held),
@@ -412,7 +411,11 @@ def _place(copies: Sequence[Copy], end: int, before: Copy | None) -> int:
 
 
 def _fill(
-    view: memoryview, copies: Iterable[Copy], sources: Sequence[Source], cancel: threading.Event | None
+    view: memoryview,
+    copies: Iterable[Copy],
+    sources: Sequence[Source],
+    fetchers: ThreadPoolExecutor,
+    cancel: threading.Event | None,
 ) -> tuple[int, int, int]:
     """Carry out all copies; peers in parallel, local ones meanwhile. Returns bytes (local, remote, fetched)."""
     by_source: defaultdict[int, list[Copy]] = defaultdict(list)
@@ -428,26 +431,34 @@ def _fill(
         return sum(gather(sources[rank], remote[rank], view, cancel) for rank in ranks)
 
     local_bytes = 0
-    with ThreadPoolExecutor(max(1, min(len(by_place), _MAX_THREADS)), "snapshotd-restore") as pool:
-        fetches = [pool.submit(fetch, ranks) for ranks in by_place.values()]
-        try:
-            for rank, some in by_source.items():
-                source = sources[rank]
-                if isinstance(source, LocalSource):
-                    for copy in some:
-                        check_cancel(cancel, "restoring")
-                        source.view(*copy.src_range).release()
-                        apply_copy(copy, source.obj.view, view)
-                        local_bytes += copy.nbytes
-                    failpoint("daemon.mid_assemble")
-            fetched = sum(future.result() for future in fetches)
-        except BaseException:
-            for future in fetches:
-                future.cancel()
-            raise
+    fetches: list[Future[int]] = []
+    try:
+        for ranks in by_place.values():
+            fetches.append(_begin(fetchers, fetch, ranks))
+        for rank, some in by_source.items():
+            source = sources[rank]
+            if isinstance(source, LocalSource):
+                for copy in some:
+                    check_cancel(cancel, "restoring")
+                    source.view(*copy.src_range).release()
+                    apply_copy(copy, source.obj.view, view)
+                    local_bytes += copy.nbytes
+                failpoint("daemon.mid_assemble")
+    except BaseException:
+        wait([future for future in fetches if not future.cancel()])
+        raise
+    wait(fetches)  # all of them: nothing may write into the buffer any more when this ends, however it does
+    fetched = sum(future.result() for future in fetches)
     if remote:
         failpoint("daemon.mid_assemble")
     return local_bytes, sum(copy.nbytes for some in remote.values() for copy in some), fetched
+
+
+def _begin(fetchers: ThreadPoolExecutor, fetch: Callable[[Sequence[int]], int], ranks: Sequence[int]) -> Future[int]:
+    try:
+        return fetchers.submit(fetch, ranks)
+    except RuntimeError as error:
+        raise LocalProtocolError("the restore is closed") from error
 
 
 def _differs(shards: Sequence[SourceShard], sources: Sequence[Source], cancel: threading.Event | None) -> str:

@@ -12,14 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from snapshotd.errors import CorruptionError, UsageError
 from snapshotd.layout import root_digest
 from snapshotd.reshard import Copy
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["Corruption", "InTurn", "OnCorruption", "Piece", "Source", "Stream", "check_range", "check_root"]
+__all__ = [
+    "NOWHERE",
+    "Corruption",
+    "InTurn",
+    "OnCorruption",
+    "Piece",
+    "Source",
+    "Stream",
+    "check_range",
+    "check_root",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,10 @@ class Piece:
     @property
     def end(self) -> int:
         return self.begin + self.into.nbytes
+
+
+NOWHERE: Final = memoryview(b"")
+"""The target of no parts."""
 
 
 class Source(Protocol):
@@ -88,15 +102,12 @@ class Source(Protocol):
         """Return the verified bytes ``[begin, end)``: a mapping of a local object, else ``room``, filled."""
         ...
 
-    def read(self, pieces: Sequence[Piece]) -> None:
-        """Fill all ``pieces`` with verified bytes, in one request."""
-        ...
-
-    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
         """
-        Fill ``out`` with the verified bytes that ``copies`` read, one behind the other; return how many were fetched.
+        Fill all ``pieces`` and carry out ``parts`` into ``target``, with verified bytes, in one request; return how
+        many bytes were fetched for that, of those that are not here.
 
-        At most 4096 copies of at most 1 MiB each.
+        At most 4096 parts of at most 1 MiB each.
         """
         ...
 

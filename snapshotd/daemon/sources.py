@@ -18,6 +18,7 @@ from snapshotd.arena import Arena, Lease, SealableFile, SlotFile, describe, pari
 from snapshotd.daemon.chunks import read_through_chunks
 from snapshotd.daemon.peer_source import PeerSource
 from snapshotd.daemon.source import (
+    NOWHERE,
     Corruption,
     InTurn,
     OnCorruption,
@@ -30,7 +31,7 @@ from snapshotd.daemon.source import (
 from snapshotd.durable.reader import RankFile
 from snapshotd.errors import CorruptionError, PeerUnreachable
 from snapshotd.layout import CHUNK_BYTES, verify
-from snapshotd.reshard import Copy, gather_copy
+from snapshotd.reshard import Copy, apply_copy
 from snapshotd.transfer import BulkClient
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1.bulk_pb2 import ObjectKey
@@ -100,18 +101,13 @@ class LocalSource:
     def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
         return self.view(begin, end)
 
-    def read(self, pieces: Sequence[Piece]) -> None:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
         for piece in pieces:
             with self.view(piece.begin, piece.end) as view:
                 _copy(piece.into, view)
-
-    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
-        at = 0
-        for part in copies:
+        for part in parts:
             self.view(*part.src_range).release()
-            with out[at : at + part.nbytes] as place:
-                gather_copy(part, self.obj.view, place)
-            at += part.nbytes
+            apply_copy(part, self.obj.view, target)
         return 0
 
     @contextmanager
@@ -142,7 +138,7 @@ class DurableSource:
         self.read([Piece(begin, room)])
         return room[: end - begin]
 
-    def read(self, pieces: Sequence[Piece]) -> None:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
         for piece in pieces:
             check_range(self, piece.begin, piece.end)
             try:
@@ -150,9 +146,7 @@ class DurableSource:
             except CorruptionError as error:
                 self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
                 raise
-
-    def read_parts(self, copies: Sequence[Copy], out: memoryview) -> int:
-        return read_through_chunks(self, copies, out)
+        return sum(piece.into.nbytes for piece in pieces) + (read_through_chunks(self, parts, target) if parts else 0)
 
     @contextmanager
     def stream(self, begin: int, end: int) -> Iterator[Stream]:

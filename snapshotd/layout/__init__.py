@@ -7,7 +7,15 @@ This room knows nobody else's; all others may import it. No I/O, no threads, no 
 from __future__ import annotations
 
 from snapshotd.layout.box import Box, Scope, TensorBox
-from snapshotd.layout.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, chunk_digests, root_digest, verify
+from snapshotd.layout.digest import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    RunningDigests,
+    chunk_count,
+    chunk_digests,
+    root_digest,
+    verify,
+)
 from snapshotd.layout.dtypes import DTYPES, DType, dtype_of, stored_shape
 from snapshotd.layout.header import header_length
 from snapshotd.layout.layout import Layout, Shard
@@ -19,6 +27,7 @@ __all__ = [
     "Box",
     "DType",
     "Layout",
+    "RunningDigests",
     "Scope",
     "Shard",
     "TensorBox",

@@ -20,7 +20,15 @@ from snapshotd.errors import UsageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "chunk_count", "chunk_digests", "root_digest", "verify"]
+__all__ = [
+    "CHUNK_BYTES",
+    "DIGEST_BYTES",
+    "RunningDigests",
+    "chunk_count",
+    "chunk_digests",
+    "root_digest",
+    "verify",
+]
 
 CHUNK_BYTES: Final = 256 * 1024
 """Small enough to find rot precisely, large enough that Python's overhead per chunk (1 us of 20) vanishes."""
@@ -45,6 +53,41 @@ def chunk_digests(buf: Buffer, length: int) -> bytes:
             raise UsageError(f"cannot digest {length} bytes of a buffer of {view.nbytes}")
         values = [_digest(view, begin, min(begin + CHUNK_BYTES, length)) for begin in range(0, length, CHUNK_BYTES)]
     return struct.pack(f"<{len(values)}Q", *values)
+
+
+class RunningDigests:
+    """The digests of bytes that come in pieces: those that chunk_digests() gives for all of them in one."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+        self._hash = xxhash.xxh3_64()
+        self._room = CHUNK_BYTES  # left in the chunk that has begun
+
+    def add(self, piece: memoryview) -> None:
+        """Take the next bytes, a contiguous view of them."""
+        at = 0
+        while at < piece.nbytes:
+            end = min(at + self._room, piece.nbytes)
+            if end - at == CHUNK_BYTES:
+                self._values.append(_digest(piece, at, end))
+            else:
+                with piece[at:end] as part:
+                    self._hash.update(part)
+                self._room -= end - at
+                if not self._room:
+                    self._finish_chunk()
+            at = end
+
+    def finish(self) -> bytes:
+        """Return the digests of all that came; nothing may come behind it."""
+        if self._room < CHUNK_BYTES:
+            self._finish_chunk()
+        return struct.pack(f"<{len(self._values)}Q", *self._values)
+
+    def _finish_chunk(self) -> None:
+        self._values.append(self._hash.intdigest())
+        self._hash.reset()
+        self._room = CHUNK_BYTES
 
 
 def root_digest(digests: bytes) -> str:

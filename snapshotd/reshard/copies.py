@@ -46,6 +46,17 @@ class Copy:
         """The smallest [begin, end) of the target file that holds all runs."""
         return self.dst_begin, self.dst_begin + sum((n - 1) * stride for n, _, stride in self.dims) + self.run_bytes
 
+    def shifted(self, nbytes: int) -> Copy:
+        """Return the copy into a target 0 in which all lies so many bytes further on."""
+        return Copy(
+            source=self.source,
+            target=0,
+            src_begin=self.src_begin,
+            dst_begin=self.dst_begin + nbytes,
+            run_bytes=self.run_bytes,
+            dims=self.dims,
+        )
+
     def packed_strides(self) -> list[int]:
         """Return the strides of ``dims`` when the runs lie one behind the other."""
         strides: list[int] = []

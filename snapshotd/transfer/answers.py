@@ -3,19 +3,19 @@ What a bulk server says to one request: a refusal, or a head and then exactly th
 
 Rule 1: a request is checked whole before anything is answered.
 Rule 2: an object is leased from its lookup to its last byte.
-Rule 3: whole chunks leave unverified, for the reader has their digests; parts of chunks are verified before the answer
-        begins, and digests of what was sent follow them.
+Rule 3: whole chunks leave unverified, for the reader has their digests; parts of chunks are verified on the way, and
+        digests of what was sent, or the refusal, follow them.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import CorruptionError, RemoteProtocolError, UsageError
 from snapshotd.failpoints import failpoint
-from snapshotd.layout import DIGEST_BYTES, chunk_count, chunk_digests, verify
+from snapshotd.layout import CHUNK_BYTES, RunningDigests, verify
 from snapshotd.reshard import Copy, gather_copy
 from snapshotd.transfer import blocks, wire
 from snapshotd.transfer.objects import Holding, Objects, Refusal, Servable
@@ -56,29 +56,19 @@ class Answers:
             return
         failpoint("transfer.before_send")
         with self._objects.leased(request.object) as obj, memoryview(obj.view) as view:
-            if request.blocks:
-                self._send_blocks(sock, obj, view, request)
-            else:
-                ranges = _checked(request, min(obj.file_bytes, view.nbytes))
-                self._send_ranges(sock, obj, view, ranges, with_digests=request.digests)
+            size = min(obj.file_bytes, view.nbytes)
+            ranges, copies = _checked(request, size)
+            digests = (obj.digests or b"") if request.digests else b""
+            nbytes = len(digests) + sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
+            _send_head(sock, obj, nbytes)
+            with memoryview(digests) as piece:
+                self._send_piece(sock, piece, 0, piece.nbytes)
+            self._send_ranges(sock, view, ranges)
+            if copies:
+                self._send_blocks(sock, _Verified(obj, view, request.object), copies)
 
-    # ------------------------------------------------------------------------------------------ ranges
-
-    def _send_ranges(
-        self,
-        sock: socket.socket,
-        obj: Servable,
-        view: memoryview,
-        ranges: Sequence[tuple[int, int]],
-        *,
-        with_digests: bool,
-    ) -> None:
-        """Send the digests, if they are wanted, and the ranges straight from the mapping."""
-        assert obj.digests is not None
-        digests = obj.digests if with_digests else b""
-        _send_head(sock, obj, len(digests) + sum(end - begin for begin, end in ranges))
-        with memoryview(digests) as piece:
-            self._send_piece(sock, piece, 0, piece.nbytes)
+    def _send_ranges(self, sock: socket.socket, view: memoryview, ranges: Sequence[tuple[int, int]]) -> None:
+        """Send the ranges straight from the mapping."""
         for begin, end in ranges:
             for at in range(begin, end, wire.PIECE_BYTES):
                 self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
@@ -97,51 +87,52 @@ class Answers:
                 sock.sendall(piece)
         self._sent(end - begin)
 
-    # ------------------------------------------------------------------------------------------ parts of chunks
-
-    def _send_blocks(self, sock: socket.socket, obj: Servable, view: memoryview, request: BulkRequest) -> None:
-        """Verify the chunks that the blocks are in, then gather and send piece by piece, then the digests of that."""
-        assert obj.digests is not None
-        try:
-            copies = blocks.copies_of(request.blocks, min(obj.file_bytes, view.nbytes))
-            spans = blocks.chunk_spans(copies, obj.file_bytes)
-        except UsageError as error:
-            raise Refusal("INVALID_ARGUMENT", str(error)) from error
-        for begin, end in spans:
-            wrong = verify(view, obj.digests, begin, end)
-            if wrong:
-                message = f"chunk {wrong[0]} of {describe(request.object)} does not match its digest"
-                raise Refusal(CorruptionError.code, message)
-        total = sum(copy.nbytes for copy in copies)
-        _send_head(sock, obj, total + chunk_count(total) * DIGEST_BYTES)
-        scratch = bytearray(min(total, 2 * blocks.BLOCK_BYTES_MAX))
-        found: list[bytes] = []
-        with memoryview(scratch) as room:
-            for nbytes in _gathered(copies, view, room):
-                with room[:nbytes] as piece:
-                    found.append(chunk_digests(piece, nbytes))
-                self._send_piece(sock, room, 0, nbytes)
-        sock.sendall(b"".join(found))
+    def _send_blocks(self, sock: socket.socket, verified: _Verified, copies: Sequence[Copy]) -> None:
+        """Send what the copies read, verified, and behind it the digests of that, or a refusal."""
+        running = RunningDigests()
+        with memoryview(bytearray(min(sum(copy.nbytes for copy in copies), blocks.BLOCK_BYTES_MAX))) as room:
+            for portion in blocks.portions(copies):
+                for copy in portion:
+                    verified.look(copy)
+                with verified.gather(portion, room) as piece:
+                    running.add(piece)
+                    self._send_piece(sock, piece, 0, piece.nbytes)
+        if verified.rotten is None:
+            wire.send_frame(sock, BulkResponse(ok=True, digests=running.finish()))
+        else:
+            wire.send_frame(sock, BulkResponse(ok=False, code=CorruptionError.code, message=verified.rotten))
 
 
-def _gathered(copies: Iterable[Copy], view: memoryview, room: memoryview) -> Iterator[int]:
-    """
-    Gather the blocks in ``room``, twice the size of the largest; yield whenever there is a piece, of so many bytes.
+class _Verified:
+    """An object that is verified chunk by chunk, each once, as far as it is looked at."""
 
-    All pieces but the last are BLOCK_BYTES_MAX long: their chunk digests make up those of the whole.
-    """
-    most = blocks.BLOCK_BYTES_MAX
-    held = 0
-    for copy in copies:
-        with room[held : held + copy.nbytes] as out:
-            gather_copy(copy, view, out)
-        held += copy.nbytes
-        if held >= most:
-            yield most
-            room[: held - most] = room[most:held]
-            held -= most
-    if held:
-        yield held
+    def __init__(self, obj: Servable, view: memoryview, key: ObjectKey) -> None:
+        self.rotten: str | None = None
+        self._obj, self._view, self._key = obj, view, key
+        self._known: set[int] = set()
+
+    def look(self, copy: Copy) -> None:
+        """Verify the chunks that ``copy`` reads; ``rotten`` says which of them was the first that does not match."""
+        assert self._obj.digests is not None
+        for first, stop in blocks.chunks_of(copy):
+            for chunk in range(first, stop):
+                if chunk in self._known:
+                    continue
+                self._known.add(chunk)
+                end = min((chunk + 1) * CHUNK_BYTES, self._obj.file_bytes)
+                if verify(self._view, self._obj.digests, chunk * CHUNK_BYTES, end) and self.rotten is None:
+                    self.rotten = f"chunk {chunk} of {describe(self._key)} does not match its digest"
+
+    def gather(self, portion: Sequence[Copy], room: memoryview) -> memoryview:
+        """Return what the copies of a portion read, one behind the other: the mapping itself, or in ``room``."""
+        if blocks.is_direct(portion):
+            return self._view[slice(*portion[0].src_range)]
+        held = 0
+        for copy in portion:
+            with room[held : held + copy.nbytes] as out:
+                gather_copy(copy, self._view, out)
+            held += copy.nbytes
+        return room[:held]
 
 
 def _send_head(sock: socket.socket, obj: Servable, payload_bytes: int) -> None:
@@ -149,9 +140,15 @@ def _send_head(sock: socket.socket, obj: Servable, payload_bytes: int) -> None:
     wire.send_frame(sock, head)
 
 
-def _checked(request: BulkRequest, file_bytes: int) -> list[tuple[int, int]]:
+def _checked(request: BulkRequest, file_bytes: int) -> tuple[list[tuple[int, int]], list[Copy]]:
+    """The ranges and the blocks of a request; Refusal for those that cannot be."""
     ranges = [(item.begin, item.end) for item in request.ranges]
     for begin, end in ranges:
         if not begin <= end <= file_bytes:
             raise Refusal("INVALID_ARGUMENT", f"the range [{begin}, {end}) is not inside {file_bytes} bytes")
-    return ranges
+    try:
+        copies = blocks.copies_of(request.blocks, file_bytes)
+        blocks.check_spread(copies)
+    except UsageError as error:
+        raise Refusal("INVALID_ARGUMENT", str(error)) from error
+    return ranges, copies

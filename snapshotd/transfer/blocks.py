@@ -5,6 +5,9 @@ A digest covers a whole chunk, so whoever wants some rows of a tensor would have
 The owner has them at hand: it verifies them, and only what is wanted travels, with digests of its own for the way.
 
 Rule 1: a request is checked whole before a byte of it is read: numbers, sizes, and how much there is to be verified.
+Rule 2: a chunk is verified just before it is sent, so that it is read from memory once. Rot that shows when the answer
+has begun is told behind it.
+Rule 3: large runs go from one mapping into the other; small and strided ones through a buffer that fits into the cache.
 """
 
 from __future__ import annotations
@@ -17,12 +20,24 @@ from snapshotd.layout import CHUNK_BYTES
 from snapshotd.reshard import Copy
 from snapshotd.v1.bulk_pb2 import Block
 
-__all__ = ["BLOCKS_MAX", "BLOCK_BYTES_MAX", "blocks_of", "chunk_spans", "copies_of"]
+__all__ = [
+    "BLOCKS_MAX",
+    "BLOCK_BYTES_MAX",
+    "blocks_of",
+    "check_spread",
+    "chunks_of",
+    "copies_of",
+    "is_direct",
+    "portions",
+]
 
 BLOCKS_MAX: Final = 4096
 BLOCK_BYTES_MAX: Final = 4 * CHUNK_BYTES
+_DIRECT_BYTES: Final = 64 * 1024
+"""A run of so many bytes is worth a system call of its own."""
+
 _REPEATS_MAX: Final = 16  # numpy has 32 dimensions
-_SPANS_MAX: Final = 65_536
+_PLACES_MAX: Final = 65_536
 _OFFSET_MAX: Final = 1 << 60
 
 
@@ -59,25 +74,40 @@ def copies_of(blocks: Sequence[Block], file_bytes: int) -> list[Copy]:
     return copies
 
 
-def chunk_spans(copies: Iterable[Copy], file_bytes: int) -> list[tuple[int, int]]:
-    """
-    Return the spans of whole chunks that ``copies`` read, in order and apart from each other.
+def check_spread(copies: Iterable[Copy]) -> None:
+    """Raise UsageError for copies that are scattered over more than 65,536 places."""
+    for count, _ in enumerate(place for copy in copies for place in _dense_ranges(copy)):
+        if count >= _PLACES_MAX:
+            raise UsageError(f"the blocks touch more than {_PLACES_MAX} places")
 
-    UsageError for copies that are scattered over more than 65,536 places.
-    """
-    touched: list[tuple[int, int]] = []
+
+def chunks_of(copy: Copy) -> Iterator[tuple[int, int]]:
+    """Yield the chunks that a copy reads, as (first, behind the last)."""
+    for begin, end in _dense_ranges(copy):
+        yield begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)
+
+
+def portions(copies: Iterable[Copy]) -> Iterator[list[Copy]]:
+    """Yield copies in order: a large run alone, others as many as come to BLOCK_BYTES_MAX."""
+    some: list[Copy] = []
+    size = 0
     for copy in copies:
-        for begin, end in _dense_ranges(copy):
-            touched.append((begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)))
-            if len(touched) > _SPANS_MAX:
-                raise UsageError(f"the blocks touch more than {_SPANS_MAX} places")
-    spans: list[tuple[int, int]] = []
-    for first, stop in sorted(touched):
-        if spans and first <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
-        else:
-            spans.append((first, stop))
-    return [(first * CHUNK_BYTES, min(stop * CHUNK_BYTES, file_bytes)) for first, stop in spans]
+        alone = not copy.dims and copy.run_bytes >= _DIRECT_BYTES
+        if some and (alone or size + copy.nbytes > BLOCK_BYTES_MAX):
+            yield some
+            some, size = [], 0
+        some.append(copy)
+        size += copy.nbytes
+        if alone:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def is_direct(portion: Sequence[Copy]) -> bool:
+    """Whether a portion is one large run."""
+    return len(portion) == 1 and not portion[0].dims and portion[0].run_bytes >= _DIRECT_BYTES
 
 
 def _dense_ranges(copy: Copy) -> Iterator[tuple[int, int]]:

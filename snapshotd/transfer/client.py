@@ -3,8 +3,8 @@ Reads the bytes of slots and parity files from other daemons, verified, straight
 
 Rule 1: what is read is what was sealed, or an error says otherwise. Nothing is retried on wrong bytes: they are an
         erasure, and the caller decodes.
-Rule 2: whole chunks are compared with the digests that the caller trusts (read_verified, stream). Parts of chunks are
-        verified by their owner, and compared with the owner's digests for the way (read_parts).
+Rule 2: whole chunks are compared with the digests that the caller trusts. Parts of chunks are verified by their owner,
+        and compared with the owner's digests for the way.
 Rule 3: a connection that saw anything unexpected is closed, never reused: leftovers of one answer must not
         become the beginning of the next.
 """
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import AccessDenied, CorruptionError, PeerUnreachable, RemoteProtocolError, UsageError
@@ -24,7 +24,7 @@ from snapshotd.reshard import Copy
 from snapshotd.transfer import wire
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, blocks_of
 from snapshotd.transfer.holder import RENEW_S, Holder
-from snapshotd.transfer.incoming import Incoming, Steering, receive_blocks, whole_chunks
+from snapshotd.transfer.incoming import Incoming, Steering, whole_chunks
 from snapshotd.transfer.pool import Borrowed, Pool
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ByteRange, ObjectKey
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["BulkClient", "ObjectInfo"]
+
+_NOWHERE: Final = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,32 +104,50 @@ class BulkClient:
         address: str,
         key: ObjectKey,
         pieces: Sequence[tuple[int, Buffer]],
+        parts: Sequence[Copy] = (),
+        target: memoryview = _NOWHERE,
         *,
-        digests: bytes,
+        digests: bytes | None,
         file_bytes: int,
+        learned: Callable[[ObjectInfo], None] = lambda info: None,
         cancel: threading.Event | None = None,
         pace: Callable[[int], None] | None = None,
     ) -> None:
         """
-        Fill each buffer of ``pieces`` with the bytes of the file from its offset on, in one request. Pieces that follow
-        each other in the file share the chunk between them.
+        Fill each buffer of ``pieces`` with the bytes of the file from its offset on, and carry out ``parts`` into
+        ``target``, all in one request. Pieces that follow each other in the file share the chunk between them.
 
-        ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust. Chunks that
-        a piece touches in part are read whole, into scratch memory. CorruptChunk (a CorruptionError) names the first
-        chunk that does not match; after an error the contents of the buffers are undefined.
+        ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust; without
+        them, see ``stream``. Chunks that a piece touches in part are read whole, into scratch memory. CorruptChunk (a
+        CorruptionError) names the first chunk that does not match; after an error the contents of the buffers are
+        undefined.
+
+        ``parts``: at most 4096 copies of at most 1 MiB each. CorruptionError when the owner finds them rotten, or they
+        were hurt on the way.
         """
         with ExitStack() as stack:
             outs = [stack.enter_context(_writable(out)) for _, out in pieces]
             spans = _joined((begin, begin + out.nbytes) for (begin, _), out in zip(pieces, outs, strict=True))
-            if not any(out.nbytes for out in outs):
+            if not parts and not any(out.nbytes for out in outs):
                 return
+            if any(part.dst_range[1] > target.nbytes for part in parts):
+                raise UsageError(f"a copy does not end inside the {target.nbytes} bytes of its target")
             incoming = stack.enter_context(
                 self.stream(
-                    address, key, spans, digests=digests, file_bytes=file_bytes, cancel=cancel, pace=pace
+                    address,
+                    key,
+                    spans,
+                    parts,
+                    digests=digests,
+                    file_bytes=file_bytes,
+                    learned=learned,
+                    cancel=cancel,
+                    pace=pace,
                 )
             )
             for out in outs:
                 incoming.fill(out)
+            incoming.scatter(target)
 
     @contextmanager
     def stream(
@@ -135,6 +155,7 @@ class BulkClient:
         address: str,
         key: ObjectKey,
         spans: Sequence[tuple[int, int]],
+        parts: Sequence[Copy] = (),
         *,
         digests: bytes | None,
         file_bytes: int,
@@ -152,13 +173,15 @@ class BulkClient:
         """
         if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
             raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
+        if len(parts) > BLOCKS_MAX or any(copy.nbytes > BLOCK_BYTES_MAX for copy in parts):
+            raise UsageError(f"{len(parts)} copies are more, or larger, than one request may have")
         digests_bytes = chunk_count(file_bytes) * DIGEST_BYTES
         if digests is not None and len(digests) != digests_bytes:
             raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
         ranges = [whole_chunks(span, file_bytes) for span in spans if span[0] < span[1]]
         if len(ranges) > wire.RANGES_MAX:
             raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None)
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None, blocks=blocks_of(parts))
         request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
         with self._sending(address, request, cancel) as answer:
 
@@ -168,9 +191,13 @@ class BulkClient:
                     raise CorruptionError(
                         f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
                     )
-                expected = sum(end - begin for begin, end in ranges)
+                expected = sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in parts)
                 if digests is not None:
                     _check_payload(address, key, response, expected)
+                    if parts and response.root_digest != root_digest(digests):
+                        raise CorruptionError(
+                            f"{describe(key)} has another root digest at {address} by now: {response.root_digest}"
+                        )
                     return digests
                 _check_payload(address, key, response, digests_bytes + expected)
                 info = _checked_info(address, key, response, _receive_digests(address, key, answer, digests_bytes))
@@ -178,8 +205,9 @@ class BulkClient:
                 return info.digests
 
             incoming = Incoming(
-                answer,
+                _Answer(answer, address),
                 spans,
+                parts,
                 begin=begin,
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
@@ -189,36 +217,6 @@ class BulkClient:
             yield incoming
             if incoming.is_whole:
                 answer.keep()
-
-    def read_parts(
-        self,
-        address: str,
-        key: ObjectKey,
-        copies: Sequence[Copy],
-        out: memoryview,
-        *,
-        cancel: threading.Event | None = None,
-        pace: Callable[[int], None] | None = None,
-    ) -> str:
-        """
-        Fill ``out`` with the bytes that ``copies`` read, one behind the other; return the root digest of the object.
-
-        At most 4096 copies of at most 1 MiB each. CorruptionError when the owner finds them rotten, or they were hurt
-        on the way. Compare the root with the one that you trust. After an error the contents of ``out`` are undefined.
-        """
-        if len(copies) > BLOCKS_MAX or any(copy.nbytes > BLOCK_BYTES_MAX for copy in copies):
-            raise UsageError(f"{len(copies)} copies are more, or larger, than one request may have")
-        if out.nbytes != sum(copy.nbytes for copy in copies):
-            raise UsageError(f"the copies have not the {out.nbytes} bytes of the buffer")
-        if not copies:
-            return ""
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key, blocks=blocks_of(copies))
-        with self._asking(address, request, cancel) as (answer, response):
-            _check_payload(address, key, response, out.nbytes + chunk_count(out.nbytes) * DIGEST_BYTES)
-            steering = Steering(cancel=cancel, pace=pace)
-            receive_blocks(answer, out, steering, name=describe(key), peer=address)
-            answer.keep()
-            return response.root_digest
 
     def suspect(self, address: str, key: ObjectKey) -> None:
         """Tell the owner that what it sent of an object did not match; returns when it has verified the object."""
@@ -262,6 +260,21 @@ class BulkClient:
         with self._pool.borrow(address, cancel) as borrowed:
             borrowed.send(request)
             yield borrowed
+
+
+class _Answer:
+    """A borrowed connection as a Receiver."""
+
+    def __init__(self, borrowed: Borrowed, address: str) -> None:
+        self.receive = borrowed.receive
+        self._borrowed, self._address = borrowed, address
+
+    def tail(self) -> BulkResponse:
+        response = self._borrowed.tail()
+        if not response.ok:
+            self._borrowed.keep()  # it was read to its end
+            raise _refusal(self._address, response)
+        return response
 
 
 def _head(answer: Borrowed, address: str) -> BulkResponse:

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from snapshotd.errors import CorruptionError, UsageError
-from snapshotd.layout import CHUNK_BYTES, chunk_digests, verify
+from snapshotd.layout import CHUNK_BYTES, RunningDigests, verify
+from snapshotd.reshard import Copy, scatter_copies
 from snapshotd.transfer import wire
+from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, is_direct, portions
+from snapshotd.v1.bulk_pb2 import BulkResponse
 
-__all__ = ["Incoming", "Receiver", "Steering", "receive_blocks", "whole_chunks"]
+__all__ = ["Incoming", "Receiver", "Steering", "whole_chunks"]
 
 _PIECE_BYTES: Final = wire.PIECE_BYTES
 assert _PIECE_BYTES % CHUNK_BYTES == 0
@@ -28,6 +31,10 @@ class Receiver(Protocol):
     """Where the bytes come from: a borrowed connection."""
 
     def receive(self, out: memoryview) -> None: ...
+
+    def tail(self) -> BulkResponse:
+        """What is said behind blocks; a refusal is raised."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +64,15 @@ class Incoming:
     The bytes of ``spans``, one after the other, each chunk compared with its digest; the answer holds whole chunks.
 
     For one thread at a time. ``begin`` is called once, with the first fill: it awaits the head of the answer and
-    returns the digests of all chunks of the file. ``name`` and ``peer`` are for messages.
+    returns the digests of all chunks of the file. ``parts`` are copies whose bytes come behind the spans. ``name`` and
+    ``peer`` are for messages.
     """
 
     def __init__(
         self,
         receiver: Receiver,
         spans: Sequence[tuple[int, int]],
+        parts: Sequence[Copy] = (),
         *,
         begin: Callable[[], bytes],
         file_bytes: int,
@@ -73,6 +82,7 @@ class Incoming:
     ) -> None:
         self._receiver = receiver
         self._spans = [span for span in reversed(spans) if span[0] < span[1]]
+        self._parts = parts
         self._begin = begin
         self._digests: bytes | None = None
         self._file_bytes = file_bytes
@@ -85,7 +95,7 @@ class Incoming:
     @property
     def is_whole(self) -> bool:
         """Whether all of the answer was read."""
-        return not self._spans and self._at == self._stop and not self._rest
+        return not self._spans and self._at == self._stop and not self._rest and not self._parts
 
     def fill(self, out: memoryview) -> None:
         """
@@ -93,8 +103,7 @@ class Incoming:
 
         The errors of reading, and CorruptChunk: then the contents of ``out`` are undefined.
         """
-        if self._digests is None:
-            self._digests = self._begin()
+        self._await_head()
         done = 0
         while done < out.nbytes:
             if self._rest:
@@ -106,6 +115,35 @@ class Incoming:
             if self._at == self._stop:
                 self._next_span(out.nbytes - done)
             done += self._receive(out, done)
+
+    def scatter(self, target: memoryview) -> None:
+        """Carry out ``parts`` into ``target``, behind the last fill. The errors of reading; CorruptionError."""
+        self._await_head()
+        assert not self._spans and self._at == self._stop, "the spans come first"
+        running = RunningDigests()
+        scratch = memoryview(b"")
+        for portion in portions(self._parts):
+            nbytes = sum(copy.nbytes for copy in portion)
+            if is_direct(portion):
+                with target[slice(*portion[0].dst_range)] as piece:
+                    self._receiver.receive(piece)
+                    running.add(piece)
+            else:
+                scratch = scratch or memoryview(bytearray(BLOCK_BYTES_MAX))
+                with scratch[:nbytes] as piece:
+                    self._receiver.receive(piece)
+                    running.add(piece)
+                    scatter_copies(portion, piece, target)
+            self._steering.after(nbytes)
+        if self._parts and self._receiver.tail().digests != running.finish():
+            raise CorruptionError(
+                f"parts of {self._name} from {self._peer} do not match the digests that it sent with them"
+            )
+        self._parts = ()
+
+    def _await_head(self) -> None:
+        if self._digests is None:
+            self._digests = self._begin()
 
     def _next_span(self, wanted: int) -> None:
         if not self._spans:
@@ -139,19 +177,3 @@ class Incoming:
             message = f"chunk {wrong[0]} of {self._name} from {self._peer} does not match its digest"
             raise wire.CorruptChunk(message, chunk=wrong[0], peer=self._peer)
         self._steering.after(piece.nbytes)
-
-
-def receive_blocks(receiver: Receiver, out: memoryview, steering: Steering, *, name: str, peer: str) -> None:
-    """Fill ``out`` with the string of bytes of blocks, and compare it with the digests that come behind it."""
-    found: list[bytes] = []
-    for at in range(0, out.nbytes, _PIECE_BYTES):
-        with out[at : at + _PIECE_BYTES] as piece:
-            receiver.receive(piece)
-            found.append(chunk_digests(piece, piece.nbytes))
-            steering.after(piece.nbytes)
-    ours = b"".join(found)
-    theirs = bytearray(len(ours))
-    with memoryview(theirs) as view:
-        receiver.receive(view)
-    if theirs != ours:
-        raise CorruptionError(f"parts of {name} from {peer} do not match the digests that it sent with them")

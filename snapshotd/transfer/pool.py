@@ -71,6 +71,7 @@ class Borrowed:
         self._request = BulkRequest()
         self._send_error: ConnectionError | ssl.SSLError | None = None
         self._kept = False
+        self._bulk: wire.BulkReceiver | None = None
 
     def send(self, request: BulkRequest) -> None:
         """Send the request; ``head`` returns the beginning of the answer."""
@@ -88,11 +89,13 @@ class Borrowed:
         """Return the head of the answer; where the kept connection turns out to be stale, ask over a new one."""
         with self._mapped():
             assert self._connection is not None, "nothing was asked yet"
-            if self._is_new:
-                return self._head()
             try:
-                return self._head()
+                response = self._head()
+                self._bulk = wire.BulkReceiver(self._connection.sock, response.payload_bytes)
+                return response
             except (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                if self._is_new:
+                    raise
                 self._connection.close()
                 self._connection = None
                 self._pool.forget_idle(self._address)  # they are as old as this one
@@ -102,9 +105,15 @@ class Borrowed:
 
     def receive(self, out: memoryview) -> None:
         """Fill ``out`` with the next bytes of the answer's payload."""
+        assert self._bulk is not None, "the head comes first"
+        with self._mapped():
+            self._bulk.receive(out)
+
+    def tail(self) -> BulkResponse:
+        """Return the response behind blocks."""
         assert self._connection is not None, "nothing was asked yet"
         with self._mapped():
-            wire.receive_bulk(self._connection.sock, out)
+            return wire.receive_frame(self._connection.sock, BulkResponse, within_s=self._pool.timeout_s)
 
     def _head(self) -> BulkResponse:
         assert self._connection is not None

@@ -28,6 +28,7 @@ __all__ = [
     "PIECE_BYTES",
     "PROTOCOL",
     "RANGES_MAX",
+    "BulkReceiver",
     "ConnectionClosed",
     "CorruptChunk",
     "ObjectMissing",
@@ -38,7 +39,6 @@ __all__ = [
     "is_readable",
     "is_tls",
     "parse_address",
-    "receive_bulk",
     "receive_exactly",
     "receive_frame",
     "send_frame",
@@ -178,38 +178,49 @@ def receive_exactly(sock: socket.socket, out: memoryview) -> None:
         at += count
 
 
-def receive_bulk(sock: socket.socket, out: memoryview) -> None:
+class BulkReceiver:
     """
-    Fill ``out``, many bytes, woken up for a piece of them and not for each packet: that costs more than the copying.
+    Takes ``nbytes`` of bulk off a socket, bit by bit. It is woken up for a piece of them and not for each packet: that
+    costs more than the copying.
 
-    ConnectionResetError when the other end closes first; OSError as the socket has it.
+    Nothing else may be read from the socket before all of them were.
     """
-    if is_tls(sock):
-        receive_exactly(sock, out)
-        return
-    at, end = 0, out.nbytes
-    try:
+
+    def __init__(self, sock: socket.socket, nbytes: int) -> None:
+        self._sock = sock
+        self._left = nbytes
+        self._wakes_at = 1
+
+    def receive(self, out: memoryview) -> None:
+        """Fill ``out``. ConnectionResetError when the other end closes first; OSError as the socket has it."""
+        if is_tls(self._sock):
+            receive_exactly(self._sock, out)
+            self._left -= out.nbytes
+            return
+        at, end = 0, out.nbytes
         while at < end:
-            _wake_at(sock, min(PIECE_BYTES, end - at))
+            self._wake_at(min(PIECE_BYTES, self._left))
             with out[at:end] as rest:
                 try:
-                    count = sock.recv_into(rest)
+                    count = self._sock.recv_into(rest)
                 except TimeoutError:
-                    _wake_at(sock, 1)  # not silent, but slow?
-                    if not is_readable(sock):
+                    self._wake_at(1)  # not silent, but slow?
+                    if not is_readable(self._sock):
                         raise
-                    count = sock.recv_into(rest)
+                    count = self._sock.recv_into(rest)
             if count == 0:
                 raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
             at += count
-    finally:
-        _wake_at(sock, 1)
+            self._left -= count
+        if not self._left:
+            self._wake_at(1)
 
-
-def _wake_at(sock: socket.socket, nbytes: int) -> None:
-    """Count the socket as readable from so many bytes on. One that is broken is found out elsewhere."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+    def _wake_at(self, nbytes: int) -> None:
+        """Count the socket as readable from so many bytes on. One that is broken is found out elsewhere."""
+        if nbytes != self._wakes_at:
+            self._wakes_at = nbytes
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
 
 def is_readable(sock: socket.socket) -> bool:

@@ -80,7 +80,7 @@ class BulkRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., hold: _Optional[bool] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
-    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held")
+    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held", "digests")
     OK_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class BulkResponse(_message.Message):
     ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     code: str
     message: str
@@ -95,4 +96,5 @@ class BulkResponse(_message.Message):
     root_digest: str
     payload_bytes: int
     held: bool
-    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., held: _Optional[bool] = ...) -> None: ...
+    digests: bytes
+    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., held: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...

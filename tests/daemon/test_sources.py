@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
+from itertools import accumulate
 
 import pytest
 
@@ -67,7 +68,11 @@ def test_each_way_of_reading_is_right_and_verified(scene, where: str, ranges) ->
 
 
 def copies_of(ranges) -> list[Copy]:
-    return [Copy(source=0, target=0, src_begin=b, dst_begin=0, run_bytes=e - b) for b, e in ranges]
+    places = accumulate((end - begin for begin, end in ranges), initial=0)
+    return [
+        Copy(source=0, target=0, src_begin=begin, dst_begin=place, run_bytes=end - begin)
+        for (begin, end), place in zip(ranges, places, strict=False)
+    ]
 
 
 def taken(source: Source, begin: int, end: int) -> bytes:
@@ -88,7 +93,7 @@ def test_parts_and_streams_are_right_and_verified(scene, where: str) -> None:
     expected = b"".join(data[begin:end] for begin, end in ranges)
     with closing(node.sources.slot(ref, "n0")) as source:
         out = bytearray(len(expected))
-        source.read_parts(copies_of(ranges), memoryview(out))
+        source.read([], copies_of(ranges), memoryview(out))
         assert out == expected
         for begin, end in ranges:
             assert taken(source, begin, end) == data[begin:end]
@@ -99,7 +104,7 @@ def test_parts_and_streams_are_right_and_verified(scene, where: str) -> None:
         view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4
         with closing(node.sources.slot(ref, "n0")) as source:
             with pytest.raises(CorruptionError, match="does not match its digest"):
-                source.read_parts(copies_of(ranges), memoryview(out))
+                source.read([], copies_of(ranges), memoryview(out))
             with pytest.raises(CorruptionError, match="does not match its digest"):
                 taken(source, begin, end)
         view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4

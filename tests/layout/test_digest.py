@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import random
 
 import pytest
 import xxhash
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotd.errors import UsageError
-from snapshotd.layout import CHUNK_BYTES, chunk_count, chunk_digests, root_digest, verify
+from snapshotd.layout import CHUNK_BYTES, RunningDigests, chunk_count, chunk_digests, root_digest, verify
 
 LENGTH = 3 * CHUNK_BYTES + 17
 DATA = bytes(range(256)) * (LENGTH // 256 + 1)
@@ -91,3 +92,17 @@ def test_bad_arguments_are_refused() -> None:
         verify(b"abc", b"1234567", 0, 3)
     with pytest.raises(UsageError):
         verify(DATA, chunk_digests(DATA, LENGTH), 0, CHUNK_BYTES, base=CHUNK_BYTES)
+
+
+def test_bytes_that_come_in_pieces_have_the_digests_of_the_whole() -> None:
+    dice = random.Random(3)
+    data = memoryview(dice.randbytes(3 * CHUNK_BYTES + 17))
+    for _ in range(30):
+        running = RunningDigests()
+        at = 0
+        while at < data.nbytes:
+            end = min(at + dice.choice([0, 1, 1000, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5]), data.nbytes)
+            running.add(data[at:end])
+            at = end
+        assert chunk_digests(data, data.nbytes) == running.finish()
+    assert b"" == RunningDigests().finish()

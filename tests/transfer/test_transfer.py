@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -42,6 +43,12 @@ MIB = 1 << 20
 COPY = Copy(source=0, target=0, src_begin=0, dst_begin=0, run_bytes=10)
 LARGE = replace(COPY, run_bytes=MIB + 1)
 Serve = Callable[..., BulkServer]
+
+
+def parts(client: BulkClient, copies: list[Copy], nbytes: int, address: str = "127.0.0.1:1", **more: Any) -> None:
+    """Read parts of something of 100 bytes, unless ``more`` says otherwise."""
+    of = {"digests": bytes(8), "file_bytes": 100, **more}
+    client.read_verified(address, slot(), [], copies, memoryview(bytearray(nbytes)), **of)
 
 
 def slot(rank: int = 0, step: int = 1) -> ObjectKey:
@@ -246,7 +253,7 @@ def test_refusals_leave_the_connection_in_use(shelf, make_thing, server: BulkSer
     with pytest.raises(ObjectMissing, match="parity 3 of group 1, lane 2"):
         client.digests(address, ObjectKey(job="j", parity=ParityKey(group=1, lane=2, position=3)))
     with pytest.raises(UsageError, match=r"\[50, 101\)"):
-        client.read_parts(address, slot(), [COPY, replace(COPY, src_begin=50, run_bytes=51)], memoryview(bytearray(61)))
+        parts(client, [COPY, replace(COPY, src_begin=50, run_bytes=51)], 61, address)
     assert len(_read_all(client, address, slot())) == 100
     assert server.counters()["connections"] == 1
 
@@ -256,9 +263,9 @@ def test_arguments_are_checked(client: BulkClient) -> None:
         client.read_verified("h:1", slot(), [(begin, out)], digests=digests, file_bytes=file_bytes)  # type: ignore[list-item]
 
     calls: list[Callable[[], object]] = [
-        lambda: client.read_parts("127.0.0.1:1", slot(), [COPY], memoryview(bytearray(1))),
-        lambda: client.read_parts("127.0.0.1:1", slot(), [LARGE], memoryview(bytearray(MIB + 1))),
-        lambda: client.read_parts("127.0.0.1:1", slot(), [COPY] * 4097, memoryview(bytearray(4097 * 10))),
+        lambda: parts(client, [COPY], 1),
+        lambda: parts(client, [LARGE], MIB + 1),
+        lambda: parts(client, [COPY] * 4097, 4097 * 10),
         lambda: client.digests("nonsense", slot()),
         lambda: client.digests("::1:80", slot()),
         lambda: client.digests("h:70000", slot()),
@@ -518,7 +525,7 @@ def test_cancelling_and_pacing(shelf, make_thing, server: BulkServer, client: Bu
         raise TimeoutError("mine")
 
     with pytest.raises(TimeoutError, match="mine"):  # the caller's own errors are not taken for the peer's
-        client.read_parts(server.address_text, slot(), [COPY], memoryview(bytearray(10)), pace=stop)
+        parts(client, [COPY], 10, server.address_text, digests=thing.digests, file_bytes=8 * MIB, pace=stop)
     assert _read_all(client, server.address_text, slot()) == thing.view
 
 
