@@ -29,7 +29,7 @@ from snapshotd_client.copying import split_by_bytes
 from snapshotd_client.errors import RestoreError
 from snapshotd_client.link import Link, Question
 from snapshotd_client.placement import Piece
-from snapshotd_client.readable import ReadableFiles, populate
+from snapshotd_client.readable import WHOLE_BYTES, ReadableFiles, populate
 
 __all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want", "cut"]
 
@@ -80,6 +80,15 @@ class Want:
         return prod(self.piece.box.lengths) * DTYPES[self.entry.dtype].itemsize
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """A want, its bytes in a file of the daemon's, and whether the pages of those have yet to be mapped."""
+
+    want: Want
+    source: Array
+    is_cold: bool
+
+
 class Fetcher:
     """
     Gets wants filled, over as many connections as it takes, until ``deadline`` (of time.monotonic).
@@ -115,14 +124,14 @@ class Fetcher:
         if not len(batch) == len(ready.files) == len(ready.offsets):
             raise RestoreError(f"the daemon answered {len(ready.files)} boxes where {len(batch)} were asked for")
         try:
-            pairs = [
+            found = [
                 _source_of(want, self._files.get(ready.paths[index]), offset)
                 for want, index, offset in zip(batch, ready.files, ready.offsets, strict=True)
                 if want.nbytes
             ]
         except (OSError, SnapshotdError, IndexError) as error:
             raise RestoreError(f"what the daemon gave cannot be read: {error}") from error
-        _fill(pairs, self._threads, copiers)
+        _fill(found, self._threads, copiers)
         self._link.post(pb.Frame(restore_release=pb.RestoreRelease(batch_id=ready.batch_id)), session)
         self.local_bytes += ready.local_bytes
         self.remote_bytes += ready.remote_bytes
@@ -188,7 +197,7 @@ def cut(want: Want) -> Iterator[Want]:
         yield from cut(Want(want.entry, rows, want.target)) if step == 1 else (Want(want.entry, rows, want.target),)
 
 
-def _source_of(want: Want, data: Array, offset: int) -> tuple[Want, Array]:
+def _source_of(want: Want, data: Array, offset: int) -> _Found:
     """Return the wanted box as it lies in the daemon's file, in a type that carries its elements."""
     if offset + want.nbytes > data.nbytes:
         raise RestoreError(f"{want.entry.name}: the daemon's file has {data.nbytes} bytes, too few for {offset}")
@@ -196,28 +205,34 @@ def _source_of(want: Want, data: Array, offset: int) -> tuple[Want, Array]:
     raw = data[offset : offset + want.nbytes]
     if offset % itemsize:
         raw = raw.copy()
-    return want, raw.view(carrier(itemsize)).reshape(want.piece.box.lengths)
+    return _Found(want, raw.view(carrier(itemsize)).reshape(want.piece.box.lengths), data.nbytes > WHOLE_BYTES)
 
 
-def _fill(pairs: Sequence[tuple[Want, Array]], threads: int, copiers: ThreadPoolExecutor) -> None:
+def _fill(batch: Sequence[_Found], threads: int, copiers: ThreadPoolExecutor) -> None:
     """Copy into the targets: those in host memory by all threads, each a share of the bytes."""
-    here: list[tuple[Array, Array]] = []
-    for want, source in pairs:
-        slices, target = want.piece.slices(), want.target
+    pairs: dict[bool, list[tuple[Array, Array]]] = {True: [], False: []}
+    for found in batch:
+        slices, target = found.want.piece.slices(), found.want.target
         if target.device.type == "cpu":
             whole = view_of(target)
-            here.append((whole[slices] if slices else whole, source))
+            pairs[found.is_cold].append((whole[slices] if slices else whole, found.source))
             continue
-        populate(source)
-        view = target.detach().view(torch.from_numpy(source).dtype)
+        if found.is_cold:
+            populate(found.source)
+        view = target.detach().view(torch.from_numpy(found.source).dtype)
         with torch.no_grad():
-            (view[slices] if slices else view).copy_(torch.from_numpy(source))
-    for future in [copiers.submit(_copy_all, part) for part in split_by_bytes(here, threads)]:
-        future.result()
+            (view[slices] if slices else view).copy_(torch.from_numpy(found.source))
+    copies = [
+        copiers.submit(_copy_all, part, is_cold)
+        for is_cold, some in pairs.items()
+        for part in split_by_bytes(some, threads)
+    ]
+    for copy in copies:
+        copy.result()
 
 
-def _copy_all(pairs: Sequence[tuple[Array, Array]]) -> None:
+def _copy_all(pairs: Sequence[tuple[Array, Array]], is_cold: bool) -> None:
     for target, source in pairs:
-        if source.nbytes >= _POPULATE_BYTES:
+        if is_cold and source.nbytes >= _POPULATE_BYTES:
             populate(source)
         np.copyto(target, source)

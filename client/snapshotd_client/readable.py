@@ -12,7 +12,10 @@ import numpy as np
 from snapshotd_client.arrays import Array
 from snapshotd_client.slots import open_checked
 
-__all__ = ["ReadableFiles", "populate"]
+__all__ = ["WHOLE_BYTES", "ReadableFiles", "populate"]
+
+WHOLE_BYTES: Final = 64 * 1024 * 1024
+"""Files up to this size are buffers that are read whole, and more than once: populated when they are mapped."""
 
 _MADV_POPULATE_READ: Final = 22
 _libc: Final = ctypes.CDLL(None)
@@ -53,6 +56,9 @@ def _map_readable(path: str) -> Array:
         size = os.fstat(fd).st_size
         if size == 0:
             return np.empty(0, dtype=np.uint8)
-        return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_COPY), dtype=np.uint8)
+        found = np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_COPY), dtype=np.uint8)
+        if size <= WHOLE_BYTES:
+            populate(found)
+        return found
     finally:
         os.close(fd)
