@@ -1,7 +1,7 @@
 """
-Plots of the cost of a capture by bytes and of memory by steps: `python -m benchmarks.growth_plot RESULTS.json`.
+Plots of what a capture costs by bytes, by steps and by nodes: `python -m benchmarks.growth_plot RESULTS.json`.
 
-Writes docs/explanation/growth-bytes.svg and growth-steps.svg from the rows of the part "growth".
+Writes docs/explanation/growth-*.svg from the rows of the parts "growth" and "group_size".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 300, 70, 110, 46, 44
 _COLORS = ("#1a7f5a", "#8a5a1a", "#5b6475")
 _STYLE = "font:13px system-ui,-apple-system,'Segoe UI',sans-serif"
 _TICKS = 4
+_PARTS = ("growth", "group_size")
 
 Points = Sequence[tuple[float, float]]
 Rows = Sequence[Mapping[str, Any]]
@@ -35,6 +36,7 @@ def main(path: str) -> None:
 
 def plots(rows: Rows) -> dict[str, str]:
     """The files and what is in them."""
+    by_nodes = _points(rows, r"CPU of a GB in a group of (\d+) nodes", lambda row: row["ratio"]["value"])
     by_bytes = _points(rows, r"a GB of ([\d.]+) GB", lambda row: row["ratio"]["value"])
     memory = {
         name: _points(rows, rf"{name} after (\d+) steps", lambda row: row["ours"]["median"] / 1e6)
@@ -42,6 +44,7 @@ def plots(rows: Rows) -> dict[str, str]:
     }
     return {
         "growth-bytes.svg": draw_lines("Time to copy a GB, x that of 0.1 GB", "GB of state", {"capture": by_bytes}),
+        "growth-nodes.svg": draw_lines("CPU for a GB, x that of 3 nodes", "nodes per group", {"daemons": by_nodes}),
         "growth-steps.svg": draw_lines("Resident memory outside the slots, MB", "steps", memory),
     }
 
@@ -77,7 +80,7 @@ def draw_lines(title: str, below: str, lines: Mapping[str, Points]) -> str:
 
 
 def _points(rows: Rows, pattern: str, value: Callable[[Mapping[str, Any]], float]) -> list[tuple[float, float]]:
-    found = [(re.fullmatch(pattern, row["what"]), row) for row in rows if row.get("part") == "growth" and "ours" in row]
+    found = [(re.fullmatch(pattern, row["what"]), row) for row in rows if row.get("part") in _PARTS and "ours" in row]
     return sorted((float(match[1]), value(row)) for match, row in found if match)
 
 

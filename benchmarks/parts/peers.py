@@ -41,12 +41,12 @@ Found = dict[str, dict[str, Any]]
 
 
 def rows(run: Run) -> Iterator[Row]:
-    one = _measure(run, "ours", 1)
+    one = measure(run, "ours", 1)
     two: Found = {}
     yield from _families(run, 1, ("torch_native",) if run.short else tuple(FAMILIES), one)
     yield from _compare(one, "one rank", "survives the worker", "worker")
     if not run.short:
-        two = _measure(run, "ours", 2)
+        two = measure(run, "ours", 2)
         yield from _families(run, 2, TWO_RANKS, two)
         yield from _compare(two, "two ranks", "survives the node", "node")
 
@@ -59,7 +59,7 @@ def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> 
                 yield Row.note(family, "not installed; `make bench-peers` installs it beside the environment")
             continue
         try:
-            found.update(_measure(run, family, world))
+            found.update(measure(run, family, world))
         except BenchError as error:
             yield Row.note(f"{family}, {world} rank{'s' if world > 1 else ''}", f"does not run here: {error}")
 
@@ -103,11 +103,12 @@ def _inflation(system: Mapping[str, Any]) -> Series:
 # ---------------------------------------------------------------- measuring
 
 
-def _measure(run: Run, family: str, world: int) -> Found:
+def measure(run: Run, family: str, world: int) -> Found:
+    """What each system of a family costs, with so many ranks that have the state together."""
     home = run.directory / f"{family}-{world}"
     home.mkdir()
     with contextlib.ExitStack() as stack:
-        places = {"clusters": _clusters(run, world, stack)} if family == "ours" else {}
+        places = _clusters(run, world, stack) if family == "ours" else {}
         children = []
         for rank in range(world):
             path = home / f"spec-{rank}.json"
@@ -147,25 +148,26 @@ def _size(run: Run) -> int:
     return run.size() // 10 if run.short else run.size()
 
 
-def _clusters(run: Run, world: int, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
-    """Clusters for our systems: with two ranks all that there is, with one what others do, too."""
+def _clusters(run: Run, world: int, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Clusters for our systems: with two ranks all that there is, with one what others do, too; their processes."""
+    pids: list[int] = []
 
     def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
         home = run.directory / f"{name.replace(' ', '-')}-{world}"
         budget = str(5 * _size(run) // world + (64 << 20))  # two slots and two parities, and some more
         cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
         sockets = [str(node.socket) for node in cluster.nodes]
+        pids.extend(cluster.pids)
         return {"name": name, "sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
 
     if world > 1:
-        return [place(OURS, "protected", "")]
-    if run.short:
-        return [place(OURS, "sealed", "redundancy")]
-    program = f"{__package__.rpartition('.')[0]}.peers.undigested"
-    return [
-        place(OURS, "sealed", "redundancy"),
-        place(UNDIGESTED, "sealed", "digests, redundancy", program=program),
-    ]
+        found = [place(OURS, "protected", "")]
+    else:
+        found = [place(OURS, "sealed", "redundancy")]
+        if not run.short:
+            program = f"{__package__.rpartition('.')[0]}.peers.undigested"
+            found.append(place(UNDIGESTED, "sealed", "digests, redundancy", program=program))
+    return {"clusters": found, "pids": pids}
 
 
 def _peers_directory() -> Path:

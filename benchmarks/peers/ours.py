@@ -17,7 +17,7 @@ from .system import Setting, System
 __all__ = ["systems"]
 
 _POLL_S = 0.002
-_WARM_STEPS, _WARM_STEP_S = 200, 0.2
+_WARM_STEPS, _WARM_STEP_S = 40, 2.0
 
 
 def systems(setting: Setting) -> list[System]:
@@ -82,9 +82,11 @@ class Snapshots(System):
         for step in range(_WARM_STEPS):
             dist.barrier()
             self._snapshots.capture(step)
-            time.sleep(_WARM_STEP_S)
             self._snapshots.fence()
-            everywhere = torch.tensor([int(self._status.committed(step, self._level))])
+            deadline = time.monotonic() + _WARM_STEP_S
+            while not (committed := self._status.committed(step, self._level)) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            everywhere = torch.tensor([int(committed)])
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             if everywhere.item():
                 return

@@ -2,8 +2,8 @@
 Trains, and measures one family of systems: `python -m benchmarks.peers.trainer SPEC.json`, once per rank.
 
 One sample is one step of training that keeps the state it began with: save, forward and backward, fence, update, drain.
-Plain steps stand between them. Each sample has the step's seconds, the seconds that training was held, and the
-seconds until the snapshot was complete while training went on.
+Plain steps stand between them. Each sample has the step's seconds, the seconds that training was held, the seconds
+until the snapshot was complete while training went on, and the CPU seconds of the services that the system has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..processes import die_with_parent
+from ..processes import cpu_seconds, die_with_parent
 from ..state import Training
 from .system import Setting, System
 
@@ -67,7 +67,9 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
             dist.barrier()
             plain = _plain_step(training)
             dist.barrier()
+            services = cpu_seconds(spec["places"].get("pids", ()))
             found = _kept_step(training, system, step, watched=not system.polls)
+            found["services_cpu_s"] = cpu_seconds(spec["places"].get("pids", ())) - services
             if count:
                 samples[PLAIN].append(plain)
                 samples[system.name].append({**found, "plain_s": plain["step_s"]})

@@ -23,6 +23,7 @@ def test_growth_is_plotted_from_the_rows_of_a_run() -> None:
     rows = [
         *({"part": "growth", "what": f"a GB of {n} GB", "ours": {}, "ratio": {"value": n / 8}} for n in (6, 0.3, 1)),
         {"part": "growth", "what": "a GB of 4 GB", "text": "too little memory"},
+        {"part": "group_size", "what": "CPU of a GB in a group of 8 nodes", "ours": {}, "ratio": {"value": 1}},
     ]
     for who in ("worker", "daemon"):
         rows += ({"part": "growth", "what": f"{who} after {n} steps", "ours": {"median": 2e7}} for n in (10, 20))
@@ -31,4 +32,5 @@ def test_growth_is_plotted_from_the_rows_of_a_run() -> None:
     [line] = trees["growth-bytes.svg"].findall(f"{space}polyline")
     x, y = zip(*(map(float, point.split(",")) for point in line.attrib["points"].split()), strict=True)
     assert (3, sorted(x), sorted(y, reverse=True)) == (len(x), list(x), list(y))
+    assert 1 == len(trees["growth-nodes.svg"].findall(f"{space}polyline"))
     assert 2 == len(trees["growth-steps.svg"].findall(f"{space}polyline"))

@@ -1,0 +1,47 @@
+"""
+Everything on: two ranks train and keep each step, copied, hashed, sent, coded and committed, each on a node of its own.
+
+A step counts until its commit. The floor of what it adds: the CPU seconds of the bare parts of it, measured in the same
+run, divided by the two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import Row, Run, Series
+from ..floors import CORES, Floors
+from .peers import OURS, measure
+
+GOAL = 3
+
+_NODES = 2
+_PARTS = ("copy", "digest", "send", "encode")
+
+
+def rows(run: Run) -> Iterator[Row]:
+    samples = measure(run, "ours", _NODES)[OURS]["samples"]
+    nbytes = (run.size() // 10 if run.short else run.size()) // _NODES
+    floors = Floors(run, nbytes // (1 << 20) * (1 << 20), _NODES - 1)
+    found = run.rounds({name: getattr(floors, name) for name in _PARTS}, rounds=7, pids=[floors.owner])
+    cpu = {name: Series(found[name].cpu_s) for name in _PARTS}
+    whole = cpu["copy"] + cpu["digest"] + cpu["send"] + cpu["encode"]
+    added = Series(tuple(sample["step_s"] - sample["plain_s"] for sample in samples))
+    captured = _NODES * nbytes / 1e9
+    text = ", ".join(f"{name} {one.median * _NODES / captured:.3f}" for name, one in cpu.items())
+    yield Row.cost(
+        f"added to a step until its commit, {_NODES} nodes, everything on",
+        added,
+        whole * (_NODES / CORES),
+        at_most=1.2,
+        against=f"CPU seconds of the bare parts on {CORES} cores",
+        text=f"(CPU s/GB: {text})",
+    )
+    services = Series(tuple(sample["services_cpu_s"] for sample in samples))
+    yield Row.cost(
+        "CPU of daemons and coordinator for each GB captured",
+        services / captured,
+        (whole - cpu["copy"]) * (_NODES / captured),
+        at_most=None,
+        against="bare digest + send + encode",
+    )
