@@ -4,7 +4,7 @@ Every error that snapshotd raises on purpose, with its reason code, exit code an
 * SnapshotdError
   + UsageError                 exit 2   INVALID_ARGUMENT     the caller is wrong
     - LayoutError              exit 2   INVALID_LAYOUT       boxes or layouts that cannot be
-    - BudgetError              exit 5   BUDGET_EXCEEDED      memory that is not there
+    - BudgetError              exit 5   BUDGET_EXCEEDED      room that is not there
   + PeerError
     - PeerUnreachable          exit 3   UNAVAILABLE          nobody answers
     - RemoteProtocolError      exit 1   REMOTE_PROTOCOL      the peer breaks the contract
@@ -57,7 +57,7 @@ class LayoutError(UsageError):
 
 
 class BudgetError(UsageError):
-    """More memory is needed than the budget, the cgroup or the tmpfs has."""
+    """More room is needed than the memory budget, the cgroup, the tmpfs or the target's disk has."""
 
     code = "BUDGET_EXCEEDED"
     exit_code = 5

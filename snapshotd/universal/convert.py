@@ -21,7 +21,7 @@ from snapshotd.universal.derived import Cast
 from snapshotd.universal.places import Job, Place, place_of
 from snapshotd.universal.rules import Rules, load_rules
 from snapshotd.universal.state import FIXED_KINDS, State, Tensor
-from snapshotd.universal.stream import Settings
+from snapshotd.universal.stream import Settings, unwritable
 from snapshotd.universal.writers import Writer, writer_for
 
 __all__ = ["DTYPE_NAMES", "Report", "convert", "parse_layout", "select"]
@@ -70,7 +70,8 @@ def convert(
     """
     place, target_path = place_of(source), Path(target)
     writer = writer_for(to)
-    if isinstance(place, Path) and place.resolve() in (target_path.resolve(), *target_path.resolve().parents):
+    goal = Path(os.path.realpath(target_path))
+    if isinstance(place, Path) and Path(os.path.realpath(place)) in (goal, *goal.parents):
         raise UsageError(f"the target {target_path} must not be the source, nor inside it")
     name = readers.detect(place) if source_format == "auto" else source_format
     if isinstance(rules, str):
@@ -86,7 +87,10 @@ def convert(
         if not dry_run:
             options = {"layout": dict(layout or {}), "rules": rules}
             identity = _identity(place, state, to, options)
-            writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
+            try:
+                writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
+            except OSError as error:
+                raise unwritable(Path(error.filename or target_path), error) from error
     return report
 
 

@@ -39,6 +39,10 @@ class StorageType:
         self.dtype = dtype
 
 
+_EXPANDED_BYTES_MAX: Final = 1 << 30
+"""A tensor larger than its storage (stride 0) may have this much: a file of 1 KB could fill any disk."""
+
+
 class StorageRef:
     """
     A storage: bytes ``[begin, begin + nbytes)`` of ``source``.
@@ -142,6 +146,11 @@ def _tensor(
         raise FormatError(
             f"{label}: a tensor of {dtype} {list(shape)} reaches element {last} of storage {storage.key}, which has "
             f"{storage.nbytes} bytes"
+        )
+    if (nbytes := prod(shape) * DTYPES[dtype].itemsize) > max(_EXPANDED_BYTES_MAX, storage.nbytes):
+        raise FormatError(
+            f"{label}: a tensor of {list(shape)} repeats the {storage.nbytes} bytes of its storage until "
+            f"they are {nbytes}: save it without expand()"
         )
     tensor = TensorRef(storage, dtype, offset, shape, strides)
     tensor.requires_grad = bool(requires_grad)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -115,7 +115,7 @@ def from_json(value: Any, tensors: Mapping[str, Any]) -> Any:
     """
     Return what ``to_json`` was given, but for tuples (lists) and frameworks' objects (dicts, as they stand).
 
-    ``tensors``: by name, what to put in the place of each tensor.
+    ``tensors``: by name, what to put in the place of each tensor. FormatError for marks that ``to_json`` does not make.
     """
     if isinstance(value, list):
         return [from_json(item, tensors) for item in value]
@@ -123,19 +123,31 @@ def from_json(value: Any, tensors: Mapping[str, Any]) -> Any:
         return value
     if len(value) == 1:
         ((key, item),) = value.items()
-        if key == "$tensor":
-            return tensors[item]
-        if key == "$items":
-            pairs = [(from_json(k, tensors), from_json(v, tensors)) for k, v in item]
-            return {tuple(k) if isinstance(k, list) else k: v for k, v in pairs}
-        if key == "$float":
-            return float(item)
-        if key == "$bytes":
-            return base64.b64decode(item)
-        if key == "$set":
-            return set(from_json(item, tensors))
-        if key == "$complex":
-            return complex(float(item[0]), float(item[1]))
-        if key == "$dtype":
-            return TorchDType(item)
+        if key in _MARKS:
+            try:
+                return _MARKS[key](item, tensors)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise FormatError(f"{{{key!r:.20}: {item!r:.80}}} stands for nothing that is known") from error
     return {key: from_json(item, tensors) for key, item in value.items()}
+
+
+def _items(pairs: Any, tensors: Mapping[str, Any]) -> dict[Any, Any]:
+    decoded = [(from_json(key, tensors), from_json(item, tensors)) for key, item in pairs]
+    return {tuple(key) if isinstance(key, list) else key: item for key, item in decoded}
+
+
+def _dtype(name: Any) -> TorchDType:
+    if not isinstance(name, str):
+        raise TypeError(name)
+    return TorchDType(name)
+
+
+_MARKS: Final[dict[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
+    "$tensor": lambda name, tensors: tensors[name],
+    "$items": _items,
+    "$float": lambda text, tensors: float(text),
+    "$bytes": lambda text, tensors: base64.b64decode(text, validate=True),
+    "$set": lambda items, tensors: set(from_json(items, tensors)),
+    "$complex": lambda parts, tensors: complex(float(parts[0]), float(parts[1])),
+    "$dtype": lambda name, tensors: _dtype(name),
+}

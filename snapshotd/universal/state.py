@@ -129,6 +129,8 @@ class State:
         for tensor in self.tensors:
             if not _KIND.match(tensor.kind) or not tensor.name:
                 raise FormatError(f"{tensor.kind!r:.80} / {tensor.name!r:.80} is no kind and name of a tensor")
+            if not tensor.name.isprintable() and any("\ud800" <= char <= "\udfff" for char in tensor.name):
+                raise FormatError(f"the {tensor.kind} {tensor.name!r:.80} has a name that is no Unicode text")
             if tensor.key in seen:
                 raise FormatError(f"{tensor.kind} of {tensor.name} is there twice")
             seen.add(tensor.key)

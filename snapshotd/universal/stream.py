@@ -12,6 +12,7 @@ Rule 4: files are not synced to the disk: like ``cp``. Whoever reads, verifies; 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -25,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from snapshotd.errors import CorruptionError, UsageError
+from snapshotd.errors import BudgetError, UsageError
 from snapshotd.universal.views import View, slabs
 from snapshotd.universal.words import word_dtype
 
@@ -125,6 +126,10 @@ def write_files(
     UsageError when the directory holds something else (or, with a ``journal`` of its own name, one of the files), and
     when it holds an interrupted run and ``settings.resume`` is not set.
     """
+    if target.is_symlink() and not target.exists():
+        raise UsageError(f"{target} is a link to nowhere: choose another target, or remove it")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is there, and is no directory: choose another target, or remove it")
     target.mkdir(parents=True, exist_ok=True)
     there = {entry.name for entry in target.iterdir()} - {journal}
     if journal != JOURNAL:
@@ -134,6 +139,12 @@ def write_files(
         return _Run(target, files, settings, record).run()
     finally:
         record.close()
+
+
+def unwritable(path: Path, error: OSError) -> UsageError:
+    """Return what to raise where ``path`` cannot be written: BudgetError when there is no room."""
+    kind = BudgetError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
+    return kind(f"{path} cannot be written: {error.strerror}; --resume goes on when that is mended")
 
 
 def remove_journal(target: Path) -> None:
@@ -356,9 +367,7 @@ class _File:
                 offset += count
                 rest = rest[count:]
         except OSError as error:
-            raise CorruptionError(
-                f"{self._final} cannot be written: {error.strerror}; --resume goes on when that is mended"
-            ) from error
+            raise unwritable(self._final, error) from error
 
     def close(self) -> None:
         with self._lock:

@@ -10,6 +10,9 @@ import torch
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.readers import read
+from snapshotd.universal.readers.deepspeed_extra import plain_groups
+from snapshotd.universal.readers.deepspeed_zero import Group, Optim
+from snapshotd.universal.state import State
 from tests.universal.test_deepspeed_make import Run, deepspeed_names, expect, save
 from tests.universal.test_deepspeed_pipe_moe import PARTS, STAGES, moe_files, moe_run, pipe_run, pipeline
 
@@ -120,3 +123,18 @@ def test_expert_ranks_that_are_missing_or_of_another_step_are_refused(tmp_path: 
     ]
     with pytest.raises(FormatError, match=r"expp_rank_1_mp_rank_00_optim_states\.pt is of step"):
         read(without_zero(moe_files(tmp_path / "c", run, 4, 2, 4), files))
+
+
+def test_groups_that_are_alike_stay_apart_on_every_stage() -> None:
+    """Two groups under one learning rate are two: a schedule may part them again, and loaders count them."""
+
+    def stage(*groups: tuple[list[str], float]) -> Optim:
+        optim = Optim()
+        optim.groups = [Group(names, {"lr": lr}) for names, lr in groups]
+        return optim
+
+    stages = [stage((["a"], 1.0), (["b"], 0.1), (["c"], 0.1)), stage((["d"], 0.1), (["e"], 0.1), (["f"], 0.5))]
+    found = plain_groups(Path("run"), stages, State(format="deepspeed", tensors=[]))
+    assert [(["a"], 1.0), (["b", "d"], 0.1), (["c", "e"], 0.1), (["f"], 0.5)] == [
+        (group["names"], group["lr"]) for group in found
+    ]

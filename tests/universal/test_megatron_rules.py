@@ -15,6 +15,7 @@ import pytest
 from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal import convert
 from snapshotd.universal import open as open_checkpoint
+from snapshotd.universal.compare import diff
 from snapshotd.universal.readers import read
 from snapshotd.universal.readers.megatron_padding import padding_of
 from snapshotd.universal.rules import load_rules
@@ -234,3 +235,54 @@ def test_gated_experts_without_args_are_seen_by_their_shapes(tmp_path: Path) -> 
     name = "decoder.layers.3.mlp.experts.linear_fc1.weight0"
     whole = expected.of_kind("model")["decoder.layers.3.mlp.linear_fc1.weight"]
     assert np.array_equal(read_all(whole.view), read_all(state.of_kind("model")[name].view))
+
+
+def test_quick_geglu_is_gated_as_swiglu_is(tmp_path: Path) -> None:
+    """--quick-geglu sets gated_linear_unit too: halves of [gate; up] as blocks of rows would train on, wrong."""
+    shutil.copytree(CASE, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("model_optim_rng.pt"):
+        values = load(path)
+        values["args"].swiglu, values["args"].quick_geglu = False, True
+        torch.save(values, path)
+    found, before = words_of(read(tmp_path / "run")), words_of(read(CASE))
+    assert [] == [key for key, words in before.items() if not np.array_equal(words, found[key])]
+
+
+def part_embeddings(values: Any) -> None:
+    """Give the word embeddings, or the output layer, a group of their own, as --decoupled-lr does."""
+    optimizer = values["optimizer"]["optimizer"]
+    values["args"].decoupled_lr, values["args"].decoupled_min_lr = 0.01, 0.001
+    (matrices, first), (vectors, second) = masters_of(values)
+    names = [name for name, value in values["model"].items() if value is not None and value.dim() > 1]
+    states = [optimizer["state"][i] for i in matrices["params"]]
+    own = [i for i, name in enumerate(names) if name in ("embedding.word_embeddings.weight", "output_layer.weight")]
+    others = [i for i in range(len(names)) if i not in own]
+    kept = [
+        (matrices, [(states[i], first[i]) for i in others]),
+        (vectors, [(optimizer["state"][i], master) for i, master in zip(vectors["params"], second, strict=True)]),
+        ({**matrices, "is_decoupled_lr": True, "max_lr": 0.01}, [(states[i], first[i]) for i in own]),
+    ]
+    optimizer["state"], optimizer["param_groups"], masters = {}, [], []
+    for group, members in kept:
+        count = len(optimizer["state"])
+        optimizer["param_groups"].append({**group, "params": list(range(count, count + len(members)))})
+        optimizer["state"].update(enumerate((state for state, _ in members), count))
+        masters.append([master for _, master in members])
+    values["optimizer"]["fp32_from_fp16_params"] = masters
+
+
+def test_a_learning_rate_of_its_own_for_embeddings(tmp_path: Path) -> None:
+    """Positions alone tie states to parameters: the embedding's would be some other matrix's."""
+    shutil.copytree(CASE, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("model_optim_rng.pt"):
+        values = load(path)
+        part_embeddings(values)
+        torch.save(values, path)
+    state = read(tmp_path / "run")
+    found, before = words_of(state), words_of(read(CASE))
+    assert [] == [key for key, words in before.items() if not np.array_equal(words, found[key])]
+    groups = {group["is_decoupled_lr"]: group["names"] for group in state.param_groups if group["wd_mult"]}
+    assert ["embedding.word_embeddings.weight"] == [name for name in groups[True] if name != "output_layer.weight"]
+    assert "embedding.word_embeddings.weight" not in groups[False]
+    convert(tmp_path / "run", tmp_path / "other", to="megatron", layout={"tp": 1, "pp": 1})
+    assert [] == diff(state, read(tmp_path / "other"))

@@ -58,15 +58,18 @@ def detect(path: Place) -> str:
     """Return the name of the format of ``path``; UsageError when none of them is recognised."""
     if isinstance(path, Job):
         return "snapshot"
-    if not path.exists():
-        raise UsageError(f"{path} does not exist")
-    names = _names(path)
-    for name in FORMATS:
-        if name in _HINTS and not any(map(_HINTS[name].match, names)):
-            continue
-        reader = _reader(name)
-        if reader is not None and reader.detect(path):
-            return name
+    try:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist")
+        names = _names(path)
+        for name in FORMATS:
+            if name in _HINTS and not any(map(_HINTS[name].match, names)):
+                continue
+            reader = _reader(name)
+            if reader is not None and reader.detect(path):
+                return name
+    except OSError as error:
+        raise UsageError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     raise UsageError(
         f"{path} is not a checkpoint that snapshotd knows (looked for {', '.join(FORMATS)}); if it is one of these, "
         "say so with --from: the message will then tell what is missing"
@@ -95,9 +98,24 @@ def read(path: Place, format_name: str = "auto", rules: Rules | None = None) -> 
     if reader is None:
         raise UsageError(f"this version has no reader for {format_name}")
     try:
-        return reader.read(path, rules) if format_name in WITH_RULES else reader.read(path)
+        state = reader.read(path, rules) if format_name in WITH_RULES else reader.read(path)
     except LayoutError as error:  # sizes that a file tells, and that cannot be
         raise FormatError(f"{path}: {error}") from error
+    except OSError as error:
+        raise FormatError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    if format_name == "universal":
+        _check_marks(path, state)
+    return state
+
+
+def _check_marks(path: Path, state: State) -> None:
+    """FormatError where ``extra`` or a group has a mark ($tensor, ...) that stands for nothing."""
+    from snapshotd.universal.plain import from_json
+
+    try:
+        from_json([state.extra, state.param_groups], state.of_kind("extra"))
+    except FormatError as error:
+        raise FormatError(f"{path}: in extra or param_groups, {error}") from error
 
 
 def _reader(name: str) -> Reader | None:

@@ -85,10 +85,11 @@ def add_extra(
 def plain_groups(where: Path, optims: Sequence[Optim], state: State) -> list[dict[str, Any]]:
     """
     Return the parameter groups as JSON. The stages of a pipeline have the groups each for their own parameters: those
-    with equal hyperparameters are put together.
+    with equal hyperparameters are put together, the first of a stage with the first, the second with the second.
     """
     merged: list[dict[str, Any]] = []
     for mp, optim in enumerate(optims):
+        taken: set[int] = set()
         for g, group in enumerate(optim.groups):
             values = {
                 key: to_json(value, f"param_groups.{g}.{key}", state.tensors if not mp else [])
@@ -96,10 +97,13 @@ def plain_groups(where: Path, optims: Sequence[Optim], state: State) -> list[dic
                 if key != "names"
             }
             same = [i for i, other in enumerate(merged) if {k: v for k, v in other.items() if k != "names"} == values]
-            if not mp or not same:
+            free = [i for i in same if i not in taken]
+            if not mp or not free:
+                taken.add(len(merged))
                 merged.append({"names": list(group.names), **values})
                 continue
-            target = merged[g if g in same else same[0]]
+            taken.add(free[0])
+            target = merged[free[0]]
             have = set(target["names"])
             target["names"] += [name for name in group.names if name not in have]
     if merged and all(set(values) <= {"names", "step"} for values in merged):

@@ -102,6 +102,8 @@ class _Reader:
         for name, shape in shapes.items():
             self._read_parameter(result, name, shape)
         members = self._members(groups, units)
+        if not isinstance(self.topology.first.get(NOTE_KEY), dict):  # our own writer has no file for what was not there
+            self._check_states(result, members)
         for names, group in zip(members, groups, strict=True):
             values = {key: value for key, value in group.items() if key != "params"}
             result.groups.append(Group(names, values))
@@ -186,6 +188,20 @@ class _Reader:
                 raise FormatError(f"{path} holds a {type(value).__name__}, expected a tensor or a number")
             result.tensors[kind, name] = number
         result.shapes[name] = result.tensors[MASTER, name].shape
+
+    def _check_states(self, result: Optim, members: list[list[str]]) -> None:
+        """All parameters of a group have the same states: ZeRO keeps them in one flat tensor."""
+        found: dict[str, set[str]] = {}
+        for kind, name in result.tensors:
+            found.setdefault(name, set()).add(kind)
+        for names in members:
+            for name in names:
+                missing = set.union(*(found[other] for other in names)) - found[name]
+                if missing:
+                    raise FormatError(
+                        f"{self.zero / name / min(missing)}.pt is missing, though other parameters of its group have "
+                        "one: its conversion to Universal was cut short; run it again"
+                    )
 
     def _check_rows(self, path: Path, tensor: TensorRef, shape: tuple[int, ...], is_vocabulary: bool) -> None:
         if not is_vocabulary or tensor.shape[1:] != shape[1:]:

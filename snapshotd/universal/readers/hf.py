@@ -6,6 +6,7 @@ Names are those in the files; transformers may call them otherwise inside (it ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ __all__ = ["detect", "read"]
 INDEX_NAMES: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES: Final = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 NOTE_KEY: Final = "snapshotd"
+_PART: Final = re.compile(r"(model|diffusion_pytorch_model)-\d{5}-of-(\d{5})\.safetensors\Z")
 
 _EMBEDDINGS: Final = (
     *("model.embed_tokens.weight", "transformer.wte.weight", "model.decoder.embed_tokens.weight", "shared.weight"),
@@ -37,10 +39,11 @@ _EMBEDDINGS: Final = (
 
 
 def detect(path: Path) -> bool:
-    """A safetensors file, or a folder with an index or with model.safetensors."""
+    """A safetensors file, or a folder with an index, with model.safetensors, or with files that count themselves."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return any((path / name).is_file() for name in (*INDEX_NAMES, *SINGLE_NAMES)) or _only_file(path) is not None
+    named = any((path / name).is_file() for name in (*INDEX_NAMES, *SINGLE_NAMES))
+    return named or _only_file(path) is not None or bool(_numbered(path))
 
 
 def read(path: Path) -> State:
@@ -86,6 +89,8 @@ def _weights(path: Path) -> tuple[dict[str, View], dict[str, str]]:
         tensors, metadata = read_header(FileSource(path))
         return dict(tensors), _said(metadata)
     index = next((path / name for name in INDEX_NAMES if (path / name).is_file()), None)
+    if index is None and (numbered := _numbered(path)):
+        return _all_of(path, numbered)
     if index is None:
         single = next((path / name for name in SINGLE_NAMES if (path / name).is_file()), None) or _only_file(path)
         if single is None:
@@ -115,6 +120,32 @@ def _weights(path: Path) -> tuple[dict[str, View], dict[str, str]]:
             if weights.get(name) != file:
                 raise FormatError(f"{path / file} holds {name}, of which {index.name} says {weights.get(name)!r:.80}")
     return {name: files[file][name] for name, file in weights.items()}, said
+
+
+def _numbered(path: Path) -> list[str]:
+    """The names of the files that ``model-00001-of-00003.safetensors`` is one of, where there is one such set."""
+    files = path.iterdir() if path.is_dir() else ()
+    sets = {(match[1], int(match[2])) for file in files if (match := _PART.match(file.name))}
+    if len(sets) != 1:
+        return []
+    ((head, count),) = sets
+    return [f"{head}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _all_of(path: Path, names: list[str]) -> tuple[dict[str, View], dict[str, str]]:
+    """The index is gone, but the files say how many they are, and each what it holds."""
+    views: dict[str, View] = {}
+    said: dict[str, str] = {}
+    for name in names:
+        if not (path / name).is_file():
+            raise FormatError(f"{path / name} is missing, and so is {INDEX_NAMES[0]}: copy them again")
+        tensors, metadata = read_header(FileSource(path / name))
+        twice = next((key for key in tensors if key in views), None)
+        if twice is not None:
+            raise FormatError(f"{path / name} holds {twice}, which another file of the set has too")
+        views.update(tensors)
+        said.update(_said(metadata))
+    return views, said
 
 
 def _only_file(path: Path) -> Path | None:

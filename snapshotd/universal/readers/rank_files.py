@@ -29,7 +29,7 @@ def find_ranks(path: Path) -> list[Path]:
 
     FormatError where one of them is missing, or there are several sets.
     """
-    entries = sorted(path.iterdir())
+    entries = sorted(path.iterdir()) if path.is_dir() else []
     sets = _sets(entry for entry in entries if entry.suffix in _SUFFIXES and entry.is_file())
     if not sets:
         for key, folders in _sets(entry for entry in entries if entry.is_dir()).items():
