@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -94,12 +94,16 @@ class Fetcher:
     Gets wants filled, over as many connections as it takes, until ``deadline`` (of time.monotonic).
 
     threads: that copy at the same time. The daemon reads and verifies the next batches meanwhile.
+    again: called on each new connection, before anything is asked there: a daemon that was started anew has to learn
+    what is being restored.
     """
 
-    def __init__(self, link: Link, deadline: float, threads: int = 1) -> None:
+    def __init__(self, link: Link, deadline: float, threads: int, again: Callable[[], None]) -> None:
         self._link = link
         self._deadline = deadline
         self._threads = threads
+        self._again = again
+        self._session = link.session
         self._files = ReadableFiles()
         self.fetch_s = 0.0
         self.local_bytes = self.remote_bytes = self.decoded_bytes = 0
@@ -162,6 +166,10 @@ class Fetcher:
                         return answer.restore_ready, question.session
                     raise RestoreError(f"the daemon cannot give the state: {answer.error.message or 'no answer'}")
                 if self._link.wait_session(min(left, _ASK_S)):
+                    session = self._link.session
+                    if session != self._session:
+                        self._again()
+                        self._session = session
                     question = self._begin(batch)
                 elif self._link.refused is not None:
                     raise RestoreError(f"the daemon refuses this worker: {self._link.refused.message}")

@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from snapshotd.failpoints import failpoint
@@ -160,7 +161,8 @@ class Restorer:
         manifest = _read_manifest(decision.manifest_path)
         if manifest.meta.get("step") != decision.source_step:
             raise RestoreError(f"the snapshot says step {manifest.meta.get('step')}, the daemon {decision.source_step}")
-        fetcher = Fetcher(self._link, begun + self._settings.restore_timeout_s, self._threads())
+        deadline = begun + self._settings.restore_timeout_s
+        fetcher = Fetcher(self._link, deadline, self._threads(), partial(self._decide_again, decision))
         loader = Loader(self._inventory, manifest)
         order = {name: place for place, name in enumerate(manifest.tensors)}
         fetcher.run(sorted(loader.wants(), key=lambda want: order[want.entry.name]))
@@ -188,6 +190,19 @@ class Restorer:
             "remote_bytes": fetcher.remote_bytes,
             "decoded_bytes": fetcher.decoded_bytes,
         }
+
+    def _decide_again(self, decision: pb.RestoreDecision) -> None:
+        """Ask a daemon that was away what to go on from. RestoreError unless it is what this restore began with."""
+        now = self._decide() or pb.RestoreDecision()
+        if (now.kind, now.source_epoch, now.source_step) != (
+            decision.kind,
+            decision.source_epoch,
+            decision.source_step,
+        ):
+            raise RestoreError(
+                f"step {decision.source_step} was being restored, and the daemon, which was away, says now "
+                f"{_Decision.Kind.Name(now.kind).removeprefix('KIND_')}: {now.reason}"
+            )
 
     def _done(self, ok: bool, error: str, fetch_s: float, load_s: float, step: int) -> None:
         done = pb.RestoreDone(ok=ok, error=error[:2000], fetch_s=fetch_s, load_s=load_s, step=step)

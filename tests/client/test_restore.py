@@ -160,6 +160,49 @@ def test_restore_survives_a_lost_connection(daemon, snapshotter, monkeypatch):
     daemon.wait_for(lambda: daemon.dones and daemon.dones[-1].ok)
 
 
+def test_a_daemon_that_was_started_anew_is_asked_first(daemon, snapshotter, monkeypatch):
+    """Breaks: it learns the epoch's plan from the coordinator, and has nothing for a worker that is faster."""
+    model = nn.Linear(3, 3)
+    captured(snapshotter, model)
+    give, decide = daemon._give, daemon._decide
+    asked, refused = [], []
+
+    def remember(peer):
+        asked.append(peer)
+        return decide(peer)
+
+    def cut(peer, request):
+        if len(asked) == 1:
+            if peer in asked:
+                peer.sock.shutdown(2)
+            else:
+                refused.append(request)
+                return pb.RestoreReady(error="ask which state to restore first (RestoreQuery)")
+        return give(peer, request)
+
+    monkeypatch.setattr(daemon, "_decide", remember)
+    monkeypatch.setattr(daemon, "_give", cut)
+    other = nn.Linear(3, 3)
+    assert snapshotter(other).restore() == 1
+    assert torch.equal(model.weight, other.weight)
+    assert [] == refused
+
+
+def test_a_daemon_that_was_started_anew_and_decides_otherwise_is_an_error(daemon, snapshotter, monkeypatch):
+    """Breaks: half of the weights are of one step, half of another."""
+    captured(snapshotter, nn.Linear(3, 3))
+    give = daemon._give
+
+    def cut(peer, request):
+        daemon.decision = pb.RestoreDecision(kind=pb.RestoreDecision.KIND_FRESH, reason="it has forgotten")
+        peer.sock.shutdown(2)
+        return give(peer, request)
+
+    monkeypatch.setattr(daemon, "_give", cut)
+    with pytest.raises(RestoreError, match=r"step 0 was being restored, .* FRESH: it has forgotten"):
+        snapshotter(nn.Linear(3, 3)).restore()
+
+
 def test_immutable_extra_is_written_back_and_missing_ones_stay(snapshotter):
     captured(snapshotter, nn.Linear(2, 2), extra={"epoch": 7, "best": (1, 2.5)})
     extra = {"epoch": 0, "best": None, "new": [3]}

@@ -293,6 +293,38 @@ def test_float32_parameters_take_the_master_copy(snapshotter, tmp_path):
         snap.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_holds_no_second_copy(dtype, tmp_path):
+    """Breaks: a model that just fits onto the machine cannot be started from a checkpoint, also where it is cast."""
+    torch.save({"weight": torch.randn(8192, 4096)}, tmp_path / "w.pt")
+    convert(tmp_path / "w.pt", tmp_path / "u", to="universal")
+    program = f"""
+import re, torch
+from snapshotd_client import Snapshotter, start
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+model = torch.nn.Linear(4096, 8192, bias=False, dtype=torch.{dtype})
+before = peak()
+with Snapshotter(model) as snap:
+    assert snap.restore({str(tmp_path / "u")!r}) == 0
+grown = peak() - before
+assert grown < 64 << 20, grown
+"""
+    run_alone(program, tmp_path)
+
+
+def run_alone(program, folder):
+    """Run a program in a process of its own, with no daemon."""
+    root = FIXTURES.parent.parent
+    env = {
+        "SNAPSHOTD_SOCKET": str(folder / "nobody"),
+        "SNAPSHOTD_CONNECT_TIMEOUT_S": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin",
+        "PYTHONPATH": str(root),
+    }
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=root, env=env)
+
+
 def test_no_pickle_reader_is_loaded_by_a_start(tmp_path):
     """Breaks: a worker can be made to read a pickle, however closed the list of names."""
     convert(FIXTURES / "dcp_fsdp2_w2" / "ckpt", tmp_path / "u", to="universal")
@@ -311,11 +343,4 @@ banned = {{"unpickle", "pickling", "globals", "torchzip", "torchfile", "plain", 
 assert not loaded & banned, loaded & banned
 assert "grpc" not in sys.modules
 """
-    root = FIXTURES.parent.parent
-    env = {
-        "SNAPSHOTD_SOCKET": str(tmp_path / "nobody"),
-        "SNAPSHOTD_CONNECT_TIMEOUT_S": "0",
-        "PATH": "/usr/bin",
-        "PYTHONPATH": str(root),
-    }
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=root, env=env)
+    run_alone(program, tmp_path)
