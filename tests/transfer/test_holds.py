@@ -169,16 +169,17 @@ def test_a_holder_that_is_silent_lets_go_by_the_idle_timeout(shelf, make_thing, 
     with socket.create_connection(server.address) as sock:
         wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), hold=True))
         assert wire.receive_frame(sock, BulkResponse, within_s=10).held
-        assert 1 == thing.num_readers
         until(lambda: thing.num_readers == 0, "it is let go")
 
 
 def test_a_holder_that_lives_says_so(shelf, make_thing, serve: Serve, client: BulkClient) -> None:
     """A conversion of an hour must not lose its source after two minutes."""
     thing = shelf.put(slot(), make_thing(MIB))
-    server = serve(idle_timeout_s=0.5)
-    with client.hold(server.address_text, [slot()], renew_s=0.05):
-        until(lambda: server.counters()["requests"] > 20, "it is said again and again")
+    server = serve(idle_timeout_s=2.0)
+    began = time.monotonic()
+    with client.hold(server.address_text, [slot()], renew_s=0.02):
+        until(lambda: time.monotonic() - began > 3.0, "longer than that")
+        assert server.counters()["requests"] > 3
         assert (1, 1) == (thing.num_readers, server.counters()["connections"])
 
 
@@ -212,7 +213,7 @@ def test_half_of_the_connections_may_hold_and_none_of_these_is_cut(
             with BulkClient() as other:
                 assert bytes(thing.view) == read(other, server.address_text, slot())
                 other.digests(server.address_text, slot())
-        assert 2 == thing.num_readers
+        until(lambda: thing.num_readers == 2, "the last answer is sent")
     until(lambda: thing.num_readers == 0, "all have let go")
     with client.hold(server.address_text, [slot()]):
         assert 1 == thing.num_readers
