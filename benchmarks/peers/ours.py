@@ -16,7 +16,7 @@ from .system import Setting, System
 
 __all__ = ["systems"]
 
-_POLL_S = 0.002
+_POLL_S = 0.01
 _WARM_STEPS, _WARM_STEP_S = 40, 2.0
 
 
@@ -82,7 +82,7 @@ class Snapshots(System):
         for step in range(_WARM_STEPS):
             dist.barrier()
             self._snapshots.capture(step)
-            self._snapshots.fence()
+            self._snapshots.wait(_WARM_STEP_S)
             deadline = time.monotonic() + _WARM_STEP_S
             while not (committed := self._status.committed(step, self._level)) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
