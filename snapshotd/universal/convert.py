@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -81,11 +82,13 @@ def convert(
             rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
         state = select(state, only=only, dtype=dtype)
         state.check()
-        report = _report(state, writer, name, to, dry_run)
+        options = {"layout": dict(layout or {}), "rules": rules}
+        report = _report(state, writer, name, to, options, dry_run)
         if report.lost and strict:
             raise UsageError(f"{to} cannot hold: {'; '.join(report.lost)} (--strict was given)")
+        if dry_run and (check := getattr(writer, "check", None)) is not None:
+            check(state, options)
         if not dry_run:
-            options = {"layout": dict(layout or {}), "rules": rules}
             identity = _identity(place, state, to, options)
             try:
                 writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
@@ -94,8 +97,13 @@ def convert(
     return report
 
 
-def _report(state: State, writer: Writer, source_format: str, to: str, dry_run: bool) -> Report:
+def _report(
+    state: State, writer: Writer, source_format: str, to: str, options: Mapping[str, Any], dry_run: bool
+) -> Report:
     limits = getattr(writer, "limits", None)
+    warnings = [*state.warnings, *(limits(state) if limits is not None else ())]
+    if prod(options["layout"].values()) > 1 and not hasattr(writer, "check"):
+        warnings.append(f"--layout means nothing to {to}: every tensor is written whole")
     return Report(
         source_format=source_format,
         target_format=to,
@@ -104,7 +112,7 @@ def _report(state: State, writer: Writer, source_format: str, to: str, dry_run: 
         nbytes=state.nbytes,
         kinds={kind: sum(tensor.kind == kind for tensor in state.tensors) for kind in state.kinds},
         lost=writer.losses(state),
-        warnings=[*state.warnings, *(limits(state) if limits is not None else ())],
+        warnings=warnings,
         dry_run=dry_run,
     )
 

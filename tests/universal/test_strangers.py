@@ -158,3 +158,55 @@ def test_a_kilobyte_that_would_fill_the_disk(tmp_path: Path) -> None:
         read(tmp_path / "bomb.pt")
     torch.save({"model": {"a": torch.arange(2.0).expand(3, 2)}}, tmp_path / "fine.pt")
     assert (3, 2) == read(tmp_path / "fine.pt").of_kind("model")["a"].shape
+
+
+@pytest.mark.parametrize("to", ["universal", "dcp", "torch"])
+@pytest.mark.parametrize("only", ["model", "optimizer"])
+def test_a_part_can_be_read_again(to: str, only: str, run: Run, tmp_path: Path) -> None:
+    """An optimizer that was converted alone was said to be broken: there was no model in it."""
+    assert (0, "") == run("convert", DCP, tmp_path / "part", "--to", to, "--only", only)
+    assert (0, "") == run("verify", tmp_path / "part")
+    assert (0, "") == run("convert", tmp_path / "part", tmp_path / "again", "--to", "universal")
+    whole, part = read(DCP), read(tmp_path / "again")
+    kinds = {"model", "buffer"} if only == "model" else {"step", "exp_avg", "exp_avg_sq"}
+    assert {t.key for t in whole.tensors if t.kind in kinds} == {t.key for t in part.tensors}
+    assert (whole.param_groups if only == "optimizer" else []) == part.param_groups
+
+
+@pytest.mark.parametrize(
+    ("to", "layout", "message"),
+    [
+        ("dcp", "ep=2", "ep means nothing to DCP"),
+        ("torch", "pp=2", "torch files hold whole tensors"),
+        ("torch", "tp=2", "give --rules"),
+        ("deepspeed", "tp=2", "DeepSpeed Universal has no layout"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(to: str, layout: str, message: str, run: Run, tmp_path: Path) -> None:
+    for dry in ([], ["--dry-run"]):
+        code, said = run("convert", DCP, tmp_path / "x", "--to", to, "--layout", layout, *dry)
+        assert (2, True) == (code, message in said), said
+        assert [] == os.listdir(tmp_path)
+
+
+def test_a_dry_run_of_megatron_sees_layouts_that_do_not_fit(run: Run, tmp_path: Path) -> None:
+    source = FIXTURES / "megatron_tp2_pp2" / "ckpt"
+    code, said = run("convert", source, tmp_path / "x", "--to", "megatron", "--layout", "pp=3", "--dry-run")
+    assert (2, True) == (code, "4 layers cannot be on 3 pipeline stages" in said), said
+
+
+@pytest.mark.parametrize("to", ["universal", "hf"])
+def test_a_layout_where_there_is_none_is_said(to: str, run: Run, tmp_path: Path) -> None:
+    code, said = run("convert", HF, tmp_path / "x", "--to", to, "--layout", "tp=2")
+    assert (0, True) == (code, f"warning: --layout means nothing to {to}" in said), said
+
+
+def test_hyperparameters_that_are_no_numbers_come_back_from_deepspeed(run: Run, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=float("inf"))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    assert 0 == run("convert", tmp_path / "x.pt", tmp_path / "ds", "--to", "deepspeed")[0]
+    assert [{"$float": "inf"}] == [group["lr"] for group in read(tmp_path / "ds").param_groups]

@@ -94,7 +94,9 @@ def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
             rest.append(item)
     optimizers = [_optimizer(optim) for optim in optims]
     names = [name for optimizer in optimizers for name in optimizer.names if isinstance(name, str)]
-    prefix = _model_prefix(rest, names)
+    # Converted with --only optimizer: there is no model to find.
+    alone = note is not None and not any(item.key.startswith("model.") for item in rest)
+    prefix = "model." if alone else _model_prefix(rest, names)
     weights = {item.key[len(prefix) :]: item for item in rest if _is_weight(item, prefix, set(names))}
     taken = {item.key for item in weights.values()}
     plain = unwrapped(weights)

@@ -18,7 +18,6 @@ from typing import Any, Final
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast
 from snapshotd.universal.globals import TensorRef
-from snapshotd.universal.plain import to_json
 from snapshotd.universal.readers.deepspeed import Topology, assemble, fill_stage3
 from snapshotd.universal.readers.deepspeed_files import Folder, Saved, listed, load
 from snapshotd.universal.readers.deepspeed_groups import dict_of, param_shapes, stage_of
@@ -75,7 +74,7 @@ def _restore(state: State, note: dict[str, Any], saved: Saved) -> None:
     state.extra = dict_of(note.get("extra"), f"{NOTE_KEY}.extra", saved)
     groups, frozen = note.get("param_groups"), note.get("frozen")
     if isinstance(groups, list) and isinstance(frozen, list):
-        state.param_groups, state.frozen = to_json(groups, "param_groups"), [str(name) for name in frozen]
+        state.param_groups, state.frozen = groups, [str(name) for name in frozen]
     state.warnings.clear()
 
 

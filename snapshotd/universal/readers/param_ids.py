@@ -90,7 +90,7 @@ def _recorded(groups: Sequence[Mapping[str, Any]], model: Mapping[str, Shape]) -
         if not isinstance(names, list) or len(names) != len(ids):
             return None
         result.update(zip(ids, names, strict=True))
-    return result if all(name in model for name in result.values()) else None
+    return result if not model or all(name in model for name in result.values()) else None
 
 
 def _step(

@@ -86,7 +86,11 @@ def assemble(value: Any, label: str) -> State:
     if not isinstance(value, Mapping):
         raise FormatError(f"{label} holds a {type(value).__name__}, not a dict: save state dicts")
     optimizers = list(_find_optimizers(value))
-    path, weights = _find_model(value, label, [place for place, _ in optimizers])
+    note = _note(value)
+    if note is not None and value.get("model") == {}:  # converted with --only optimizer
+        path, weights = ("model",), dict[str, TensorRef]()
+    else:
+        path, weights = _find_model(value, label, [place for place, _ in optimizers])
     others = list(_others(value, path, weights))
     plain = unwrapped(weights)
     weights = {plain[name]: tensor for name, tensor in weights.items()}
@@ -100,7 +104,6 @@ def assemble(value: Any, label: str) -> State:
         state.warnings.append(warning)
     listed = {name for optimizer in found for name in optimizer.names} if found else None
     parameters = [name for name, tensor in weights.items() if tensor.parameter or tensor.requires_grad]
-    note = _note(value)
     noted = note is not None
     masters = _masters(value) if noted else {}
     taken = {path, *(place for place, _ in optimizers)} | ({(NOTE_KEY,), ("fp32",)} if noted else set())

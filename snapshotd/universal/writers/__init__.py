@@ -4,7 +4,8 @@ Writers: one file per format.
 Each has ``losses(state)``, which says what the format can not hold, one line each, and ``write(state, target, settings,
 identity=, options=)``, which makes files out of views for stream.write_files and writes the small ones itself, the one
 without which nobody reads the checkpoint last. ``options``: ``layout`` is a dict such as {"dp": 2, "tp": 4}. One may
-have ``limits(state)`` too: what is in the files, but the framework's own loader leaves alone; these are warnings.
+have ``limits(state)`` too: what is in the files, but the framework's own loader leaves alone; these are warnings. One
+that a layout or rules mean something to has ``check(state, options)``, which raises what ``write`` would raise of them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from snapshotd.universal.writers.torch_tree import (
 )
 from snapshotd.universal.writers.universal import write_whole
 
-__all__ = ["flat_items", "losses", "write"]
+__all__ = ["check", "flat_items", "losses", "write"]
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
 _PathOf = tuple[Any, ...]
@@ -51,10 +51,14 @@ def losses(state: State) -> list[str]:
     return []
 
 
+def check(state: State, options: dict[str, Any]) -> None:
+    """UsageError for a layout that the format has not."""
+    _mesh(state, options)
+
+
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the directory ``target``, for as many ranks as the layout has."""
-    names = [tensor.name for tensor in state.tensors if tensor.kind in ("model", "buffer")]
-    plan = _Plan(Mesh(options.get("layout", {}), options.get("rules"), names or _trained(state)))
+    plan = _Plan(_mesh(state, options))
     objects: list[tuple[_PathOf, Any]] = []
     for path, item in flat_items(state):
         if isinstance(item, View):
@@ -103,8 +107,10 @@ def _owner(path: _PathOf) -> tuple[str, str]:
     return (path[0], path[1]) if path[0] in ("model", "fp32") and len(path) == 2 else ("", "")
 
 
-def _trained(state: State) -> list[str]:
-    return list(dict.fromkeys(name for group in state.param_groups for name in group["names"]))
+def _mesh(state: State, options: dict[str, Any]) -> Mesh:
+    names = [tensor.name for tensor in state.tensors if tensor.kind in ("model", "buffer")]
+    names = names or [name for group in state.param_groups for name in group["names"]]
+    return Mesh(options.get("layout", {}), options.get("rules"), names)
 
 
 def _state_value(tensor: Tensor) -> Any:

@@ -30,7 +30,7 @@ from snapshotd.universal.views import View, read_all
 from snapshotd.universal.writers.torch_tree import is_plain_step, optimizer_groups, plain_value
 from snapshotd.universal.writers.universal import write_whole
 
-__all__ = ["limits", "losses", "write"]
+__all__ = ["check", "limits", "losses", "write"]
 
 _DS_VERSION: Final = "0.19.8"
 """What is written as ``ds_version`` for other sources; without one DeepSpeed refuses to load."""
@@ -88,10 +88,15 @@ def limits(state: State) -> list[str]:
     return lines
 
 
-def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
-    """Write ``state`` into the directory ``target``."""
+def check(state: State, options: dict[str, Any]) -> None:
+    """UsageError for a layout: the format has none."""
     if prod(options.get("layout", {}).values()) != 1 and set(options["layout"]) - {"dp"}:
         raise UsageError("DeepSpeed Universal has no layout: it is cut when it is loaded; leave --layout out")
+
+
+def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
+    """Write ``state`` into the directory ``target``."""
+    check(state, options)
     plan = _Plan(state)
     tag = f"global_step{state.step if state.step is not None else 0}_universal"
     files = [

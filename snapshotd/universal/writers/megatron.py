@@ -41,7 +41,7 @@ from snapshotd.universal.writers.megatron_args import target_args
 from snapshotd.universal.writers.torch_tree import NOTE_KEY, plain_value
 from snapshotd.universal.writers.universal import write_whole
 
-__all__ = ["losses", "write"]
+__all__ = ["check", "losses", "write"]
 
 _NAMESPACE: Final = "argparse.Namespace"
 _TUPLES: Final = frozenset({"betas"})
@@ -67,20 +67,29 @@ def losses(state: State) -> list[str]:
     return lost
 
 
+def check(state: State, options: dict[str, Any]) -> None:
+    """UsageError for a layout that the model cannot be cut into."""
+    _check_names(state)
+    _planned(state, options)
+
+
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the run's folder ``target``: one iteration, and the tracker file that names it."""
     _check_names(state)
-    iteration = state.step or 0
+    write_files(target, _planned(state, options), settings, identity=identity)
+    write_whole(target / "latest_checkpointed_iteration.txt", str(state.step or 0).encode())
+    remove_journal(target)
+
+
+def _planned(state: State, options: dict[str, Any]) -> list[OutFile]:
     files: list[OutFile] = []
     try:
         plan = _Plan(state, options.get("layout", {}))
         for place in plan.places:
-            files += plan.rank_files(place, f"iter_{iteration:07d}/{_rank_name(plan.facts, place)}")
+            files += plan.rank_files(place, f"iter_{state.step or 0:07d}/{_rank_name(plan.facts, place)}")
     except FormatError as error:  # sizes that the model can not be cut into
         raise UsageError(f"the layout does not fit the model: {error}") from error
-    write_files(target, files, settings, identity=identity)
-    write_whole(target / "latest_checkpointed_iteration.txt", str(iteration).encode())
-    remove_journal(target)
+    return files
 
 
 def _rank_name(facts: Facts, place: Place) -> str:

@@ -30,7 +30,7 @@ from snapshotd.universal.writers.torch_tree import (
     stand_ins,
 )
 
-__all__ = ["losses", "write"]
+__all__ = ["check", "losses", "write"]
 
 
 def losses(state: State) -> list[str]:
@@ -38,12 +38,15 @@ def losses(state: State) -> list[str]:
     return []
 
 
+def check(state: State, options: dict[str, Any]) -> None:
+    """UsageError for a layout that the files have not, or that the rules do not say how to cut for."""
+    if (ranks := _ranks(options)) > 1:
+        cut_ranks(state, options.get("rules"), ranks)
+
+
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the file ``target``, or for ``tp`` ranks into the folder ``target``."""
-    layout = {axis: size for axis, size in options.get("layout", {}).items() if size > 1}
-    if set(layout) - {"tp", "dp"}:  # data-parallel ranks have all the same
-        raise UsageError(f"torch files hold whole tensors, or those of tensor ranks: --layout tp=N, not {layout}")
-    ranks = layout.get("tp", 1)
+    ranks = _ranks(options)
     if ranks == 1:
         journal = f".{target.name}.convert.jsonl"
         write_files(target.parent, [_file(state, target.name, {})], settings, identity=identity, journal=journal)
@@ -55,6 +58,13 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     files = [_file(part, f"model_rank_{rank:0{width}d}.pt", note) for rank, part in enumerate(parts)]
     write_files(target, files, settings, identity=identity)
     remove_journal(target)
+
+
+def _ranks(options: Mapping[str, Any]) -> int:
+    layout = {axis: size for axis, size in options.get("layout", {}).items() if size > 1}
+    if set(layout) - {"tp", "dp"}:  # data-parallel ranks have all the same
+        raise UsageError(f"torch files hold whole tensors, or those of tensor ranks: --layout tp=N, not {layout}")
+    return int(layout.get("tp", 1))
 
 
 def _file(state: State, name: str, note: Mapping[str, Any]) -> OutFile:
