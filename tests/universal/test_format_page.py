@@ -139,3 +139,5 @@ def test_the_index_is_transformers(converted: Any) -> None:
     assert {name: entry["file"] for name, entry in model.items()} == index["weight_map"]
     assert all(entry["key"] == name and entry["file"].startswith("model") for name, entry in model.items())
     assert {"format": "pt"} == header_of(path / "model.safetensors")[0]["__metadata__"]
+    for name, config in manifest["extra"].get("configs", {}).items():
+        assert name not in ("config.json", "generation_config.json") or config == json.loads((path / name).read_text())

@@ -12,7 +12,7 @@ from snapshotd.universal.format import INDEX_NAME
 from snapshotd.universal.state import State
 from snapshotd.universal.stream import Settings, remove_journal, write_files
 from snapshotd.universal.writers.torch_tree import NOTE_KEY, note_of
-from snapshotd.universal.writers.universal import model_index, plan_files, write_whole
+from snapshotd.universal.writers.universal import model_index, plan_files, write_configs, write_whole
 
 __all__ = ["losses", "write"]
 
@@ -38,8 +38,5 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     write_files(target, files, settings, identity=identity)
     if len(files) > 1:
         write_whole(target / INDEX_NAME, model_index(model, places))
-    configs = state.extra.get("configs")
-    for name, value in configs.items() if isinstance(configs, dict) else ():
-        if name in ("config.json", "generation_config.json", "adapter_config.json"):
-            write_whole(target / name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_configs(state, target)
     remove_journal(target)

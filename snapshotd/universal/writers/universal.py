@@ -15,7 +15,7 @@ from snapshotd.universal.safetensors import encode_header
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import OutFile, Placed, Settings, Written, remove_journal, write_files
 
-__all__ = ["key_of", "losses", "model_index", "plan_files", "write", "write_manifest", "write_whole"]
+__all__ = ["key_of", "losses", "model_index", "plan_files", "write", "write_configs", "write_manifest", "write_whole"]
 
 
 def losses(state: State) -> list[str]:
@@ -27,6 +27,7 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
     """Write ``state`` into the directory ``target``."""
     files, places = plan_files(state.tensors)
     written = write_files(target, files, settings, identity=identity)
+    write_configs(state, target)
     write_manifest(state, target, [_entry(tensor, places[tensor.key], written) for tensor in state.tensors])
     remove_journal(target)
 
@@ -81,6 +82,14 @@ def model_index(model: Sequence[Tensor], places: dict[tuple[str, str], str]) -> 
     }
     weights = {tensor.name: places[tensor.key] for tensor in sorted(model, key=lambda tensor: tensor.name)}
     return json.dumps({"metadata": metadata, "weight_map": weights}, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def write_configs(state: State, target: Path) -> None:
+    """Write what a Hugging Face source had beside its weights, so that transformers needs nothing else."""
+    configs = state.extra.get("configs")
+    for name, value in configs.items() if isinstance(configs, dict) else ():
+        if name in ("config.json", "generation_config.json", "adapter_config.json"):
+            write_whole(target / name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def key_of(tensor: Tensor) -> str:
