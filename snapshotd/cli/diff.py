@@ -26,8 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     rules = rules_of(options)
     with (
-        closing(readers.read(place(options, options.one), rules=rules)) as one,
-        closing(readers.read(place(options, options.other), rules=rules)) as other,
+        closing(readers.read(place(options, options.one), rules=rules, idle_rules=True)) as one,
+        closing(readers.read(place(options, options.other), rules=rules, idle_rules=True)) as other,
     ):
         one.check()
         other.check()

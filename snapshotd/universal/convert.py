@@ -78,8 +78,6 @@ def convert(
     if isinstance(rules, str):
         rules = load_rules(rules)
     with closing(readers.read(place, name, rules)) as state:
-        if rules is not None:
-            rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
         state = select(state, only=only, dtype=dtype)
         state.check()
         options = {"layout": dict(layout or {}), "rules": rules}

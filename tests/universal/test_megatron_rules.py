@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from snapshotd import cli
 from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal import convert
 from snapshotd.universal import open as open_checkpoint
@@ -182,6 +183,10 @@ def test_a_rule_that_matches_nothing_is_refused(run: Path, tmp_path: Path) -> No
     (tmp_path / "idle.toml").write_text(RULES + '[[rule]]\nnames = "**.lora.weight"\nhow = "replicated"\n')
     with pytest.raises(UsageError, match=r"nothing is matched by \*\*.lora.weight"):
         convert(run, tmp_path / "u", to="universal", rules=str(tmp_path / "idle.toml"))
+    for command in (["inspect", run], ["verify", run]):
+        assert 2 == cli.main([*map(str, command), "--rules", str(tmp_path / "idle.toml")])
+        assert 0 == cli.main([*map(str, command), "--rules", str(tmp_path / "rules.toml")])
+    assert 0 == cli.main(["diff", str(run), str(run), "--rules", str(tmp_path / "idle.toml")])
 
 
 def test_averaged_parameters_are_warned_of(run: Path, tmp_path: Path) -> None:

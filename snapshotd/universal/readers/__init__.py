@@ -76,12 +76,24 @@ def detect(path: Place) -> str:
     )
 
 
-def read(path: Place, format_name: str = "auto", rules: Rules | None = None) -> State:
+def read(path: Place, format_name: str = "auto", rules: Rules | None = None, *, idle_rules: bool = False) -> State:
     """
     Return the state at ``path``, which is of ``format_name``, or of what is detected. The caller closes it.
 
-    ``rules`` are used only for what the files do not record themselves.
+    ``rules`` are used only for what the files do not record themselves. One that matches no name is an error, unless
+    ``idle_rules`` is set: it may be meant for another checkpoint.
     """
+    state = _read(path, format_name, rules)
+    if rules is not None and not idle_rules:
+        try:
+            rules.check_used(dict.fromkeys(t.name for t in state.tensors if t.kind not in ("rng", "extra")))
+        except UsageError:
+            state.close()
+            raise
+    return state
+
+
+def _read(path: Place, format_name: str, rules: Rules | None) -> State:
     if isinstance(path, Job):
         if format_name not in ("auto", "snapshot"):
             raise UsageError(f"{path} is a snapshot of ours, and nothing in the format {format_name}: leave --from out")
