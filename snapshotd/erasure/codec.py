@@ -37,8 +37,8 @@ Block = Bytes | bytes
 _MAX_CALL_BYTES: Final = 1 << 30
 """ISA-L counts in C int."""
 
-_ZFEC_WINDOW_BYTES: Final = 64 << 10
-"""zfec makes bytes objects: of this size they are there already, larger ones the kernel has to find memory for."""
+_ZFEC_WINDOW_BYTES: Final = 1 << 20
+"""zfec makes bytes objects: large enough that the calls vanish, and the C library finds memory of this size again."""
 
 
 class Codec(Protocol):
