@@ -31,14 +31,14 @@ from . import parts
 from .processes import adopt_orphans, end_descendants, make_directory
 from .rows import FAILED, MISSED, Row
 
-__all__ = ["Plan", "broken", "names", "run_parts"]
+__all__ = ["Plan", "broken", "names", "run_parts", "whole_run"]
 
 PART_S, SHORT_PART_S = 600.0, 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to run. `only`: parts by name or by how it begins; none: all."""
+    """What to run. `only`: parts by name or by how it begins; none: all but those that stand apart."""
 
     only: Sequence[str] = ()
     scale: float = 1.0
@@ -49,6 +49,11 @@ def names() -> list[str]:
     """All parts, in the order of the table."""
     found = [module.name for module in pkgutil.iter_modules(parts.__path__)]
     return sorted(found, key=lambda name: (_goal(name), name))
+
+
+def whole_run() -> list[str]:
+    """The parts of a run that names none: not those with `APART = True`, which have a run of their own."""
+    return [name for name in names() if not re.search(r"^APART = True$", _text(name), re.MULTILINE)]
 
 
 def run_parts(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -100,9 +105,9 @@ def machine() -> dict[str, Any]:
 
 
 def _chosen(only: Sequence[str]) -> list[str]:
-    known = names()
     if not only:
-        return known
+        return whole_run()
+    known = names()
     for word in only:
         if not any(name.startswith(word) for name in known):
             raise UsageError(f"there is no part {word!r}; there are {', '.join(known)}")
@@ -110,11 +115,15 @@ def _chosen(only: Sequence[str]) -> list[str]:
 
 
 def _goal(name: str) -> int:
-    """The part's GOAL, read from its source: importing it may cost seconds, and may fail."""
+    match = re.search(r"^GOAL = (\d+)$", _text(name), re.MULTILINE)
+    return int(match[1]) if match else 99
+
+
+def _text(name: str) -> str:
+    """The part's source: importing it may cost seconds, and may fail."""
     spec = importlib.util.find_spec(f"{parts.__name__}.{name}")
     assert spec is not None and spec.origin is not None
-    match = re.search(r"^GOAL = (\d+)$", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    return int(match[1]) if match else 99
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _run_part(name: str, plan: Plan, directory: Path) -> list[dict[str, Any]]:

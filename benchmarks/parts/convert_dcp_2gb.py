@@ -8,6 +8,7 @@ from .. import Row, Run
 from ..conversions import DCP, compare_all
 
 GOAL = 20
+APART = True
 
 
 def rows(run: Run) -> Iterator[Row]:

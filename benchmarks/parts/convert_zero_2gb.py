@@ -8,6 +8,7 @@ from .. import Row, Run
 from ..conversions import ZERO, compare_all
 
 GOAL = 21
+APART = True
 
 
 def rows(run: Run) -> Iterator[Row]:

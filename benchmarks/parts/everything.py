@@ -20,19 +20,20 @@ _PARTS = ("copy", "digest", "send", "encode")
 
 
 def rows(run: Run) -> Iterator[Row]:
-    samples = measure(run, "ours", _NODES)[OURS]["samples"]
-    nbytes = (run.size() // 10 if run.short else run.size()) // _NODES
+    whole = run.size() // (10 if run.short else 1)
+    samples = measure(run, "ours", _NODES, whole)[OURS]["samples"]
+    nbytes = whole // _NODES
     floors = Floors(run, nbytes // (1 << 20) * (1 << 20), _NODES - 1)
     found = run.rounds({name: getattr(floors, name) for name in _PARTS}, rounds=7, pids=[floors.owner])
     cpu = {name: Series(found[name].cpu_s) for name in _PARTS}
-    whole = cpu["copy"] + cpu["digest"] + cpu["send"] + cpu["encode"]
+    parts = cpu["copy"] + cpu["digest"] + cpu["send"] + cpu["encode"]
     added = Series(tuple(sample["step_s"] - sample["plain_s"] for sample in samples))
     captured = _NODES * nbytes / 1e9
     text = ", ".join(f"{name} {one.median * _NODES / captured:.3f}" for name, one in cpu.items())
     yield Row.cost(
         f"added to a step until its commit, {_NODES} nodes, everything on",
         added,
-        whole * (_NODES / CORES),
+        parts * (_NODES / CORES),
         at_most=1.2,
         against=f"CPU seconds of the bare parts on {CORES} cores",
         text=f"(CPU s/GB: {text})",
@@ -41,7 +42,7 @@ def rows(run: Run) -> Iterator[Row]:
     yield Row.cost(
         "CPU of daemons and coordinator for each GB captured",
         services / captured,
-        (whole - cpu["copy"]) * (_NODES / captured),
+        (parts - cpu["copy"]) * (_NODES / captured),
         at_most=None,
         against="bare digest + send + encode",
     )

@@ -36,17 +36,19 @@ TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
 OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "bare background copy"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
+_STATE_BYTES = 600_000_000
+"""Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
 Found = dict[str, dict[str, Any]]
 
 
 def rows(run: Run) -> Iterator[Row]:
-    one = measure(run, "ours", 1)
+    one = measure(run, "ours", 1, _bytes(run))
     two: Found = {}
     yield from _families(run, 1, ("torch_native",) if run.short else tuple(FAMILIES), one)
     yield from _compare(one, "one rank", "survives the worker", "worker")
     if not run.short:
-        two = measure(run, "ours", 2)
+        two = measure(run, "ours", 2, _bytes(run))
         yield from _families(run, 2, TWO_RANKS, two)
         yield from _compare(two, "two ranks", "survives the node", "node")
 
@@ -59,7 +61,7 @@ def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> 
                 yield Row.note(family, "not installed; `make bench-peers` installs it beside the environment")
             continue
         try:
-            found.update(measure(run, family, world))
+            found.update(measure(run, family, world, _bytes(run)))
         except BenchError as error:
             yield Row.note(f"{family}, {world} rank{'s' if world > 1 else ''}", f"does not run here: {error}")
 
@@ -103,16 +105,16 @@ def _inflation(system: Mapping[str, Any]) -> Series:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(run: Run, family: str, world: int) -> Found:
-    """What each system of a family costs, with so many ranks that have the state together."""
+def measure(run: Run, family: str, world: int, nbytes: int) -> Found:
+    """What each system of a family costs, with so many ranks that have a state of ``nbytes`` together."""
     home = run.directory / f"{family}-{world}"
     home.mkdir()
     with contextlib.ExitStack() as stack:
-        places = _clusters(run, world, stack) if family == "ours" else {}
+        places = _clusters(run, world, nbytes, stack) if family == "ours" else {}
         children = []
         for rank in range(world):
             path = home / f"spec-{rank}.json"
-            path.write_text(json.dumps(_spec(run, family, world, rank, home, places)))
+            path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, home, places)))
             arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
             environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
             children.append(run.start(f"{family}-{world}-{rank}", arguments, env=environment))
@@ -127,15 +129,17 @@ def measure(run: Run, family: str, world: int) -> Found:
     return found
 
 
-def _spec(run: Run, family: str, world: int, rank: int, home: Path, places: dict[str, Any]) -> dict[str, Any]:
+def _spec(
+    run: Run, family: str, world: int, rank: int, nbytes: int, home: Path, places: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "family": family,
-        "nbytes": _size(run) // world,
+        "nbytes": nbytes // world,
         "world": world,
         "rank": rank,
         "cores": 1 if run.short else len(os.sched_getaffinity(0)),
         "rounds": 2 if run.short else 10,
-        "within_s": 2 if run.short else 45 if family == "ours" else 30,
+        "within_s": 2 if run.short else 20 if family == "ours" else 10,
         "home": str(home / str(rank)),
         "answer": str(home / f"answer-{rank}.json"),
         "store": str(home / "store"),
@@ -144,17 +148,17 @@ def _spec(run: Run, family: str, world: int, rank: int, home: Path, places: dict
     }
 
 
-def _size(run: Run) -> int:
-    return run.size() // 10 if run.short else run.size()
+def _bytes(run: Run) -> int:
+    return run.size(_STATE_BYTES) // (5 if run.short else 1)
 
 
-def _clusters(run: Run, world: int, stack: contextlib.ExitStack) -> dict[str, Any]:
+def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Clusters for our systems: with two ranks all that there is, with one what others do, too; their processes."""
     pids: list[int] = []
 
     def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
         home = run.directory / f"{name.replace(' ', '-')}-{world}"
-        budget = str(5 * _size(run) // world + (64 << 20))  # two slots and two parities, and some more
+        budget = str(5 * nbytes // world + (64 << 20))  # two slots and two parities, and some more
         cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
         sockets = [str(node.socket) for node in cluster.nodes]
         pids.extend(cluster.pids)

@@ -25,7 +25,7 @@ from ..processes import BenchError, Child, wait_for
 GOAL = 21
 
 BYTES = 300_000_000
-JOBS, KILLS = 2, 3
+JOBS, KILLS = 2, 2
 START_S = 120.0
 STEPS_BEFORE = 3
 """Steps that must be complete before a worker is killed."""
