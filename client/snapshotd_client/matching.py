@@ -51,15 +51,31 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A universal checkpoint; ``tensors`` by kind and name, ``states``: those of the optimizer by parameter."""
+    """
+    A universal checkpoint; ``tensors`` by kind and name, ``states``: those of the optimizer by parameter.
+
+    ``source`` is the format that it was converted from.
+    """
 
     path: str
     step: int | None
+    source: str
     tensors: Mapping[tuple[str, str], View]
     states: Mapping[str, Mapping[str, View]]
     tied: Mapping[str, str]
     param_groups: Sequence[Mapping[str, Any]]
     extra: Mapping[str, Any]
+
+    @property
+    def first_step(self) -> int:
+        """
+        The step to go on with. A snapshot is named by its last step, others by how many steps were made.
+
+        0 for weights alone, and where nobody knows.
+        """
+        if not self.has_optimizer or self.step is None:
+            return 0
+        return self.step + 1 if self.source == "snapshot" else self.step
 
     @property
     def has_optimizer(self) -> bool:

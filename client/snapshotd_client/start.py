@@ -63,7 +63,6 @@ def begin(path: str, inventory: Inventory, settings: Settings, threads: int) -> 
     generators = checkpoint.has_optimizer and _set_generators(checkpoint, inventory, settings)
     if checkpoint.has_optimizer and not generators:
         matcher.notes.kept.append("the random generators (it has not just those of as many ranks)")
-    first_step = checkpoint.step + 1 if checkpoint.has_optimizer and checkpoint.step is not None else 0
     load_s = time.monotonic() - begun
     facts = {
         "kind": "start",
@@ -78,7 +77,7 @@ def begin(path: str, inventory: Inventory, settings: Settings, threads: int) -> 
     }
     if settings.rank == 0:
         _warn(checkpoint, matcher.notes)
-    return first_step, facts
+    return checkpoint.first_step, facts
 
 
 def _open(path: str, settings: Settings, threads: int) -> Checkpoint:
@@ -100,6 +99,7 @@ def _open(path: str, settings: Settings, threads: int) -> Checkpoint:
     return Checkpoint(
         path=path,
         step=manifest.step,
+        source=str(manifest.source.get("format", "")),
         tensors={tensor.key: tensor.view for tensor in tensors},
         states=states,
         tied=manifest.tied,

@@ -49,8 +49,11 @@ def examine(
     """
     if isinstance(path, Job):
         return describe(path, source_format, rules, verify=verify)
-    if not path.exists():
-        raise UsageError(f"{path} does not exist")
+    try:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist")
+    except OSError as error:  # too long a name, a loop of links
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if source_format != "auto":
         return describe(path, source_format, rules, verify=verify)
     if path.is_file() and path.name != MARKER_NAME:

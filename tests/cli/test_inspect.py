@@ -133,3 +133,8 @@ def test_inspect_reads_every_byte_when_told_to(tmp_path: Path, capsys: pytest.Ca
     file.write_bytes(data)
     assert 7 == main(["inspect", str(tmp_path / "u"), "--verify"])
     assert "digest" in capsys.readouterr().out
+
+
+def test_a_path_that_cannot_be_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 2 == main(["inspect", str(tmp_path / ("a" * 300))])
+    assert "cannot be read: File name too long" in capsys.readouterr().err
