@@ -52,6 +52,9 @@ DIGESTS_BYTES_MAX: Final = 64 * 1024 * 1024  # of a file of 2 TiB
 PIECE_BYTES: Final = 1024 * 1024
 """Bulk is sent and received in pieces of this size: large enough for the system calls, small enough for the cache."""
 
+_WAKE_BYTES: Final = 512 * 1024
+"""Eight packets on loopback. Who waits for as much as the window holds makes the sender wait for him: both in turns."""
+
 _LENGTH: Final = struct.Struct("<I")
 _GROWTH_BYTES: Final = 64 * 1024
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
@@ -199,7 +202,7 @@ class BulkReceiver:
             return
         at, end = 0, out.nbytes
         while at < end:
-            self._wake_at(min(PIECE_BYTES, self._left))
+            self._wake_at(min(_WAKE_BYTES, self._left))
             with out[at:end] as rest:
                 try:
                     count = self._sock.recv_into(rest)

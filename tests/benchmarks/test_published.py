@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 
+from benchmarks import bench, readme
 from benchmarks.growth_plot import plots
 from benchmarks.plot import Chart, draw
+
+
+def test_what_is_published_is_one_whole_run() -> None:
+    """Every part of it, at full size, and none that failed; README, page and plot are what the script makes of it."""
+    results = json.loads(readme.PUBLISHED.read_text(encoding="utf-8"))
+    assert (1.0, False) == (results["scale"], results["short"])
+    assert set(bench.whole_run()) == {row["part"] for row in results["rows"]}
+    assert [] == [row["what"] for row in results["rows"] if row.get("verdict") == "failed"]
+    assert 0 == readme.main(["--check"])
 
 
 def test_the_plot_is_svg_with_a_bar_per_system() -> None:
