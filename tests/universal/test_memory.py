@@ -144,6 +144,6 @@ def test_ten_times_the_bytes_have_the_same_peak(case: str, tmp_path: Path, monke
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
     print(f"{case}: {peaks[0] / 1e6:.1f} MB at {LARGE_BYTES / 1e10:g} GB, {peaks[1] / 1e6:.1f} MB at ten times that")
-    assert min(peaks) > 1 << 20, "a slab is larger than that: the measurement is broken"
+    assert min(peaks) > 1 << 19, "a slab is larger than that: the measurement is broken"
     assert max(peaks) < 64 << 20
     assert peaks[1] < peaks[0] + (8 << 20)
