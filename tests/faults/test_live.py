@@ -255,7 +255,7 @@ def test_a_killed_holder_gives_the_job_its_room_back(live: Live) -> None:
     step = live.stand()
     holder = live.holder(step)
     newest = live.stand(step + 6)
-    assert [3, 3] == live.slots()
+    live.until(lambda: live.slots() == [3, 3], "a slot stands in for the held one on each node")
     end(holder)
     live.until(lambda: live.slots() == [2, 2], "the room is given back")
     assert live.stand(newest + 2) > newest
