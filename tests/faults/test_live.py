@@ -206,11 +206,11 @@ def test_the_job_trains_on_and_what_is_held_stays(live: Live) -> None:
     """The slot would be written over in the middle of a conversion, or the run be unprotected as long as it takes."""
     step = live.stand()
     before = live.counts()
-    assert [2, 2] == live.slots()
+    live.until(lambda: live.slots() == [2, 2], "the room that others took is given back")
     with live.open(step) as checkpoint:
         newest = live.stand(step + 6)
         assert live.truth(step) == digests(checkpoint)
-        assert [3, 3] == live.slots()
+        live.until(lambda: live.slots() == [3, 3], "a slot stands in for the held one on each node")
         newest = live.stand(newest + 3)
         with live.open() as other:  # another tool, another step
             assert (newest, live.truth(newest)) == (other.step, digests(other))
