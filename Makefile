@@ -67,13 +67,14 @@ bench-convert: $(READY) $(DEEPSPEED)/.ready
 	SNAPSHOTD_BENCH_DEEPSPEED=$(CURDIR)/$(DEEPSPEED)/bin/python \
 	$(BIN)/snapshotd bench --out benchmarks/results --only $(or $(ONLY),convert) $(if $(CHECK),--check)
 
-# DeepSpeed on the CPU, in an environment of its own: torch first, by its exact version, and no operators are built.
+# DeepSpeed on the CPU, in an environment of its own: torch first, by its exact version, and no operators are built. Its
+# zero_to_fp32 needs huggingface_hub, and does not say so.
 $(DEEPSPEED)/.ready: pyproject.toml constraints.txt
 	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
 	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy setuptools wheel
 	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  deepspeed==0.19.8
+	  deepspeed==0.19.8 huggingface_hub
 	touch $@
 
 # Generated code of the wire contract.
