@@ -56,7 +56,7 @@ def figure(value: float, unit: str) -> str:
                 return f"{value / factor:.3g} {name}"
         return f"{value:.0f} B"
     if unit == "%":
-        return f"{value * 100:.3g}%"
+        return f"{value * 100:.3g}%" if abs(value) < 9.995 else f"{value * 100:,.0f}%"
     return f"{value:.3g} {unit}".strip()
 
 

@@ -7,7 +7,6 @@ scenario lies in one directory in tmpfs, and `close` proves that nothing of it s
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -15,13 +14,10 @@ import random
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,198 +27,26 @@ import grpc
 from snapshotd.rpc import open_channel
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
+from tests.faults.notes import SCRIPTS, Notes, read_notes
+from tests.faults.processes import (
+    ROOT,
+    Process,
+    Zygotes,
+    alive,
+    answers,
+    clean_environment,
+    command_of,
+    free_port,
+    stat,
+    until,
+)
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-SCRIPTS = ROOT / "tests" / "scripts"
 JOB = "job"
 
 PATIENCE_S = 100.0
 """For what must come: a deadline that only a bug misses, also where other work takes most of the machine."""
 
 T = TypeVar("T")
-
-
-def until(condition: Callable[[], T], seconds: float, what: Callable[[], str] | str) -> T:
-    """The first true value of `condition`; AssertionError says what did not happen in time. The only wait there is."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() >= deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.01)
-
-
-# ---------------------------------------------------------------- processes
-
-
-class Process:
-    """One process that the harness started, by a zygote or by exec."""
-
-    def __init__(self, pid: int, poll: Callable[[], int | None], log: Path) -> None:
-        self.pid = pid
-        self.log = log
-        self._poll = poll
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """None while it runs, else its exit code, or minus the signal."""
-        if self.returncode is None:
-            self.returncode = self._poll()
-        return self.returncode
-
-    def signal(self, number: int) -> None:
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def wait(self, seconds: float, what: str) -> int:
-        until(lambda: self.poll() is not None, seconds, f"{what} (pid {self.pid}) ends")
-        assert self.returncode is not None
-        return self.returncode
-
-
-class Zygotes:
-    """The zygotes of a test session, and the shim that torchrun starts as its worker."""
-
-    def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="sdz-", dir="/dev/shm"))
-        env = {**_clean_environment(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        self._processes = {}
-        for kind in ("script", "torchrun", "snapshotd"):
-            with open(self.directory / f"{kind}.log", "w") as log:
-                self._processes[kind] = subprocess.Popen(
-                    [sys.executable, "-m", "tests.faults.zygote", kind, str(self.socket(kind)), str(os.getpid())],
-                    env=env,
-                    cwd=ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        self.shim = self._make_shim()
-        for kind, process in self._processes.items():
-            until(
-                lambda kind=kind, process=process: self.socket(kind).exists() or process.poll() is not None,
-                60,
-                f"zygote {kind} is ready",
-            )
-            assert process.poll() is None, (self.directory / f"{kind}.log").read_text()
-
-    def socket(self, kind: str) -> Path:
-        return self.directory / f"{kind}.sock"
-
-    def fork(self, kind: str, argv: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path = ROOT) -> Process:
-        """A child of a zygote; its process starts at once."""
-        words = [str(cwd), str(len(argv)), *argv, *(f"{name}={value}" for name, value in env.items())]
-        payload = b"".join(os.fsencode(word) + b"\0" for word in words)
-        link = socket.socket(socket.AF_UNIX)
-        link.connect(str(self.socket(kind)))
-        request = struct.pack("<I", len(payload)) + payload
-        with open(log, "a") as out, open(os.devnull) as null:
-            fds = array.array("i", [null.fileno(), out.fileno(), out.fileno()])
-            sent = link.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-            link.sendall(request[sent:])
-        link.settimeout(30)
-        answer = b""
-        while not answer.endswith(b"\n"):
-            data = link.recv(1)
-            assert data, f"the zygote {kind} refused: {(self.directory / f'{kind}.log').read_text()}"
-            answer += data
-        link.setblocking(False)
-        heard = b""
-
-        def poll() -> int | None:
-            nonlocal heard
-            try:
-                data = link.recv(64)
-            except BlockingIOError:
-                return None
-            heard += data
-            if not heard.endswith(b"\n"):
-                assert data, f"the zygote {kind} is gone"
-                return None
-            link.close()
-            number = int(heard[1:])
-            return number if heard[:1] == b"E" else -number
-
-        return Process(int(answer[1:]), poll, log)
-
-    def close(self) -> None:
-        for process in self._processes.values():
-            process.terminate()
-        for process in self._processes.values():
-            process.wait(10)
-        shutil.rmtree(self.directory)
-
-    def _make_shim(self) -> Path:
-        target = self.directory / "worker"
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler and subprocess.run([compiler, "-O1", "-o", target, HERE / "shim.c"], check=False).returncode == 0:
-            return target
-        target.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{HERE / "shim.py"}" "$@"\n')
-        target.chmod(0o700)
-        return target
-
-
-def _clean_environment() -> dict[str, str]:
-    """This process's environment without anything that steers torchrun or snapshotd."""
-    unwanted = ("SNAPSHOTD_", "TORCHELASTIC_", "FAULTS_", "PYTEST_")
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
-    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted) and name not in ranks}
-
-
-# ---------------------------------------------------------------- what workers note
-
-
-@dataclass
-class Notes:
-    """What one worker process noted (tests/scripts/lab.py)."""
-
-    rank: int
-    world: int
-    node: str
-    pid: int
-    script: str
-    first: int | None = None
-    restored: dict[str, Any] = field(default_factory=dict)
-    losses: dict[int, str] = field(default_factory=dict)
-    traces: dict[int, dict[str, str]] = field(default_factory=dict)
-    holding: int | None = None
-    end: dict[str, Any] | None = None
-
-    @property
-    def last(self) -> int:
-        return max(self.losses, default=-1)
-
-
-def read_notes(directory: Path) -> list[Notes]:
-    """The notes of all worker processes, oldest first."""
-    found = []
-    for path in sorted(directory.glob("notes.*")):
-        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        if not lines:
-            continue
-        notes = Notes(**{name: lines[0][name] for name in ("rank", "world", "node", "pid", "script")})
-        for line in lines[1:]:
-            if line["kind"] == "restored":
-                notes.first, notes.restored = line["first"], line
-            elif line["kind"] == "step":
-                notes.losses[line["step"]] = line["loss"]
-                notes.holding = None
-                if line["full"] is not None:
-                    notes.traces[line["step"]] = line["full"]
-            elif line["kind"] == "hold":
-                notes.holding = line["step"]
-            else:
-                notes.end = line
-        found.append(notes)
-    return found
-
-
-# ---------------------------------------------------------------- the cluster
 
 
 @dataclass
@@ -286,7 +110,7 @@ class Cluster:
             for name in names:
                 self.wait_daemon(name)
         else:
-            self.address = f"127.0.0.1:{_free_port()}"
+            self.address = f"127.0.0.1:{free_port()}"
         for name in names[: self.options.nodes]:
             self.start_agent(name)
         if self.options.spares:
@@ -326,7 +150,7 @@ class Cluster:
 
     def wait_daemon(self, name: str) -> None:
         process, path = self.daemons[name], self.directory / name / "s"
-        until(lambda: _answers(path) or process.poll() is not None, PATIENCE_S, f"the daemon {name} serves")
+        until(lambda: answers(path) or process.poll() is not None, PATIENCE_S, f"the daemon {name} serves")
         assert process.poll() is None, f"the daemon {name} ended at its start"
 
     def start_agent(self, name: str) -> None:
@@ -368,7 +192,7 @@ class Cluster:
 
     def _env(self, node: str, failpoints: str) -> dict[str, str]:
         env = {
-            **_clean_environment(),
+            **clean_environment(),
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": "0",
             "GLOO_SOCKET_IFNAME": "lo",
@@ -434,12 +258,12 @@ class Cluster:
 
     def workers(self, node: str | None = None) -> list[int]:
         """Pids of the living worker processes (of a node): the real ones, not their shims."""
-        return [pid for pid, kind, name in self._forked() if kind == "script" and node in (None, name) and _alive(pid)]
+        return [pid for pid, kind, name in self._forked() if kind == "script" and node in (None, name) and alive(pid)]
 
     def has_died(self, node: str, launch: int) -> bool:
         """Whether the worker of the node's n-th launch (1 is the first) has ended."""
         launched = [pid for pid, kind, name in self._forked() if kind == "script" and name == node]
-        return len(launched) >= launch and not _alive(launched[launch - 1])
+        return len(launched) >= launch and not alive(launched[launch - 1])
 
     def _forked(self) -> Iterator[tuple[int, str, str]]:
         """Every child of a zygote and, without zygotes, every worker that noted something."""
@@ -471,7 +295,7 @@ class Cluster:
     def kill_workers(self, *pids: int) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        until(lambda: not any(map(_alive, pids)), 5, "killed workers are dead")
+        until(lambda: not any(map(alive, pids)), 5, "killed workers are dead")
 
     def kill_node(self, *nodes: str) -> None:
         """Power off: daemon, launcher and workers at once, and what was in their memory is gone."""
@@ -513,7 +337,7 @@ class Cluster:
             if entry.isdecimal() and int(entry) != os.getpid():
                 with contextlib.suppress(OSError):
                     environ = Path(f"/proc/{entry}/environ").read_bytes()
-                    if mark in environ and _alive(int(entry)):
+                    if mark in environ and alive(int(entry)):
                         yield int(entry), environ
 
     # ------------------------------------------------------------ ending
@@ -541,7 +365,7 @@ class Cluster:
                     trouble.append(str(error))
             with contextlib.suppress(AssertionError):
                 until(lambda: not self._left(), 8, "")  # forked DataLoader workers see their parent's death after 5 s
-            trouble += [f"left behind: {_command(pid)} (pid {pid})" for pid in self._left()]
+            trouble += [f"left behind: {command_of(pid)} (pid {pid})" for pid in self._left()]
             trouble += [f"left behind: {path}" for path in self._stray_files()]
             sockets = [str(path) for path in self.directory.rglob("*") if path.is_socket()]
             dead = {str(self.directory / name / "s") for name, p in self.daemons.items() if p.returncode == 0}
@@ -564,7 +388,7 @@ class Cluster:
         left = {pid for pid, _ in self._mine()}
         for entry in os.listdir("/proc"):
             if entry.isdecimal():
-                state, session = _stat(int(entry))
+                state, session = stat(int(entry))
                 if session in sessions and state not in ("Z", "X", ""):
                     left.add(int(entry))
         return sorted(left)
@@ -583,66 +407,6 @@ class Cluster:
             tail = path.read_text(errors="replace").splitlines()[-lines:]
             parts.append(f"---------- {path.name}\n" + "\n".join(line[:400] for line in tail))
         return "\n".join(parts)
-
-
-def _alive(pid: int) -> bool:
-    return _stat(pid)[0] not in ("Z", "X", "")
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", -1
-    return fields[0], int(fields[3])
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200]
-    return "?"
-
-
-def _answers(path: Path) -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
-        link.connect(str(path))
-        return True
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-# ---------------------------------------------------------------- undisturbed runs
-
-
-def reference(zygotes: Zygotes, script_argv: list[str], world: int) -> list[Notes]:
-    """
-    The notes of a run that nobody disturbed, by rank, with the whole state traced at each step.
-
-    Plain processes with a rank each: no launcher, and in place of snapshotd_client a stub that does nothing.
-    """
-    directory = Path(tempfile.mkdtemp(prefix="sdr-", dir="/dev/shm"))
-    try:
-        port = str(_free_port())
-        processes = []
-        for rank in range(world):
-            env = {
-                **_clean_environment(),
-                "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLOO_SOCKET_IFNAME": "lo",
-                "FAULTS_DIR": str(directory), "FAULTS_TRACE": "1", "FAULTS_STUB": str(SCRIPTS / "stub.py"),
-                "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
-            processes.append(zygotes.fork("script", script_argv, env, directory / f"{rank}.log"))
-        for rank, process in enumerate(processes):
-            code = process.wait(60, f"rank {rank} of the reference run")
-            assert code == 0, f"the reference run failed ({code}):\n{(directory / f'{rank}.log').read_text()[-4000:]}"
-        return sorted(read_notes(directory), key=lambda notes: notes.rank)
-    finally:
-        shutil.rmtree(directory)
 
 
 def flip_bit(path: Path, seed: int) -> None:

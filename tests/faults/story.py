@@ -36,7 +36,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tests.faults.cluster import PATIENCE_S, ROOT, Cluster, Notes, Options, flip_bit
+from tests.faults.cluster import PATIENCE_S, Cluster, Options, flip_bit
+from tests.faults.notes import Notes
+from tests.faults.processes import ROOT
 
 ENDS_S = 120.0
 KINDS = {1: "fresh", 2: "memory", 3: "durable", 4: "refused"}

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cluster import SCRIPTS, Cluster, Notes, Options, Zygotes, reference
+from tests.faults.cluster import Cluster, Options
+from tests.faults.notes import SCRIPTS, Notes, reference
+from tests.faults.processes import Zygotes
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.story import Player, Scenario
 

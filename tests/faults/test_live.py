@@ -27,7 +27,8 @@ from snapshotd.cli import main
 from snapshotd.errors import PeerUnreachable, UsageError
 from snapshotd.settings import ToolSettings, defaults
 from snapshotd.universal import Checkpoint, Job, open
-from tests.faults.cluster import JOB, ROOT, Cluster, Options, Zygotes
+from tests.faults.cluster import JOB, Cluster, Options
+from tests.faults.processes import ROOT, Zygotes
 from tests.faults.story import Player, Scenario
 
 torch = pytest.importorskip("torch")
