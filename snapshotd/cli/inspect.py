@@ -16,6 +16,7 @@ from snapshotd.layout import Layout, header_length
 from snapshotd.sizes import format_bytes
 from snapshotd.universal.describe import describe
 from snapshotd.universal.places import Job, Place
+from snapshotd.universal.readers import detect
 from snapshotd.universal.rules import Rules
 
 TENSORS_SHOWN = 40
@@ -61,6 +62,7 @@ def examine(
     if path.is_file():
         path = path.parent
     if (path / MARKER_NAME).is_file():
+        detect(path)  # refuses a folder with another checkpoint in it
         with open_snapshot(path) as snapshot:
             return _snapshot(path, snapshot, verify)
     if any(path.glob("rank-*.safetensors")):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from snapshotd.cli import main
 from snapshotd.durable import Marker, MarkerRank, RankRecord, RankWriter, write_marker
 from snapshotd.durable.writer import make_directories, snapshot_path
-from snapshotd.errors import CorruptionError
+from snapshotd.errors import CorruptionError, UsageError
 from snapshotd.layout import chunk_digests, root_digest
 from snapshotd.universal import convert
 from snapshotd.universal.compare import diff
@@ -49,9 +51,7 @@ def captured() -> tuple[Any, Any, Any, Any]:
         optimizer.step()
         scheduler.step()
     extra = {"data": {"epoch": 1, "seen": (3, 4.5), "order": torch.arange(2000)}}
-    inventory = Inventory(
-        model=net, optimizer=optimizer, scheduler=scheduler, scaler=None, extra=extra, world_size=1
-    )
+    inventory = Inventory(model=net, optimizer=optimizer, scheduler=scheduler, scaler=None, extra=extra, world_size=1)
     reading = inventory.rescan()
     meta = b"".join(reading.meta(3, 0, 1, 1))
     plan = inventory.plan(reading, len(meta), 0, False)
@@ -140,3 +140,16 @@ def test_rotten_rank_file_is_found_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(CorruptionError, match="rank-000000"):
         convert(path, tmp_path / "u", to="universal")
     assert not (tmp_path / "u" / "universal.json").exists()
+
+
+def test_a_snapshot_beside_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``inspect`` looks for snapshots itself, before any other format."""
+    (layout, data), *_ = captured()
+    path = persisted(tmp_path / "d", layout, data)
+    convert(path, tmp_path / "dcp", to="dcp")
+    shutil.copytree(tmp_path / "dcp", path, dirs_exist_ok=True)
+    for words in ("inspect", "verify"):
+        assert UsageError.exit_code == main([words, str(path)])
+        assert "several formats: snapshot (snapshot.json), dcp (.metadata)" in capsys.readouterr().err
+        assert 0 == main([words, str(path), "--from", "snapshot"])
+        capsys.readouterr()

@@ -11,11 +11,13 @@ import importlib
 import importlib.util
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from snapshotd.errors import FormatError, LayoutError, UsageError
+from snapshotd.errors import CorruptionError, FormatError, LayoutError, UsageError
 from snapshotd.universal.places import Job, Place
+from snapshotd.universal.readers.rivals import rivals
 from snapshotd.universal.state import State
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Reader(Protocol):
 
 
 def detect(path: Place) -> str:
-    """Return the name of the format of ``path``; UsageError when none of them is recognised."""
+    """Return the name of the format of ``path``; UsageError when none of them is recognised, or several are."""
     if isinstance(path, Job):
         return "snapshot"
     try:
@@ -67,6 +69,7 @@ def detect(path: Place) -> str:
                 continue
             reader = _reader(name)
             if reader is not None and reader.detect(path):
+                _refuse_rivals(path, names, name)
                 return name
     except OSError as error:
         raise UsageError(f"{error.filename or path} cannot be read: {error.strerror}") from error
@@ -118,6 +121,29 @@ def _read(path: Place, format_name: str, rules: Rules | None) -> State:
     if format_name == "universal":
         _check_marks(path, state)
     return state
+
+
+def _refuse_rivals(path: Path, names: list[str], found: str) -> None:
+    """UsageError where the folder ``path`` holds another checkpoint beside the one that was found, both whole."""
+    claimed = rivals(path, names, found) if path.is_dir() else {}
+    claimed = {name: file for name, file in claimed.items() if _is_whole(path, name)}
+    if found in claimed and len(claimed) > 1:
+        told = ", ".join(f"{name} ({file})" for name, file in claimed.items())
+        raise UsageError(f"{path} holds checkpoints of several formats: {told}: say with --from which one is meant")
+
+
+def _is_whole(path: Path, name: str) -> bool:
+    """Whether the checkpoint can be opened; one of torch.save that has a claim was."""
+    if name == "torch":
+        return True
+    try:
+        with closing(_read(path, name, None)) as state:
+            state.check()
+    except CorruptionError:
+        return False
+    except UsageError:  # it wants rules
+        pass
+    return True
 
 
 def _check_marks(path: Path, state: State) -> None:

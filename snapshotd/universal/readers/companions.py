@@ -20,7 +20,7 @@ from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.torchzip import load
 
-__all__ = ["CONFIGS", "put_companions"]
+__all__ = ["CONFIGS", "is_companion", "put_companions"]
 
 CONFIGS: Final = ("config.json", "generation_config.json", "trainer_state.json", "adapter_config.json")
 _MAX_JSON: Final = 64 << 20
@@ -34,6 +34,11 @@ _FILES: Final = re.compile(
 
 _GENERATORS: Final = {"torch_manual_seed": "cpu", "torch_cuda_manual_seed": "cuda", "torch_xpu_manual_seed": "xpu"}
 """accelerate's names for the generators' states."""
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name stands beside weights, and is no checkpoint of its own."""
+    return _FILES.match(name) is not None
 
 
 def put_companions(state: State, folder: Path) -> None:

@@ -29,7 +29,7 @@ __all__ = ["detect", "read"]
 INDEX_NAMES: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_NAMES: Final = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 NOTE_KEY: Final = "snapshotd"
-_PART: Final = re.compile(r"(model|diffusion_pytorch_model)-\d{5}-of-(\d{5})\.safetensors\Z")
+PART: Final = re.compile(r"(model|diffusion_pytorch_model)-\d{5}-of-(\d{5})\.safetensors\Z")
 
 _EMBEDDINGS: Final = (
     *("model.embed_tokens.weight", "transformer.wte.weight", "model.decoder.embed_tokens.weight", "shared.weight"),
@@ -125,7 +125,7 @@ def _weights(path: Path) -> tuple[dict[str, View], dict[str, str]]:
 def _numbered(path: Path) -> list[str]:
     """The names of the files that ``model-00001-of-00003.safetensors`` is one of, where there is one such set."""
     files = path.iterdir() if path.is_dir() else ()
-    sets = {(match[1], int(match[2])) for file in files if (match := _PART.match(file.name))}
+    sets = {(match[1], int(match[2])) for file in files if (match := PART.match(file.name))}
     if len(sets) != 1:
         return []
     ((head, count),) = sets

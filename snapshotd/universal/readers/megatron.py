@@ -30,9 +30,12 @@ def detect(path: Path) -> bool:
             return path.is_file()
         if not path.is_dir():
             return False
-        if (path / TRACKER).is_file() or is_legacy(path) or is_distributed(path):
+        if is_legacy(path) or is_distributed(path):
             return True
-        return any(is_legacy(folder) or is_distributed(folder) for folder in _iterations(path))
+        iterations = _iterations(path)
+        if (path / TRACKER).is_file():  # Megatron-DeepSpeed leaves one beside DeepSpeed's files
+            return bool(iterations) or not (path / "latest").is_file()
+        return any(is_legacy(folder) or is_distributed(folder) for folder in iterations)
     except OSError:
         return False
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from snapshotd.errors import FormatError
+from snapshotd.errors import CorruptionError, FormatError
 from snapshotd.layout.header import decode_json
 from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
@@ -24,7 +24,7 @@ from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.torchzip import is_torch_file, load
 from snapshotd.universal.views import View
 
-__all__ = ["assemble", "detect", "read"]
+__all__ = ["assemble", "detect", "is_training_state", "read"]
 
 INDEX_NAME: Final = "pytorch_model.bin.index.json"
 _SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
@@ -45,6 +45,18 @@ def detect(path: Path) -> bool:
         except (OSError, FormatError):
             return False
     return (path / INDEX_NAME).is_file() or _only_file(path) is not None or bool(find_ranks(path))
+
+
+def is_training_state(file: Path) -> bool:
+    """Whether ``file`` holds a model and its optimizer; one that cannot be read holds nothing."""
+    try:
+        value = load(FileSource(file)) if is_torch_file(FileSource(file)) else None
+        if not isinstance(value, Mapping):
+            return False
+        optimizers = [place for place, _ in _find_optimizers(value)]
+        return bool(optimizers) and bool(_find_model(value, str(file), optimizers))
+    except (OSError, CorruptionError):
+        return False
 
 
 def read(path: Path, rules: Rules | None = None) -> State:
