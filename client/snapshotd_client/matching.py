@@ -54,12 +54,12 @@ class Checkpoint:
     """
     A universal checkpoint; ``tensors`` by kind and name, ``states``: those of the optimizer by parameter.
 
-    ``source`` is the format that it was converted from.
+    ``step`` is as it says itself, ``steps_made`` how many optimizer steps that means; None where nobody knows.
     """
 
     path: str
     step: int | None
-    source: str
+    steps_made: int | None
     tensors: Mapping[tuple[str, str], View]
     states: Mapping[str, Mapping[str, View]]
     tied: Mapping[str, str]
@@ -68,14 +68,8 @@ class Checkpoint:
 
     @property
     def first_step(self) -> int:
-        """
-        The step to go on with. A snapshot is named by its last step, others by how many steps were made.
-
-        0 for weights alone, and where nobody knows.
-        """
-        if not self.has_optimizer or self.step is None:
-            return 0
-        return self.step + 1 if self.source == "snapshot" else self.step
+        """The step to go on with, counted from 0. 0 for weights alone, and where nobody knows."""
+        return (self.steps_made or 0) if self.has_optimizer else 0
 
     @property
     def has_optimizer(self) -> bool:

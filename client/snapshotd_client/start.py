@@ -99,7 +99,7 @@ def _open(path: str, settings: Settings, threads: int) -> Checkpoint:
     return Checkpoint(
         path=path,
         step=manifest.step,
-        source=str(manifest.source.get("format", "")),
+        steps_made=manifest.steps_made,
         tensors={tensor.key: tensor.view for tensor in tensors},
         states=states,
         tied=manifest.tied,

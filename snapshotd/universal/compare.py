@@ -121,7 +121,7 @@ def diff(one: State, other: State) -> list[Difference]:
         if key not in left:
             found.append(Difference("extra", *key, f"{tensor.dtype} {list(tensor.shape)} is in the second only"))
     for what, a, b in (
-        ("step", one.step, other.step),
+        ("step", one.steps_made, other.steps_made),
         ("param_groups", one.param_groups, other.param_groups),
         ("tied", one.tied, other.tied),
         ("frozen", sorted(one.frozen), sorted(other.frozen)),

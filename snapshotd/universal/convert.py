@@ -81,15 +81,16 @@ def convert(
         state = select(state, only=only, dtype=dtype)
         state.check()
         options = {"layout": dict(layout or {}), "rules": rules}
+        written = state if to == "universal" else replace(state, step=state.steps_made)
         report = _report(state, writer, name, to, options, dry_run)
         if report.lost and strict:
             raise UsageError(f"{to} cannot hold: {'; '.join(report.lost)} (--strict was given)")
         if dry_run and (check := getattr(writer, "check", None)) is not None:
-            check(state, options)
+            check(written, options)
         if not dry_run:
             identity = _identity(place, state, to, options)
             try:
-                writer.write(state, target_path, settings or Settings(), identity=identity, options=options)
+                writer.write(written, target_path, settings or Settings(), identity=identity, options=options)
             except OSError as error:
                 raise unwritable(Path(error.filename or target_path), error) from error
     return report

@@ -17,7 +17,17 @@ from snapshotd.errors import FormatError
 from snapshotd.layout.dtypes import DTYPES
 from snapshotd.layout.header import decode_json
 
-__all__ = ["FORMAT", "INDEX_NAME", "MARKER_NAME", "SHARD_BYTES", "VERSION", "Entry", "Manifest", "file_group"]
+__all__ = [
+    "FORMAT",
+    "INDEX_NAME",
+    "MARKER_NAME",
+    "SHARD_BYTES",
+    "VERSION",
+    "Entry",
+    "Manifest",
+    "file_group",
+    "steps_made",
+]
 
 FORMAT: Final = "snapshotd-universal"
 VERSION: Final = 1
@@ -56,6 +66,11 @@ class Manifest:
     param_groups: list[dict[str, Any]]
     extra: dict[str, Any]
     warnings: list[str]
+
+    @property
+    def steps_made(self) -> int | None:
+        """How many optimizer steps have been made."""
+        return steps_made(self.step, str(self.source.get("format", "")))
 
     def encode(self) -> bytes:
         head = {
@@ -113,6 +128,14 @@ class Manifest:
             extra=_typed(values, "extra", dict, what),
             warnings=_names(values.get("warnings", []), f"{what}: warnings"),
         )
+
+
+def steps_made(step: int | None, format_name: str) -> int | None:
+    """
+    Return how many optimizer steps a checkpoint's ``step`` means: frameworks say that number itself, and our own
+    snapshots are named by their last step, counted from 0. ``format_name``: what the checkpoint was in the first place.
+    """
+    return step if step is None or format_name != "snapshot" else step + 1
 
 
 def file_group(kind: str) -> str:

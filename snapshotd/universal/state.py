@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from snapshotd.errors import FormatError
+from snapshotd.universal.format import steps_made
 from snapshotd.universal.views import View, stored_bytes
 
 __all__ = ["FIXED_KINDS", "State", "Tensor", "scalar", "tensors_of"]
@@ -82,8 +83,9 @@ class State:
     """
     A checkpoint. ``tensors`` are in the source's own order, parameters as the model lists them where that is known.
 
-    ``format`` is the reader's name, ``source`` says where it came from (JSON: versions, topology), ``step`` is None
-    where the source does not say. ``closer`` is for a source that keeps something open; may be called twice.
+    ``format`` is the reader's name, ``source`` says where it came from (JSON: versions, topology), ``step`` is as the
+    source says it (see ``steps_made``), None where it does not. ``closer`` is for a source that keeps something
+    open; may be called twice.
     """
 
     format: str
@@ -101,6 +103,11 @@ class State:
         """Let go of what is held for this state: a running job's slots. Tensors can't be read any more after that."""
         if self.closer is not None:
             self.closer()
+
+    @property
+    def steps_made(self) -> int | None:
+        """How many optimizer steps have been made."""
+        return steps_made(self.step, self.format)
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         """The tensors of one kind by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from snapshotd.universal.views import read_all
 from snapshotd.v1 import control_pb2 as control
 
 torch = pytest.importorskip("torch")
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 
 
 class Net(torch.nn.Module):
@@ -127,6 +130,40 @@ def test_durable_snapshot_is_a_source_like_any_other(tmp_path: Path) -> None:
         target = tmp_path / f"{to}.pt"
         convert(tmp_path / "u", target, to=to)
         assert diff(state, read(target)) == []
+        assert 4 == read(target).step
+
+
+def test_frameworks_are_told_how_many_steps_were_made(tmp_path: Path) -> None:
+    """DeepSpeed or Megatron-LM would make the last step a second time, with the learning rate of the one before."""
+    (layout, data), *_ = captured()
+    durable = persisted(tmp_path / "d", layout, data)
+    convert(durable, tmp_path / "u", to="universal")
+    for i, source in enumerate((durable, tmp_path / "u")):
+        convert(source, tmp_path / f"ds{i}", to="deepspeed")
+        folder = tmp_path / f"ds{i}" / "global_step4_universal"
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+        assert 4 == saved["global_steps"]
+        assert 4 == read(tmp_path / f"ds{i}").step
+        assert [] == diff(read(durable), read(tmp_path / f"ds{i}"))
+        convert(source, tmp_path / f"t{i}.pt", to="torch")
+        assert 4 == torch.load(tmp_path / f"t{i}.pt", weights_only=True)["step"]
+    convert(tmp_path / "ds1", tmp_path / "again", to="universal")
+    assert (3, 4) == (read(tmp_path / "u").step, read(tmp_path / "again").step)
+    assert 4 == read(tmp_path / "u").steps_made == read(tmp_path / "again").steps_made
+
+
+def test_megatron_is_told_how_many_steps_were_made(tmp_path: Path) -> None:
+    convert(FIXTURES / "megatron_tp2_pp2" / "ckpt", tmp_path / "u", to="universal")
+    marker = tmp_path / "u" / "universal.json"
+    manifest = json.loads(marker.read_text())
+    assert ("megatron", 4) == (manifest["source"]["format"], manifest["step"])
+    for origin, count in (("megatron", 4), ("snapshot", 5)):
+        marker.write_text(json.dumps({**manifest, "source": {"format": origin}}))
+        target = tmp_path / origin
+        convert(tmp_path / "u", target, to="megatron", layout={"tp": 2})
+        assert str(count) == (target / "latest_checkpointed_iteration.txt").read_text()
+        assert (count, True) == (read(target).step, (target / f"iter_{count:07d}").is_dir())
+        assert [] == diff(read(tmp_path / "u"), read(target))
 
 
 def test_rotten_rank_file_is_found_when_it_is_read(tmp_path: Path) -> None:

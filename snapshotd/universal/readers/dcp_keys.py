@@ -107,9 +107,7 @@ def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
     warning = name_optimizers(optimizers, views)
     if warning:
         state.warnings.append(warning)
-    renamed = note.get("renamed") if note is not None else None
-    others = [_of_module(item, prefix) for item in rest if item.key not in taken]
-    _put_rest(state, others, renamed if isinstance(renamed, dict) else {})
+    _put_rest(state, [_of_module(item, prefix) for item in rest if item.key not in taken], note)
     listed = {name for optimizer in optimizers for name in optimizer.names}
     sharded = [name for name, item in weights.items() if item.sharded]
     idle = [name for optimizer in optimizers for name in optimizer.idle]
@@ -247,13 +245,19 @@ def _of_module(item: Item, prefix: str) -> Item:
     return replace(item, path=("model_state", *path[depth:])) if inside else item
 
 
-def _put_rest(state: State, items: Sequence[Item], renamed: Mapping[str, str]) -> None:
-    """Everything that is neither model nor optimizer: random generators, and the tree of the rest."""
+def _put_rest(state: State, items: Sequence[Item], note: Mapping[str, Any] | None) -> None:
+    """
+    Everything that is neither model nor optimizer: random generators, and the tree of the rest.
+
+    Our own writer's ``note`` has said which are generators: nothing is one by its name then.
+    """
+    renamed = note.get("renamed") if note is not None else None
+    renamed = renamed if isinstance(renamed, dict) else {}
     tree = _Node()
     ranks: set[str] = set()
     for item in items:
         path = item.path or (item.key,)
-        if item.view is not None:
+        if item.view is not None and note is None:
             rank = is_rng(path, item.view)
             if rank is not None and rank not in ranks:
                 ranks.add(rank)

@@ -122,8 +122,7 @@ def assemble(value: Any, label: str) -> State:
     if note is not None and isinstance(note.get("rng"), list):
         taken |= {("rng_state",)}
         state.tensors += [Tensor("rng", name, tensor.view) for name, tensor in _generators(value, note["rng"]).items()]
-    renamed = note.get("renamed") if note is not None else None
-    _put_rest(state, value, taken, renamed if isinstance(renamed, Mapping) else {})
+    _put_rest(state, value, taken, note)
     idle = [name for optimizer in found for name in optimizer.idle]
     if note is not None:
         Model.put_noted(state, views, note)
@@ -257,13 +256,16 @@ def _others(value: Mapping[str, Any], path: Path_, weights: Mapping[str, TensorR
             yield str(name), item
 
 
-def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_], renamed: Mapping[str, str]) -> None:
+def _put_rest(state: State, value: Mapping[str, Any], taken: set[Path_], note: Mapping[str, Any] | None) -> None:
+    """Put all that is not ``taken`` into ``extra``, but for generators, which only our own writer's note can name."""
+    renamed = note.get("renamed") if note is not None else None
+    renamed = renamed if isinstance(renamed, Mapping) else {}
     if () in taken and all(isinstance(item, TensorRef) for item in value.values()):
         return
     for key, item in value.items():
         rest = _without((key,), item, taken)
         if rest is not _TAKEN and not (() in taken and isinstance(rest, TensorRef)):
-            rest = _take_rng(state, (key,), rest)
+            rest = _take_rng(state, (key,), rest) if note is None else rest
             if rest is not _TAKEN:
                 name = renamed.get(str(key), str(key))
                 state.extra[name] = to_json(rest, name, state.tensors)

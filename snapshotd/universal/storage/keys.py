@@ -108,7 +108,7 @@ class KeyLookup:
 
     def _rest(self, parts: Sequence[str], numbered: bool) -> Any:
         if parts in (["step"], ["global_step"]) and parts[0] not in self._extra and self.state.step is not None:
-            return self.state.step
+            return self.state.steps_made
         for at in range(len(parts)):
             for tree in (self._extra, self._extra.get(MODULES_KEY), self._extra.get("app")):
                 found = _descend(tree, parts[at:])
