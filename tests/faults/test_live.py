@@ -139,6 +139,13 @@ def live(zygotes: Zygotes) -> Iterator[Live]:
         yield live
 
 
+@pytest.fixture(scope="module")
+def ddp(zygotes: Zygotes) -> Iterator[Live]:
+    """The same with DDP: each rank has all of the state, and captures a share of it."""
+    with started(zygotes, replace(OPTIONS, script="ddp.py")) as live:
+        yield live
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None and process.stdout is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -153,10 +160,34 @@ def digests(checkpoint: Checkpoint) -> dict[str, str]:
     for tensor in checkpoint:
         if tensor.kind in ("rng", "extra"):
             continue
-        plain = tensor.torch().contiguous()
-        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
         name = tensor.name if tensor.kind in ("model", "buffer") else f"optimizer0.{tensor.name}.{tensor.kind}"
-        found[name] = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode() + raw).hexdigest()[:16]
+        found[name] = digest(tensor.torch())
+    return found
+
+
+def digest(tensor: Any) -> str:
+    plain = tensor.detach().contiguous()
+    raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode() + raw).hexdigest()[:16]
+
+
+def loaded(path: Path) -> dict[str, str]:
+    """The state of the job's own model and optimizer, made anew and loaded by torch from its own format."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    from tests.scripts import lab
+
+    model = lab.Words(large=0)
+    (optimizer,) = lab.OPTIMIZERS["adamw"](model)
+    weights, optim = get_state_dict(model, optimizer)  # makes the optimizer's state
+    state = {"model": weights, "optim": optim}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    names = {p: name for name, p in model.named_parameters()}
+    found = {name: digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for p, values in optimizer.state.items():
+        found |= {f"optimizer0.{names[p]}.{kind}": digest(value) for kind, value in values.items()}
     return found
 
 
@@ -188,6 +219,26 @@ def test_a_live_job_converts_bit_by_bit(live: Live, tmp_path: Path, capsys: pyte
     assert 0 == live.run("verify", source)
     text = capsys.readouterr().out
     assert f"{source}: snapshot, step {step}, " in text and "every chunk matches its digest" in text
+
+
+@pytest.mark.parametrize("kind", ["live", "ddp"])
+def test_a_live_job_goes_to_where_frameworks_read_it(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The rows of a sharded job that lie on another rank, or the shares of replicas, would be missing elsewhere."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    job: Live = request.getfixturevalue(kind)
+    step = job.stand()
+    truth = job.truth(step)
+    for to in ("universal", "dcp", "hf", "deepspeed"):
+        assert 0 == job.run("convert", f"job:{JOB}@{step}", str(tmp_path / to), "--to", to)
+    with open(tmp_path / "universal") as universal:
+        assert (truth, step) == (digests(universal), universal.step)
+    assert truth == loaded(tmp_path / "dcp")
+    weights = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
+    of_model = {name: value for name, value in truth.items() if not name.startswith("optimizer0.")}
+    assert of_model == {name: digest(tensor) for name, tensor in weights.items() if name in of_model}
+    assert {"head.weight"} >= set(weights) - set(of_model)  # the other name of a tied weight
+    # Steps are counted from 0 here, and DeepSpeed says how many were made.
+    assert f"global_step{step + 1}_universal" == (tmp_path / "deepspeed" / "latest_universal").read_text()
 
 
 def test_inspect_says_what_it_is(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
