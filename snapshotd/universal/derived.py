@@ -60,7 +60,7 @@ class Cast(View):
 class Merged(View):
     """
     Several copies of one array. ``how`` "equal": the first, FormatError where another differs in a bit. "average": the
-    arithmetic mean, in float64.
+    arithmetic mean, in float64, of elements that are not equal in all bits.
     """
 
     __slots__ = ("copies", "how", "name")
@@ -85,19 +85,22 @@ class Merged(View):
             self.copies[0].read_into(begin, place)
             if self.how == "average":
                 total = np.zeros(place.shape, dtype=np.float64)
+                differs = np.zeros(place.shape, dtype=bool)
             for i, copy in enumerate(self.copies):
                 scratch = np.empty(place.shape, dtype=place.dtype)
                 if i or self.how == "average":
                     copy.read_into(begin, scratch)
                 if self.how == "average":
                     total += to_float(scratch, self.dtype).reshape(place.shape)
+                    differs |= scratch != place
                 elif i and not np.array_equal(scratch, place):
                     raise FormatError(
                         f"{self.name} should be the same in {files_of(self.copies[0])} and {files_of(copy)}, "
                         "but differs"
                     )
             if self.how == "average":
-                place[...] = from_float(total / len(self.copies), self.dtype).reshape(place.shape)
+                mean = from_float(total / len(self.copies), self.dtype).reshape(place.shape)
+                place[...] = np.where(differs, mean, place)
 
 
 class Filled(View):

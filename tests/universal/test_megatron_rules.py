@@ -18,10 +18,14 @@ from snapshotd.universal import convert
 from snapshotd.universal import open as open_checkpoint
 from snapshotd.universal.compare import diff
 from snapshotd.universal.readers import read
+from snapshotd.universal.readers.megatron_names import in_list_order, order_of
 from snapshotd.universal.readers.megatron_padding import padding_of
 from snapshotd.universal.rules import load_rules
-from snapshotd.universal.state import State
-from snapshotd.universal.views import read_all
+from snapshotd.universal.state import State, Tensor, scalar
+from snapshotd.universal.stream import Settings
+from snapshotd.universal.views import read_all, stored_bytes
+from snapshotd.universal.words import from_float
+from snapshotd.universal.writers import universal
 
 torch = pytest.importorskip("torch")
 
@@ -291,3 +295,148 @@ def test_a_learning_rate_of_its_own_for_embeddings(tmp_path: Path) -> None:
     assert "embedding.word_embeddings.weight" not in groups[False]
     convert(tmp_path / "run", tmp_path / "other", to="megatron", layout={"tp": 1, "pp": 1})
     assert [] == diff(state, read(tmp_path / "other"))
+
+
+def assert_same(one: State, other: State) -> None:
+    first, second = words_of(one), words_of(other)
+    assert sorted(first) == sorted(second)
+    assert [] == [key for key, words in first.items() if not np.array_equal(words, second[key])]
+    assert [] == diff(one, other)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 1, "pp": 1}, {"tp": 4, "pp": 2}, {"tp": 1, "pp": 4}, {"tp": 2, "pp": 2, "vpp": 2}]
+)
+def test_custom_parameters_go_back_for_any_layout(layout: dict[str, int], run: Path, tmp_path: Path) -> None:
+    """A run with an adapter could be read once, and never go on in Megatron-LM."""
+    rules = str(tmp_path / "rules.toml")
+    convert(run, tmp_path / "u", to="universal", rules=rules)
+    convert(tmp_path / "u", tmp_path / "other", to="megatron", rules=rules, layout=layout)
+    assert_same(read(tmp_path / "u"), read(tmp_path / "other", rules=load_rules(rules)))
+
+
+def test_each_rank_gets_its_part_where_it_was(run: Path, tmp_path: Path) -> None:
+    """The file that Megatron-LM itself loads: names, stages, parts, padding, and the order that ties the optimizer."""
+    rules = str(tmp_path / "rules.toml")
+    convert(run, tmp_path / "other", to="megatron", rules=rules)
+    for stage in STAGES:
+        for rank in (0, 1):
+            place = Path("iter_0000004") / f"mp_rank_{rank:02d}_{stage:03d}" / "model_optim_rng.pt"
+            theirs, ours = load(run / place), load(tmp_path / "other" / place)
+            weights = [{n: v for n, v in values["model"].items() if v is not None} for values in (theirs, ours)]
+            assert set(weights[0]) == set(weights[1])
+            assert [] == [name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])]
+            listed = []
+            for values, model in ((theirs, weights[0]), (ours, weights[1])):
+                states, found = values["optimizer"]["optimizer"]["state"], {}
+                for plain, (group, masters) in zip((False, True), masters_of(values), strict=True):
+                    names = [name for name, value in model.items() if (value.dim() < 2) == plain]
+                    for name, i, master in zip(names, group["params"], masters, strict=True):
+                        found[name] = [master, *(states[i][kind] for kind in ("exp_avg", "exp_avg_sq", "step"))]
+                listed.append(found)
+            for name, tensors in listed[0].items():
+                assert all(torch.equal(a, b) for a, b in zip(tensors, listed[1][name], strict=True)), name
+
+
+def with_more(source: Path, shapes: dict[str, tuple[int, ...]], target: Path, *, flat: bool = False) -> State:
+    """Write a universal checkpoint of ``source`` that has more parameters, in a group by the shapes on a rank."""
+    state, dice = read(source), np.random.default_rng(3)
+    if flat:
+        state.extra["args"]["fields"]["use_distributed_optimizer"] = True
+    for name, shape in shapes.items():
+        for kind in KINDS:
+            values = dice.standard_normal(shape, dtype=np.float32)
+            values.flat[0] = -0.0
+            state.tensors.append(Tensor(kind, name, stored_bytes(values.tobytes(), "float32", shape)))
+            if kind == "fp32":
+                rounded = from_float(values, "bfloat16").tobytes()
+                state.tensors.append(Tensor("model", name, stored_bytes(rounded, "bfloat16", shape)))
+        state.tensors.append(Tensor("step", name, scalar(4.0, "float32")))
+        vector = len(shape) < 2 or "flat" in name
+        next(group for group in state.param_groups if (group["wd_mult"] == 0) == vector)["names"].append(name)
+    universal.write(state, target, Settings(), identity="test", options={})
+    return read(target)
+
+
+MORE = """
+version = 1
+[[rule]]
+names = "**.flat"
+how = "flattened"
+shape = [5, 3]
+[[rule]]
+names = "**.mean"
+how = "averaged"
+[[rule]]
+names = "**.odd.weight"
+how = "sharded"
+uneven = true
+[[rule]]
+names = "head.adapter.weight"
+how = "sharded"
+dim = 1
+ranks = [3, 1]
+"""
+SHAPES: dict[str, tuple[int, ...]] = {
+    "decoder.layers.1.flat": (5, 3),
+    "decoder.layers.3.mean": (7,),
+    "decoder.layers.2.odd.weight": (5, 2),
+    "head.adapter.weight": (2, 8),
+}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_every_kind_of_rule_goes_there_and_back(pp: int, flat: bool, tmp_path: Path) -> None:
+    """With the distributed optimizer too, whose flat buffers have neither names nor shapes."""
+    (tmp_path / "more.toml").write_text(MORE)
+    state = with_more(CASE, SHAPES, tmp_path / "u", flat=flat)
+    report = convert(
+        tmp_path / "u", tmp_path / "run", to="megatron", rules=str(tmp_path / "more.toml"), layout={"tp": 2, "pp": pp}
+    )
+    assert [] == report.lost
+    assert flat == any((tmp_path / "run").rglob("distrib_optim.pt"))
+    found = read(tmp_path / "run", rules=load_rules(str(tmp_path / "more.toml")))
+    assert ["averaged over 2 ranks, which no rank had: decoder.layers.3.mean"] == found.warnings
+    assert_same(state, found)
+
+
+def test_what_rules_leave_open_is_refused_before_anything_is_written(run: Path, tmp_path: Path) -> None:
+    """Half a run's folder, or a table that is cut elsewhere when it is read, would be found weeks later."""
+    rules = str(tmp_path / "rules.toml")
+    convert(run, tmp_path / "u", to="universal", rules=rules)
+    few, other = tmp_path / "few.toml", tmp_path / "other.toml"
+    few.write_text('version = 1\n[[rule]]\nnames = "**.adapter.**"\nhow = "replicated"\n')
+    other.write_text(RULES.replace("words = 21", "words = 20"))
+    for given, words in (
+        (None, r"nothing is known of .*layers.0.adapter.*: how tensor ranks share what is your own, --rules can say"),
+        (str(few), r"nothing is known of decoder.word_table.weight"),
+        (str(other), r"word_table.weight has 21 rows, and vocabulary = 20"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match=words):
+                convert(tmp_path / "u", tmp_path / "x", to="megatron", rules=given, dry_run=dry_run)
+            assert not (tmp_path / "x").exists()
+    with_more(CASE, {"adapter.layers.4.mean": (7,)}, tmp_path / "long")
+    (tmp_path / "more.toml").write_text('version = 1\n[[rule]]\nnames = "adapter.**"\nhow = "replicated"\n')
+    with pytest.raises(UsageError, match=r"no pipeline stage has a place for adapter.layers.4.mean"):
+        convert(tmp_path / "long", tmp_path / "x", to="megatron", rules=str(tmp_path / "more.toml"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_order_of_a_module_is_kept() -> None:
+    """Positions alone tie the optimizer to parameters: the custom ones stand between Megatron's own."""
+    names = [
+        "embedding.word_embeddings.weight",
+        "embedding.adapter.weight",
+        "vision.weight",
+        *("decoder.layers.0.gate", "decoder.layers.0.input_layernorm.weight", "decoder.layers.0.adapter.b"),
+        *("decoder.layers.0.adapter.a", "decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.zero"),
+        *("decoder.layers.1.gate", "decoder.layers.1.input_layernorm.weight", "decoder.layers.1.mlp.linear_fc1.weight"),
+        *("decoder.final_layernorm.weight", "head.weight", "output_layer.weight", "other.bias"),
+    ]
+    order = order_of(names)
+    assert names == list(order.names)
+    assert {"embedding.word_embeddings.weight", "embedding.adapter.weight", "vision.weight"} == order.opening
+    known = [name for name in names if in_list_order(name)]
+    assert known == list(order_of(reversed(known)).names)

@@ -124,9 +124,9 @@ def test_names_that_are_not_megatrons(tmp_path: Path) -> None:
 
     view = stored_bytes(bytes(8), "float32", (2,))
     with pytest.raises(UsageError, match=r"blocks.0.attn.qkv"):
-        megatron.losses(State(format="torch", tensors=[Tensor("model", "blocks.0.attn.qkv.weight", view)]))
+        megatron.check(State(format="torch", tensors=[Tensor("model", "blocks.0.attn.qkv.weight", view)]), {})
     with pytest.raises(UsageError, match=r"embedding.word_embeddings.weight is missing"):
-        megatron.losses(State(format="torch", tensors=[]))
+        megatron.check(State(format="torch", tensors=[]), {})
 
 
 def test_torch_reads_what_was_written(tmp_path: Path) -> None:

@@ -23,7 +23,15 @@ from snapshotd.universal.readers.megatron_flat import (
     put_places,
 )
 from snapshotd.universal.readers.megatron_groups import GroupTable, Member, by_rule
-from snapshotd.universal.readers.megatron_names import EMBEDDING, OUTPUT, is_buffer, is_expert, layer_of, list_order
+from snapshotd.universal.readers.megatron_names import (
+    EMBEDDING,
+    OUTPUT,
+    Order,
+    is_buffer,
+    is_expert,
+    layer_of,
+    list_order,
+)
 from snapshotd.universal.readers.megatron_optim import chained, groups_of
 from snapshotd.universal.readers.megatron_rules import share_of
 from snapshotd.universal.readers.megatron_whole import step_view
@@ -125,12 +133,23 @@ def _group_index(facts: Facts, place: Place, spread: bool) -> int:
 
 
 def rank_parts(
-    parts: Mapping[str, Part], facts: Facts, rules: Rules, place: Place, *, buffers: bool = False
+    parts: Mapping[str, Part],
+    facts: Facts,
+    rules: Rules,
+    place: Place,
+    *,
+    buffers: bool = False,
+    order: Order | None = None,
 ) -> list[list[Part]]:
     """
     Return what one rank has of the whole model's ``parts``, chunk by chunk, in the rank's own order: parameters and
     their states, with ``buffers`` those too. Under tied embeddings the last stage has a copy under its own name.
+
+    ``order``: of all parts, where not all of them are Megatron's own.
     """
+    if order is None:
+        names = sorted(parts, key=list_order)
+        order = Order(tuple(names), frozenset(name for name in names if name.startswith("embedding.")))
     layers = facts.layers_of()
     result: list[list[Part]] = []
     per_rank = facts.experts_per_rank
@@ -140,7 +159,7 @@ def rank_parts(
         is_first = chunk == 0 and place.pp == 0
         is_last = chunk == facts.vp - 1 and place.pp == facts.pp - 1
         found: list[Part] = []
-        for name in sorted(parts, key=list_order):
+        for name in order.names:
             part = parts[name]
             at = layer_of(name)
             if is_buffer(name, part.view) and not buffers:
@@ -148,7 +167,7 @@ def rank_parts(
             if at is not None and not name.startswith("mtp."):
                 if at[1] not in mine:
                     continue
-            elif not (is_first if name.startswith("embedding.") else is_last):
+            elif not (is_first if name in order.opening else is_last):
                 continue
             expert = _EXPERT.search(name)
             if expert and per_rank and int(expert[1] or expert[2]) // per_rank != place.ep:

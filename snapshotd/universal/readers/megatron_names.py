@@ -5,7 +5,8 @@ Megatron's parameters by name: their numbers in the whole model, and the order i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from snapshotd.universal.readers.conventions import looks_like_buffer
@@ -14,11 +15,13 @@ from snapshotd.universal.views import View
 __all__ = [
     "EMBEDDING",
     "OUTPUT",
+    "Order",
     "in_list_order",
     "is_buffer",
     "is_expert",
     "layer_of",
     "list_order",
+    "order_of",
     "renumbered",
 ]
 
@@ -89,3 +92,35 @@ def list_order(name: str) -> tuple[tuple[int, int, str], ...]:
 def in_list_order(name: str) -> bool:
     """Whether the place of a parameter in ``named_parameters()`` is known."""
     return all(place < len(_ORDER) for place, _, _ in list_order(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Names as a module lists them; ``opening``: those that are in no layer, and in the first pipeline stage."""
+
+    names: tuple[str, ...]
+    opening: frozenset[str]
+
+
+def order_of(names: Iterable[str]) -> Order:
+    """
+    Return the order of the model of which a source lists ``names`` so.
+
+    Megatron's own are sorted by ``list_order``. Any other keeps its place behind what the source lists before it, in
+    its layer where it is in one. One that is in no layer belongs to the first stage if it is before all layers.
+    """
+    names = list(names)
+    known = sorted(filter(in_list_order, names), key=list_order)
+    keys = {name: (float(i), 0) for i, name in enumerate(known)}
+    begins = {layer_of(name): keys[name][0] - 0.5 for name in reversed(known)}
+    last: dict[tuple[str, int] | None, float] = {}
+    for number, name in enumerate(names, 1):
+        layer = layer_of(name)
+        if name not in keys:
+            anywhere = last.get(None, -1.0)
+            keys[name] = (anywhere if layer is None else last.get(layer, begins.get(layer, anywhere)), number)
+        last[layer] = last[None] = keys[name][0]
+    ordered = sorted(keys, key=keys.__getitem__)
+    layers = next((i for i, name in enumerate(ordered) if layer_of(name) and not name.startswith("mtp.")), len(ordered))
+    opening = {name for name in ordered[:layers] if not in_list_order(name)}
+    return Order(tuple(ordered), frozenset(opening.union(name for name in ordered if name.startswith("embedding."))))

@@ -1,9 +1,10 @@
 """
 Write Megatron-LM's own format (``--ckpt-format torch``) for any tensor, pipeline, virtual and expert size.
 
-The state must have Megatron-core's names. Padding of the vocabulary is made anew, as the target size wants it (zeros),
-tied embeddings get their copy on the last stage, groups are laid out by position as Megatron makes them. The optimizer
-is written as the run had it: distributed (``distrib_optim.pt``), or whole on each rank. torch is not needed.
+The state must have Megatron-core's names, and others only where the user's rules say how tensor ranks share them.
+Padding of the vocabulary is made anew, as the target size wants it (zeros), tied embeddings get their copy on the last
+stage, groups are laid out by position as Megatron makes them. The optimizer is written as the run had it: distributed
+(``distrib_optim.pt``), or whole on each rank. torch is not needed.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from snapshotd.universal.readers.megatron_groups import Member, by_rule
 from snapshotd.universal.readers.megatron_names import (
     EMBEDDING,
     OUTPUT,
-    in_list_order,
     is_buffer,
     is_expert,
     layer_of,
+    order_of,
     renumbered,
 )
-from snapshotd.universal.readers.megatron_padding import PADDING_KEY, padding_of
+from snapshotd.universal.readers.megatron_padding import PADDING_KEY
 from snapshotd.universal.readers.megatron_rules import is_fused, rules_for
-from snapshotd.universal.rules import load_rules
+from snapshotd.universal.rules import Rules, name_list
 from snapshotd.universal.state import State
 from snapshotd.universal.stream import OutFile, Settings, remove_journal, write_files
 from snapshotd.universal.torchfile import lay_out
-from snapshotd.universal.views import Joined, Reshaped, View, concat
+from snapshotd.universal.views import Joined, Reshaped, View
 from snapshotd.universal.writers.megatron_args import target_args
+from snapshotd.universal.writers.megatron_custom import Padder, check_names
 from snapshotd.universal.writers.torch_tree import NOTE_KEY, plain_value
 from snapshotd.universal.writers.universal import write_whole
 
@@ -52,8 +54,7 @@ _GROUP_DEFAULTS: Final = {"lr_mult": 1.0, "is_decoupled_lr": False}
 
 
 def losses(state: State) -> list[str]:
-    """Return what the format can not hold; UsageError where the names are not Megatron-core's."""
-    _check_names(state)
+    """Return what the format can not hold."""
     lost: list[str] = []
     if state.extra.get("extra_state"):
         lost.append("extra states of modules (Transformer Engine's fp8 scales)")
@@ -68,14 +69,12 @@ def losses(state: State) -> list[str]:
 
 
 def check(state: State, options: dict[str, Any]) -> None:
-    """UsageError for a layout that the model cannot be cut into."""
-    _check_names(state)
+    """UsageError for names that are not Megatron's, nor in rules, and a layout that the model cannot be cut into."""
     _planned(state, options)
 
 
 def write(state: State, target: Path, settings: Settings, *, identity: str, options: dict[str, Any]) -> None:
     """Write ``state`` into the run's folder ``target``: one iteration, and the tracker file that names it."""
-    _check_names(state)
     write_files(target, _planned(state, options), settings, identity=identity)
     write_whole(target / "latest_checkpointed_iteration.txt", str(state.step or 0).encode())
     remove_journal(target)
@@ -83,12 +82,17 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
 
 def _planned(state: State, options: dict[str, Any]) -> list[OutFile]:
     files: list[OutFile] = []
+    check_names(state, options.get("rules"))
     try:
-        plan = _Plan(state, options.get("layout", {}))
+        plan = _Plan(state, options.get("layout", {}), options.get("rules"))
         for place in plan.places:
             files += plan.rank_files(place, f"iter_{state.step or 0:07d}/{_rank_name(plan.facts, place)}")
     except FormatError as error:  # sizes that the model can not be cut into
         raise UsageError(f"the layout does not fit the model: {error}") from error
+    if left := sorted(plan.parts.keys() - plan.placed):
+        raise UsageError(
+            f"no pipeline stage has a place for {name_list(left, 5)}: there are more layers than the model's"
+        )
     return files
 
 
@@ -101,19 +105,6 @@ def _rank_name(facts: Facts, place: Place) -> str:
 def _is_odd(state: State, kind: str) -> Iterable[bool]:
     weights = state.of_kind("model")
     return (t.name not in weights or t.shape not in ((), weights[t.name].shape) for t in state.of_kind(kind).values())
-
-
-def _check_names(state: State) -> None:
-    names = [name for name, tensor in state.of_kind("model").items() if not is_buffer(name, tensor.view)]
-    preset = load_rules("megatron")
-    shared = [name for name in names if not is_fused(name)]
-    unknown = [name for name in shared if preset.find("model", name) is None or not in_list_order(name)]
-    if EMBEDDING not in names or unknown:
-        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise UsageError(
-            "the parameters are not those of a Megatron-core GPT model: "
-            + (f"nothing is known of {listed}" if unknown else f"{EMBEDDING} is missing")
-        )
 
 
 @dataclass(slots=True)
@@ -142,7 +133,7 @@ class _File:
 class _Plan:
     """The whole model's parts with the target's padding, and what each rank's files hold of them."""
 
-    def __init__(self, state: State, layout: Mapping[str, int]) -> None:
+    def __init__(self, state: State, layout: Mapping[str, int], rules: Rules | None) -> None:
         self.state = state
         self.extra = {name: tensor.view for name, tensor in state.of_kind("extra").items()}
         self.scalars: dict[str, Any] = {}
@@ -154,28 +145,27 @@ class _Plan:
         self.facts = Facts({key: _thin(value) for key, value in self.args.items()}, "the target's args")
         if self.facts.ep > 1 and not self.facts.num_experts:
             raise UsageError(f"--layout ep={self.facts.ep}: the model has no experts to spread")
-        self.rules = rules_for(self.facts)
+        self.rules = rules_for(self.facts, rules)
+        self.padder = Padder(state, self.facts, self.rules)
         self.places = sorted(self.facts.places())
         self.parts = self._parts()
+        self.order = order_of(self.parts)
+        self.placed: set[str] = set()
         self.chains = self._chains()
         self.flat = self.facts.flag("use_distributed_optimizer")
 
     def _parts(self) -> dict[str, Part]:
-        rows = self.facts.count("padded_vocab_size") or 0
         states: dict[str, dict[str, View]] = {}
         for kind in self.kinds:
             for name, tensor in self.state.of_kind(kind).items():
                 states.setdefault(name, {})[kind] = tensor.view
-        padding = padding_of(self.state)
         parts: dict[str, Part] = {}
         for kind in ("model", "buffer"):
             for name, tensor in self.state.of_kind(kind).items():
                 part = Part(name, tensor.view, name, states.get(name, {}))
-                rule = self.rules.find(kind, name)
-                if rule is not None and rule.vocabulary is not None:
-                    views = {"model": part.view, **part.states}
-                    padded = {key: _padded(view, rows, padding.get((key, name))) for key, view in views.items()}
-                    part = Part(name, padded.pop("model"), name, padded)
+                if self.padder.pads(kind, name):
+                    padded = {key: self.padder.padded(key, name, v) for key, v in part.states.items()}
+                    part = Part(name, self.padder.padded("model", name, part.view), name, padded)
                 elif is_fused(name) and self.facts.etp * self.facts.ep > 1:
                     raise UsageError(f"{name} holds all experts in one matrix; it is not cut for other expert ranks")
                 parts[name] = part
@@ -204,7 +194,7 @@ class _Plan:
         """Positions are all that ties the optimizer to parameters, so groups must be those that Megatron makes."""
         listed = {name for group in chain for name in group["names"]}
         members = [
-            Member(name, part.view.shape)
+            Member(name, self._shape_on_rank(name, part.view))
             for name, part in self.parts.items()
             if name in listed and (not spread or is_expert(name) == experts)
         ]
@@ -217,12 +207,19 @@ class _Plan:
                 "biases without): it could not load them; convert with --only model"
             )
 
+    def _shape_on_rank(self, name: str, view: View) -> tuple[int, ...]:
+        """As many dimensions as tensor ranks have of it; a group goes by that."""
+        ranks = self.facts.etp if is_expert(name) else self.facts.tp
+        rule = self.rules.find("model", name)
+        return (view.numel,) if rule is not None and rule.how == "flattened" and ranks > 1 else view.shape
+
     def rank_files(self, place: Place, folder: str) -> list[OutFile]:
         """Return the files of one rank."""
         facts = self.facts
         file = _File()
         number = facts.rank_of(place)
-        chunks = rank_parts(self.parts, facts, self.rules, place, buffers=True)
+        chunks = rank_parts(self.parts, facts, self.rules, place, buffers=True, order=self.order)
+        self.placed.update(part.name for chunk in chunks for part in chunk)
         tree: dict[str, Any] = {"args": self._pickled({"$object": _NAMESPACE, "fields": self.args}, file)}
         version = self.state.extra.get("checkpoint_version")
         tree["checkpoint_version"] = version if isinstance(version, (int, float)) and version >= 2 else 3.0
@@ -372,7 +369,7 @@ class _Plan:
         others = {key: self._pickled(v, file) for key, v in self._other_generators().items() if key not in ranks}
         old = self.old_args
         note: dict[str, Any] = {}
-        if not self._keeps_padding():
+        if not self.padder.keeps_all():
             note[PADDING_KEY] = self._pickled(self.state.extra.get(PADDING_KEY), file)
         return {
             **note,
@@ -388,13 +385,6 @@ class _Plan:
             ],
             "source": self._pickled(self.state.source, file),
         }
-
-    def _keeps_padding(self) -> bool:
-        """Whether the padding rows that the source had are written as such."""
-        rows = self.facts.count("padded_vocab_size") or 0
-        weights = self.state.of_kind("model")
-        found = {name: view for (kind, name), view in padding_of(self.state).items() if kind == "model"}
-        return bool(found) and all(weights[name].shape[0] + view.shape[0] == rows for name, view in found.items())
 
     def _flat_file(self, chains: Sequence[Any], place: Place, name: str) -> OutFile:
         file = _File()
@@ -442,16 +432,6 @@ class _Plan:
             fields = value.get("fields", {})
             return Instance(target, {key: self._pickled(item, file) for key, item in fields.items()})
         return Call(target, tuple(self._pickled(item, file) for item in value["args"])) if "args" in value else target
-
-
-def _padded(view: View, rows: int, padding: View | None) -> View:
-    """The padding as the source had it where it has the right size, else zeros."""
-    fits = padding is not None and padding.dtype == view.dtype and view.shape[:1] != ()
-    if fits and padding is not None and view.shape[0] + padding.shape[0] == rows:
-        return concat([view, padding])
-    if not view.shape or view.shape[0] >= rows:
-        return view
-    return concat([view, Filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))])
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
