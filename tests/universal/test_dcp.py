@@ -130,6 +130,69 @@ def test_torchtitan_has_everything_at_the_top(tmp_path: Path) -> None:
     assert {"lr_scheduler", "dataloader", "train_state"} == set(state.extra)
 
 
+def twins(seed: int) -> tuple[Any, Any]:
+    """A model whose names begin with numbers, and an optimizer with two groups of equal hyperparameters."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
+    groups = [{"params": list(net[0].parameters())}, {"params": [*net[1].parameters(), *net[2].parameters()]}]
+    return net, torch.optim.AdamW(groups, lr=0.01)
+
+
+def stepped(net: Any, optimizer: Any) -> list[float]:
+    losses = []
+    for i in range(3):
+        loss = net(torch.linspace(-1, 1 + i, 20).reshape(5, 4)).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("way", ["theirs", "dcp", "dcp again", "universal", "dcp by StorageReader"])
+def test_equal_groups_of_a_flattened_optimizer_find_their_way_back(way: str, tmp_path: Path) -> None:
+    """Nothing tells such groups apart; each parameter's hyperparameters are known, and that is what is asked for."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    from snapshotd.universal import convert
+    from snapshotd.universal.storage import StorageReader
+
+    net, optimizer = twins(1)
+    stepped(net, optimizer)
+    model, optim = dicts(net, optimizer, flatten_optimizer_state_dict=True)
+    save({"model": model, "optim": optim}, tmp_path / "theirs")
+    expected = stepped(net, optimizer)
+    report = convert(tmp_path / "theirs", tmp_path / "universal", to="universal")
+    assert ["groups that were equal are one now"] == [line[-34:] for line in report.warnings]
+    convert(tmp_path / "universal", tmp_path / "dcp", to="dcp", layout={"dp": 2})
+    convert(tmp_path / "dcp", tmp_path / "dcp again", to="dcp")
+    place = tmp_path / way.removesuffix(" by StorageReader")
+    reader = dcp.FileSystemReader(place) if way in ("theirs", "dcp", "dcp again") else StorageReader(place)
+    net, optimizer = twins(2)
+    model, optim = dicts(net, optimizer, flatten_optimizer_state_dict=True)
+    state = {"model": model, "optim": optim}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state["optim"], options=flat)
+    assert [2, 4] == [len(group["params"]) for group in optimizer.param_groups]
+    assert expected == stepped(net, optimizer)
+
+
+def test_groups_that_are_known_are_not_warned_of(tmp_path: Path) -> None:
+    """A warning that is always there is read by nobody."""
+    net, optimizer = trained(groups=True)
+    for flat in (False, True):
+        model, optim = dicts(net, optimizer, flatten_optimizer_state_dict=flat)
+        state = read(save({"model": model, "optim": optim}, tmp_path / f"{flat}"))
+        assert flat == any("groups are not recorded" in line for line in state.warnings)
+    each = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(p for p in net.parameters() if p.requires_grad)]
+    model, optim = dicts(net, torch.optim.AdamW(each), flatten_optimizer_state_dict=True)
+    state = read(save({"model": model, "optim": optim}, tmp_path / "each"))
+    assert (len(each), []) == (len(state.param_groups), state.warnings)
+
+
 def test_accelerate_has_two_folders(tmp_path: Path) -> None:
     """The optimizer lies in a second checkpoint beside the model's."""
     net, optimizer = trained()

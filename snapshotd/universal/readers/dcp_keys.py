@@ -117,6 +117,11 @@ def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
         Model(views, listed=listed if optimizers else None, idle=idle, sharded=sharded, compare=compare).put(state)
     for optimizer in optimizers:
         optimizer.put(state)
+    if any(_is_merged(optim, optimizer) for optim, optimizer in zip(optims, optimizers, strict=True)):
+        state.warnings.append(
+            "the optimizer's groups are not recorded: parameters with equal hyperparameters are taken for one group, "
+            "so groups that were equal are one now"
+        )
     state.step = (find_step(state) if compare else None) if note is None else note.get("step")
     return state
 
@@ -172,7 +177,9 @@ def _optimizer(optim: _Optim) -> Optimizer:
                 groups.append({**_unflatten(fields), "params": list(params)})
             else:
                 groups.append({**_unflatten(fields), "params": []})
-        return Optimizer(groups, optim.states)
+        numbered = Optimizer(groups, optim.states)
+        numbered.flattened = bool(optim.by_name)  # our own writer says both
+        return numbered
     # Flattened: each parameter has its own copy of the hyperparameters; equal ones make a group.
     groups = []
     for name, fields in optim.by_name.items():
@@ -185,6 +192,11 @@ def _optimizer(optim: _Optim) -> Optimizer:
     optimizer = Optimizer(groups, optim.states)
     optimizer.flattened = True
     return optimizer
+
+
+def _is_merged(optim: _Optim, optimizer: Optimizer) -> bool:
+    """Whether a group may have been several: it has more than one member, and nobody said that they are together."""
+    return not optim.groups and any(len(group["params"]) > 1 for group in optimizer.groups)
 
 
 def _unflatten(fields: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,9 @@ class KeyLookup:
                     return [self._ids.index(name) for name in group["names"]] if numbered else list(group["names"])
                 if inner == ["param_names"]:
                     return list(group["names"])
-                return _descend(group, inner)
+                found = _descend(group, inner)
+                if found is not _MISSING or len(inner) == 1:
+                    return found
             name = ".".join(parts[at + 1 : -1])
             found = self._group_of.get(name) or self._group_of.get(self.state.tied.get(name, ""))
             if found is not None:

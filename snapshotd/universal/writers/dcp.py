@@ -67,6 +67,8 @@ def write(state: State, target: Path, settings: Settings, *, identity: str, opti
             objects.append((path, item))
     for path, item in objects:
         plan.value(path, item)
+    for path, other in _flattened(state):
+        plan.again(path, other)
     write_files(target, plan.files(), settings, identity=identity)
     write_whole(target / ".metadata", plan.metadata())
     remove_journal(target)
@@ -98,6 +100,22 @@ def flat_items(state: State) -> Iterator[tuple[_PathOf, Any]]:
     for key, value in rest_of(state, extra).items():
         yield from _flatten((key,), value)
     yield (NOTE_KEY,), note_of(state)
+
+
+def _flattened(state: State) -> Iterator[tuple[_PathOf, _PathOf]]:
+    """
+    Where the source had hyperparameters under each parameter's name, its trainer asks for them so: (path, and that).
+
+    They are read from the same bytes. Equal groups can't be told apart there: the numbers need not be those of his own.
+    """
+    if "param_groups" not in state.source:
+        return
+    extra = {name: tensor.view for name, tensor in state.of_kind("extra").items()}
+    for i, group in enumerate(optimizer_groups(state, extra)):
+        for key, value in group.items():
+            for path, _ in _flatten(("optim", "param_groups", i, key), value) if key != "names" else ():
+                for name in group["names"]:
+                    yield path, ("optim", f"param_groups.{name}.{key}", *path[4:])
 
 
 def _owner(path: _PathOf) -> tuple[str, str]:
@@ -137,7 +155,7 @@ class _Plan:
         self.ranks = [_RankFile(f"__{rank}_0.distcp") for rank in range(mesh.world)]
         self.described: dict[str, Any] = {}
         self.paths: dict[str, _PathOf] = {}
-        self.stored: list[tuple[Instance, Instance]] = []
+        self.stored: dict[str, list[tuple[Any, Instance]]] = {}
         self.turn = 0
 
     def tensor(self, path: _PathOf, view: View) -> None:
@@ -173,6 +191,11 @@ class _Plan:
         self._append(self._next(), key, None, pickled, storages)
         self.described[key] = _instance("BytesStorageMetadata")
 
+    def again(self, path: _PathOf, other: _PathOf) -> None:
+        """Say that what is at ``path`` is at ``other`` too."""
+        key, new = ".".join(map(str, path)), self._key(other)
+        self.described[new], self.stored[new] = self.described[key], self.stored[key]
+
     def files(self) -> list[OutFile]:
         return [
             OutFile(
@@ -188,10 +211,15 @@ class _Plan:
 
     def metadata(self) -> bytes:
         """Return the bytes of ``.metadata``."""
+        pairs = [
+            (_instance("MetadataIndex", fqn=key, offset=offset, index=None), place)
+            for key, places in self.stored.items()
+            for offset, place in places
+        ]
         state = {
             "state_dict_metadata": self.described,
             "planner_data": self.paths,
-            "storage_data": _Pairs(self.stored),
+            "storage_data": _Pairs(pairs),
             "storage_meta": None,
             "version": "1.0.0",
         }
@@ -211,12 +239,11 @@ class _Plan:
     ) -> None:
         archive = lay_out(pickled, tensors, begin=file.nbytes)
         file.archives.append(archive)
-        index = _instance("MetadataIndex", fqn=key, offset=offset, index=None)
         place = Instance(
             Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             {"relative_path": file.name, "offset": file.nbytes, "length": archive.nbytes},
         )
-        self.stored.append((index, place))
+        self.stored.setdefault(key, []).append((offset, place))
         file.nbytes += archive.nbytes
 
 
