@@ -2,7 +2,7 @@
 Boxes of a snapshot into tensors: what is wanted is asked for in batches, and copied from the daemon's files.
 
 Rule 1: a batch has at most 16 MiB; a larger box is cut along its first dimension > 1. While one is copied, the daemon
-gets the next ones ready.
+gets the next ones ready; no thread waits for the others between two of them.
 Rule 2: a tensor is filled only with bytes of its own dtype and of exactly its shape; the daemon has verified them.
 Rule 3: an answer is checked (number of wants, ranges inside the files) before a byte of it is used.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -36,7 +36,8 @@ __all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want", "cut"]
 BATCH_BYTES: Final = 16 * 1024 * 1024
 """Small enough for the cache, from where the daemon has put it; large enough that the round trip vanishes."""
 
-_AHEAD: Final = 2
+_AHEAD: Final = 1
+_AT_ONCE: Final = 2  # batches that are being copied
 _POPULATE_BYTES: Final = 64 * 1024
 _MAX_WANTS: Final = 2000  # in one batch: keeps its frame small
 _ASK_S: Final = 5.0
@@ -89,6 +90,15 @@ class _Found:
     is_cold: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Filling:
+    """An answer of the daemon of ``session`` that is being copied."""
+
+    ready: pb.RestoreReady
+    session: int
+    copies: list[Future[None]]
+
+
 class Fetcher:
     """
     Gets wants filled, over as many connections as it takes, until ``deadline`` (of time.monotonic).
@@ -111,17 +121,21 @@ class Fetcher:
     def run(self, wants: Iterable[Want]) -> None:
         """Fill all ``wants``, in this order. RestoreError when the daemon cannot give them."""
         asked: deque[tuple[list[Want], Question]] = deque()
+        filling: deque[_Filling] = deque()
         with ThreadPoolExecutor(self._threads, "snapshotd-fill") as copiers:
-            for number, batch in enumerate(_batches(wants)):
-                asked.append((batch, self._begin(batch)))
-                if number >= _AHEAD:
-                    self._take(*asked.popleft(), copiers)
+            batches = _batches(wants)
+            batch = next(batches, None)
+            while batch or asked or filling:
+                if batch and len(asked) <= _AHEAD:
+                    asked.append((batch, self._begin(batch)))
+                    batch = next(batches, None)
+                elif asked and len(filling) < _AT_ONCE:
+                    filling.append(self._take(*asked.popleft(), copiers))
+                else:
+                    self._end(filling.popleft())
                     failpoint("client.mid_restore")
-            while asked:
-                self._take(*asked.popleft(), copiers)
-                failpoint("client.mid_restore")
 
-    def _take(self, batch: list[Want], question: Question, copiers: ThreadPoolExecutor) -> None:
+    def _take(self, batch: list[Want], question: Question, copiers: ThreadPoolExecutor) -> _Filling:
         ready, session = self._finish(batch, question)
         if ready.error:
             raise RestoreError(f"the daemon cannot give the state: {ready.error}")
@@ -135,8 +149,13 @@ class Fetcher:
             ]
         except (OSError, SnapshotdError, IndexError) as error:
             raise RestoreError(f"what the daemon gave cannot be read: {error}") from error
-        _fill(found, self._threads, copiers)
-        self._link.post(pb.Frame(restore_release=pb.RestoreRelease(batch_id=ready.batch_id)), session)
+        return _Filling(ready, session, _fill(found, self._threads, copiers))
+
+    def _end(self, filling: _Filling) -> None:
+        for copy in filling.copies:
+            copy.result()
+        ready = filling.ready
+        self._link.post(pb.Frame(restore_release=pb.RestoreRelease(batch_id=ready.batch_id)), filling.session)
         self.local_bytes += ready.local_bytes
         self.remote_bytes += ready.remote_bytes
         self.decoded_bytes += ready.decoded_bytes
@@ -216,8 +235,8 @@ def _source_of(want: Want, data: Array, offset: int) -> _Found:
     return _Found(want, raw.view(carrier(itemsize)).reshape(want.piece.box.lengths), data.nbytes > WHOLE_BYTES)
 
 
-def _fill(batch: Sequence[_Found], threads: int, copiers: ThreadPoolExecutor) -> None:
-    """Copy into the targets: those in host memory by all threads, each a share of the bytes."""
+def _fill(batch: Sequence[_Found], threads: int, copiers: ThreadPoolExecutor) -> list[Future[None]]:
+    """Begin to copy into the targets: those in host memory by all threads, each a share of the bytes."""
     pairs: dict[bool, list[tuple[Array, Array]]] = {True: [], False: []}
     for found in batch:
         slices, target = found.want.piece.slices(), found.want.target
@@ -230,13 +249,11 @@ def _fill(batch: Sequence[_Found], threads: int, copiers: ThreadPoolExecutor) ->
         view = target.detach().view(torch.from_numpy(found.source).dtype)
         with torch.no_grad():
             (view[slices] if slices else view).copy_(torch.from_numpy(found.source))
-    copies = [
+    return [
         copiers.submit(_copy_all, part, is_cold)
         for is_cold, some in pairs.items()
         for part in split_by_bytes(some, threads)
     ]
-    for copy in copies:
-        copy.result()
 
 
 def _copy_all(pairs: Sequence[tuple[Array, Array]], is_cold: bool) -> None:

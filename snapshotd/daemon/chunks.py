@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from snapshotd.daemon.source import Piece, Source
@@ -33,7 +32,7 @@ def read_through_chunks(source: Source, copies: Sequence[Copy], target: memoryvi
                 end = max(end, next_last)
             whole = memoryview(bytearray(end - begin))
             fetched += source.read([Piece(begin, whole)])
-        apply_copy(replace(copy, src_begin=copy.src_begin - begin), whole, target)
+        apply_copy(copy._replace(src_begin=copy.src_begin - begin), whole, target)
     return fetched
 
 

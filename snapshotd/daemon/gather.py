@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Final
 
 from snapshotd.daemon.cancel import check_cancel
@@ -84,7 +83,7 @@ def _split(span: list[Copy], file_bytes: int, target: memoryview, direct: list[P
             if whole:
                 direct.append(Piece(lo, target[place : place + hi - lo]))
             else:
-                small.append(replace(run, src_begin=lo, dst_begin=place, run_bytes=hi - lo))
+                small.append(run._replace(src_begin=lo, dst_begin=place, run_bytes=hi - lo))
 
 
 def _batches(copies: Sequence[Copy]) -> Iterator[list[Copy]]:

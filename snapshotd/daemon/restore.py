@@ -18,7 +18,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, TypeAlias
 
@@ -252,7 +252,7 @@ class Restore:
             shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
         if not shards:
             raise LayoutError(f"the source has no tensor {want.name!r:.200} of scope {want.scope!r}")
-        tensor = replace(shards[0].tensor, box=Box(tuple(want.offsets), tuple(want.lengths)))
+        tensor = shards[0].tensor.part(Box(tuple(want.offsets), tuple(want.lengths)))
         return TargetShard(target=index, tensor=tensor, begin=0)
 
     def _copies(

@@ -130,15 +130,7 @@ class TensorBox:
         _check_ints(f"tensor {self.name!r}: global_shape", self.global_shape)
         if not isinstance(self.box, Box):
             raise LayoutError(f"tensor {self.name!r}: the box must be a Box, not {type(self.box).__name__}")
-        box = self.box
-        if len(self.global_shape) != len(box.lengths):
-            raise LayoutError(
-                f"tensor {self.name!r}: a {len(box.lengths)}-d box {box} in a {len(self.global_shape)}-d "
-                f"shape {self.global_shape}"
-            )
-        for size, offset, length in zip(self.global_shape, box.offsets, box.lengths, strict=True):
-            if offset + length > size:
-                raise LayoutError(f"tensor {self.name!r}: the box {box} is not inside the shape {self.global_shape}")
+        _check_inside(self.name, self.global_shape, self.box)
         # Zero dimensions are left out, so that a shape such as (0, 2**60) cannot smuggle in huge strides.
         if prod(size for size in self.global_shape if size) * dtype.itemsize > MAX_NBYTES:
             raise LayoutError(
@@ -151,6 +143,16 @@ class TensorBox:
             raise LayoutError(
                 f"tensor {self.name!r}: the kind must be an identifier of at most 32 characters, not {self.kind!r}"
             )
+
+    def part(self, box: Box) -> TensorBox:
+        """Return another part of the same tensor. LayoutError when ``box`` is not inside its shape."""
+        _check_inside(self.name, self.global_shape, box)
+        return _unchecked(self, self.name, box)
+
+    def named(self, name: str) -> TensorBox:
+        """Return the same part of another tensor of this shape: nothing but the name is checked again."""
+        _check_name(name)
+        return _unchecked(self, name, self.box)
 
     @property
     def itemsize(self) -> int:
@@ -171,6 +173,27 @@ class TensorBox:
     def is_whole(self) -> bool:
         """Whether this part is the complete tensor."""
         return self.box.lengths == self.global_shape
+
+
+def _unchecked(like: TensorBox, name: str, box: Box) -> TensorBox:
+    """Return ``like`` with two fields that were checked, which are few of all checks."""
+    other = object.__new__(TensorBox)
+    put = object.__setattr__
+    put(other, "name", name)
+    put(other, "dtype", like.dtype)
+    put(other, "global_shape", like.global_shape)
+    put(other, "box", box)
+    put(other, "scope", like.scope)
+    put(other, "kind", like.kind)
+    return other
+
+
+def _check_inside(name: str, shape: tuple[int, ...], box: Box) -> None:
+    if len(shape) != len(box.lengths):
+        raise LayoutError(f"tensor {name!r}: a {len(box.lengths)}-d box {box} in a {len(shape)}-d shape {shape}")
+    for size, offset, length in zip(shape, box.offsets, box.lengths, strict=True):
+        if offset + length > size:
+            raise LayoutError(f"tensor {name!r}: the box {box} is not inside the shape {shape}")
 
 
 def _check_ints(what: str, values: object) -> None:

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from types import MappingProxyType
-from typing import Final, cast
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import xxhash
 
 from snapshotd.errors import FormatError, LayoutError
-from snapshotd.layout.box import Box, Scope, TensorBox
+from snapshotd.layout.box import Box, TensorBox
 from snapshotd.layout.dtypes import DTYPES, stored_shape
 from snapshotd.layout.header import (
     LENGTH_BYTES,
@@ -48,6 +47,9 @@ MAX_META_BYTES: Final = 1 << 30
 MAX_FILE_BYTES: Final = 1 << 60
 """Largest slot file: one exbibyte, so that sums of offsets stay below 2**63."""
 
+_Likeness: TypeAlias = tuple[object, ...]
+"""All that an entry says of its tensor, but its name and its place."""
+
 _NAMES_IN_ERRORS: Final = 10
 
 _FORMAT: Final = "format"
@@ -58,8 +60,7 @@ _RESERVED: Final = frozenset({_FORMAT, _VERSION, _BOXES, _TIES})
 _BOX_FIELDS: Final = frozenset({"fqn", "dtype", "global_shape", "offsets", "scope", "kind"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class Shard(NamedTuple):
     """A tensor box's place: bytes ``[begin, end)`` of the slot file, under ``key`` in the safetensors header."""
 
     tensor: TensorBox
@@ -269,42 +270,64 @@ def _check_tensors(header: Header) -> tuple[list[tuple[str, TensorBox]], int]:
         raise FormatError(f"{_BOXES} and the header do not hold the same tensors: {odd!r:.400}")
     expected = 0
     shards: list[tuple[str, TensorBox]] = []
-    for key, raw in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+    alike: dict[_Likeness, TensorBox] = {}
+    for key, raw in sorted(tensors.items(), key=_place_of):
         if raw.begin != expected:
             raise FormatError(f"the shard {key!r:.80} begins at {raw.begin}, but the one before ends at {expected}")
         expected = raw.end
-        shards.append((key, _check_tensor(key, raw, described[key])))
+        shards.append((key, _check_tensor(key, raw, described[key], alike)))
     if meta.begin != expected:
         raise FormatError(f"{META_KEY} begins at {meta.begin}, but the last shard ends at {expected}")
     return shards, meta.shape[0]
 
 
-def _check_tensor(key: str, raw: RawTensor, described: object) -> TensorBox:
-    what = f"the shard {key!r:.80}"
-    if not isinstance(described, dict) or described.keys() != _BOX_FIELDS:
-        raise FormatError(f"{what} is not described by exactly {', '.join(sorted(_BOX_FIELDS))}")
-    dtype = DTYPES.get(described["dtype"]) if isinstance(described["dtype"], str) else None
+def _place_of(item: tuple[str, RawTensor]) -> tuple[int, int]:
+    return item[1].begin, item[1].end
+
+
+def _check_tensor(key: str, raw: RawTensor, described: object, alike: dict[_Likeness, TensorBox]) -> TensorBox:
+    """Return the tensor of one entry. Models have many of one shape: ``alike`` are those that were checked before."""
+    try:
+        if not isinstance(described, dict) or described.keys() != _BOX_FIELDS:
+            raise FormatError(f"is not described by exactly {', '.join(sorted(_BOX_FIELDS))}")
+        offsets = size_tuple(described["offsets"], "offsets")
+        global_shape = size_tuple(described["global_shape"], "global_shape")
+        dtype, scope, kind = described["dtype"], described["scope"], described["kind"]
+        if not type(dtype) is type(scope) is type(kind) is str:
+            raise FormatError(f"dtype, scope and kind are not all strings: {(dtype, scope, kind)!r:.80}")
+        likeness = (raw.tag, raw.shape, raw.end - raw.begin, dtype, offsets, global_shape, scope, kind)
+        known = alike.get(likeness)
+        if known is not None:
+            tensor = known.named(described["fqn"])
+        else:
+            tensor = _new_tensor(raw, described, offsets, global_shape)
+            alike[likeness] = tensor
+    except (FormatError, LayoutError) as error:
+        raise FormatError(f"the shard {key!r:.80}: {error}") from error
+    if _key_of(tensor) != key:
+        raise FormatError(f"the shard {key!r:.80} should be called {_key_of(tensor)!r:.80}")
+    return tensor
+
+
+def _new_tensor(
+    raw: RawTensor, described: dict[str, Any], offsets: tuple[int, ...], global_shape: tuple[int, ...]
+) -> TensorBox:
+    dtype = DTYPES.get(described["dtype"])
     if dtype is None or dtype.tag != raw.tag:
-        raise FormatError(f"{what} is {raw.tag!r:.40} in the header, but described as {described['dtype']!r:.40}")
-    offsets = size_tuple(described["offsets"], f"{what}: offsets")
+        raise FormatError(f"it is {raw.tag!r:.40} in the header, but described as {described['dtype']!r:.40}")
     lengths = raw.shape
     if not dtype.native:
         lengths = (*raw.shape[:-1], raw.shape[-1] // dtype.itemsize) if offsets and raw.shape else ()
     if stored_shape(dtype, lengths) != raw.shape:
-        raise FormatError(f"{what}: the shape {raw.shape!r:.80} is not one of {dtype.name}")
-    try:
-        tensor = TensorBox(
-            name=cast("str", described["fqn"]),
-            dtype=dtype.name,
-            global_shape=size_tuple(described["global_shape"], f"{what}: global_shape"),
-            box=Box(offsets, lengths),
-            scope=cast("Scope", described["scope"]),
-            kind=cast("str", described["kind"]),
-        )
-    except LayoutError as error:
-        raise FormatError(f"{what}: {error}") from error
-    if prod(lengths) * dtype.itemsize != raw.end - raw.begin:
-        raise FormatError(f"{what} has {raw.end - raw.begin} bytes, but shape {lengths} of {dtype.name}")
-    if _key_of(tensor) != key:
-        raise FormatError(f"{what} should be called {_key_of(tensor)!r:.80}")
+        raise FormatError(f"the shape {raw.shape!r:.80} is not one of {dtype.name}")
+    tensor = TensorBox(
+        name=described["fqn"],
+        dtype=dtype.name,
+        global_shape=global_shape,
+        box=Box(offsets, lengths),
+        scope=described["scope"],
+        kind=described["kind"],
+    )
+    if tensor.nbytes != raw.end - raw.begin:
+        raise FormatError(f"it has {raw.end - raw.begin} bytes, but shape {lengths} of {dtype.name}")
     return tensor

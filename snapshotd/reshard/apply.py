@@ -7,7 +7,6 @@ Between two processes the runs of a copy travel one behind the other: gathered h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -65,7 +64,7 @@ def gather_copy(copy: Copy, src: Buffer, out: Buffer) -> None:
     """Read the runs of ``copy`` from ``src`` into ``out``, one behind the other. LayoutError as for apply_copy()."""
     strides = copy.packed_strides()
     dims = tuple((count, there, here) for (count, there, _), here in zip(copy.dims, strides, strict=True))
-    apply_copy(replace(copy, dst_begin=0, dims=dims), src, out)
+    apply_copy(copy._replace(dst_begin=0, dims=dims), src, out)
 
 
 def scatter_copies(copies: Iterable[Copy], packed: Buffer, dst: Buffer) -> None:
@@ -74,5 +73,5 @@ def scatter_copies(copies: Iterable[Copy], packed: Buffer, dst: Buffer) -> None:
     for copy in copies:
         strides = copy.packed_strides()
         dims = tuple((count, here, there) for (count, _, there), here in zip(copy.dims, strides, strict=True))
-        apply_copy(replace(copy, src_begin=at, dims=dims), packed, dst)
+        apply_copy(copy._replace(src_begin=at, dims=dims), packed, dst)
         at += copy.nbytes

@@ -9,8 +9,8 @@ Rule 2: what is contiguous on both sides is merged: a plain range of rows has no
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 __all__ = ["Copy", "Dim", "block_copy", "cut_copy", "merge_neighbours"]
 
@@ -18,8 +18,7 @@ Dim = tuple[int, int, int]
 """(count, src_stride_bytes, dst_stride_bytes)"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
+class Copy(NamedTuple):
     """
     One strided block of bytes to copy from file ``source`` to file ``target``; all offsets and strides in bytes.
     """
@@ -48,14 +47,7 @@ class Copy:
 
     def shifted(self, nbytes: int) -> Copy:
         """Return the copy into a target 0 in which all lies so many bytes further on."""
-        return Copy(
-            source=self.source,
-            target=0,
-            src_begin=self.src_begin,
-            dst_begin=self.dst_begin + nbytes,
-            run_bytes=self.run_bytes,
-            dims=self.dims,
-        )
+        return Copy(self.source, 0, self.src_begin, self.dst_begin + nbytes, self.run_bytes, self.dims)
 
     def packed_strides(self) -> list[int]:
         """Return the strides of ``dims`` when the runs lie one behind the other."""
@@ -115,14 +107,7 @@ def block_copy(
                 dims.append((count, src_stride, dst_stride))
         src_stride *= src_lengths[d]
         dst_stride *= dst_lengths[d]
-    return Copy(
-        source=source,
-        target=target,
-        src_begin=src_begin,
-        dst_begin=dst_begin,
-        run_bytes=run,
-        dims=tuple(reversed(dims)),
-    )
+    return Copy(source, target, src_begin, dst_begin, run, tuple(reversed(dims)))
 
 
 def cut_copy(copy: Copy, max_bytes: int) -> Iterator[Copy]:
@@ -133,17 +118,17 @@ def cut_copy(copy: Copy, max_bytes: int) -> Iterator[Copy]:
     if not copy.dims:
         for at in range(0, copy.run_bytes, max_bytes):
             run_bytes = min(max_bytes, copy.run_bytes - at)
-            yield replace(copy, src_begin=copy.src_begin + at, dst_begin=copy.dst_begin + at, run_bytes=run_bytes)
+            yield copy._replace(src_begin=copy.src_begin + at, dst_begin=copy.dst_begin + at, run_bytes=run_bytes)
         return
     (count, src_stride, dst_stride), inner = copy.dims[0], copy.dims[1:]
-    one = replace(copy, dims=inner)
+    one = copy._replace(dims=inner)
     step = max(1, max_bytes // one.nbytes)
     for i in range(0, count, step):
-        part = replace(one, src_begin=copy.src_begin + i * src_stride, dst_begin=copy.dst_begin + i * dst_stride)
+        part = one._replace(src_begin=copy.src_begin + i * src_stride, dst_begin=copy.dst_begin + i * dst_stride)
         if step == 1:
             yield from cut_copy(part, max_bytes)
         else:
-            yield replace(part, dims=((min(step, count - i), src_stride, dst_stride), *inner))
+            yield part._replace(dims=((min(step, count - i), src_stride, dst_stride), *inner))
 
 
 def merge_neighbours(copies: Iterable[Copy]) -> list[Copy]:
@@ -159,7 +144,7 @@ def merge_neighbours(copies: Iterable[Copy]) -> list[Copy]:
             and last.src_begin + last.run_bytes == copy.src_begin
             and last.dst_begin + last.run_bytes == copy.dst_begin
         ):
-            merged[-1] = replace(last, run_bytes=last.run_bytes + copy.run_bytes)
+            merged[-1] = last._replace(run_bytes=last.run_bytes + copy.run_bytes)
         else:
             merged.append(copy)
     return merged

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import sub
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout.box import Box, TensorBox
@@ -27,8 +27,7 @@ __all__ = ["Plan", "Problem", "SourceShard", "TargetShard", "coverage", "plan"]
 _LISTED: Final = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceShard:
+class SourceShard(NamedTuple):
     """A tensor box that is there: at byte offset ``begin`` of the file ``source`` (an opaque id, such as a rank)."""
 
     source: int
@@ -36,8 +35,7 @@ class SourceShard:
     begin: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetShard:
+class TargetShard(NamedTuple):
     """A tensor box that is wanted: at byte offset ``begin`` of the file ``target`` (an opaque id, such as a rank)."""
 
     target: int

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from snapshotd.v1.control_pb2 import SlotRef
 
 MIB = 1 << 20
 COPY = Copy(source=0, target=0, src_begin=0, dst_begin=0, run_bytes=10)
-LARGE = replace(COPY, run_bytes=MIB + 1)
+LARGE = COPY._replace(run_bytes=MIB + 1)
 Serve = Callable[..., BulkServer]
 
 
@@ -253,7 +252,7 @@ def test_refusals_leave_the_connection_in_use(shelf, make_thing, server: BulkSer
     with pytest.raises(ObjectMissing, match="parity 3 of group 1, lane 2"):
         client.digests(address, ObjectKey(job="j", parity=ParityKey(group=1, lane=2, position=3)))
     with pytest.raises(UsageError, match=r"\[50, 101\)"):
-        parts(client, [COPY, replace(COPY, src_begin=50, run_bytes=51)], 61, address)
+        parts(client, [COPY, COPY._replace(src_begin=50, run_bytes=51)], 61, address)
     assert len(_read_all(client, address, slot())) == 100
     assert server.counters()["connections"] == 1
 
