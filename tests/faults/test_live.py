@@ -139,7 +139,7 @@ def live(zygotes: Zygotes) -> Iterator[Live]:
         yield live
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ddp(zygotes: Zygotes) -> Iterator[Live]:
     """The same with DDP: each rank has all of the state, and captures a share of it."""
     with started(zygotes, replace(OPTIONS, script="ddp.py")) as live:
@@ -196,6 +196,8 @@ def costs(live: Live, before: Counter[str]) -> set[str]:
     words = ("skipped", "refused", "abandoned", "failures", "failed", "lost", "corrupt", "stale", "rebuil")
     grown = {name for name, count in (live.counts() - before).items() if count}
     spared = ("no_slot", "late")  # late: the next update came before the copy could begin, on a machine that is busy
+    if any(name.endswith("late") for name in grown):
+        grown.discard("abandoned_steps")  # what one rank was late for, the other may have sealed
     return {name for name in grown if any(word in name for word in words) and not name.lower().endswith(spared)}
 
 
