@@ -36,6 +36,7 @@ TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
 OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "bare background copy"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
+_OURS_S = 20.0
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
@@ -43,12 +44,12 @@ Found = dict[str, dict[str, Any]]
 
 
 def rows(run: Run) -> Iterator[Row]:
-    one = measure(run, "ours", 1, _bytes(run))
+    one = measure(run, "ours", 1, _bytes(run), _OURS_S)
     two: Found = {}
     yield from _families(run, 1, ("torch_native",) if run.short else tuple(FAMILIES), one)
     yield from _compare(one, "one rank", "survives the worker", "worker")
     if not run.short:
-        two = measure(run, "ours", 2, _bytes(run))
+        two = measure(run, "ours", 2, _bytes(run), _OURS_S)
         yield from _families(run, 2, TWO_RANKS, two)
         yield from _compare(two, "two ranks", "survives the node", "node")
 
@@ -105,8 +106,11 @@ def _inflation(system: Mapping[str, Any]) -> Series:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(run: Run, family: str, world: int, nbytes: int) -> Found:
-    """What each system of a family costs, with so many ranks that have a state of ``nbytes`` together."""
+def measure(run: Run, family: str, world: int, nbytes: int, within_s: float = 10.0) -> Found:
+    """
+    What each system of a family costs, with so many ranks that have a state of ``nbytes`` together, each measured for
+    ``within_s``.
+    """
     home = run.directory / f"{family}-{world}"
     home.mkdir()
     with contextlib.ExitStack() as stack:
@@ -114,7 +118,7 @@ def measure(run: Run, family: str, world: int, nbytes: int) -> Found:
         children = []
         for rank in range(world):
             path = home / f"spec-{rank}.json"
-            path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, home, places)))
+            path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, within_s, home, places)))
             arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
             environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
             children.append(run.start(f"{family}-{world}-{rank}", arguments, env=environment))
@@ -130,7 +134,7 @@ def measure(run: Run, family: str, world: int, nbytes: int) -> Found:
 
 
 def _spec(
-    run: Run, family: str, world: int, rank: int, nbytes: int, home: Path, places: dict[str, Any]
+    run: Run, family: str, world: int, rank: int, nbytes: int, within_s: float, home: Path, places: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "family": family,
@@ -139,7 +143,7 @@ def _spec(
         "rank": rank,
         "cores": 1 if run.short else len(os.sched_getaffinity(0)),
         "rounds": 2 if run.short else 10,
-        "within_s": 2 if run.short else 20 if family == "ours" else 10,
+        "within_s": 2 if run.short else within_s,
         "home": str(home / str(rank)),
         "answer": str(home / f"answer-{rank}.json"),
         "store": str(home / "store"),

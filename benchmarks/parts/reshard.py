@@ -27,7 +27,7 @@ from ..processes import BenchError, wait_for
 
 GOAL = 8
 
-_BATCH_BYTES, _AHEAD = 16 << 20, 3  # as a worker asks
+_BATCH_BYTES, _AT_ONCE = 16 << 20, 2  # as a worker asks
 _WINDOW_BYTES = 1 << 20
 _STATE_BYTES = 592 * (4 << 20)
 """592 tensors of 4 MB: of four ranks, 0.6 GB each."""
@@ -128,7 +128,7 @@ class _Scene:
             slots=slots,
             peers=self._peers,
         )
-        with Restore(plan, ranks, self._arena, self._sources) as restore, ThreadPoolExecutor(_AHEAD) as asking:
+        with Restore(plan, ranks, self._arena, self._sources) as restore, ThreadPoolExecutor(_AT_ONCE) as asking:
 
             def assemble(wants: list[worker.RestoreWant.Want]) -> int:
                 batch = restore.assemble(1, wants)
