@@ -62,6 +62,22 @@ def test_sixteen_bit_without_zero_finds_each_masters_weight(tmp_path: Path, dtyp
     assert state.extra["deepspeed"]["cur_scale"] == 65536.0
 
 
+@pytest.mark.parametrize("how", ["unfused", "fused", "torch"])
+def test_parameter_without_elements_and_without_zero(tmp_path: Path, how: str) -> None:
+    """torch's optimizer has it in its group, those of DeepSpeed for 16 bits leave it out."""
+    shapes = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (4, 3)}
+    if how == "torch":
+        run = Run(shapes={**shapes, "nothing": (0, 3)}, groups=[["b.weight", "nothing"], [*shapes][:2]], frozen={})
+    else:
+        run = Run(dtype=torch.bfloat16, shapes=shapes, groups=[["b.weight", "a.weight"], ["a.bias"]])
+        run.cold = {"nothing": torch.empty((0, 3), dtype=torch.bfloat16)}
+    state = read(plain(tmp_path, run, how))
+    expect(state, run.truth())
+    assert run.param_groups() == state.param_groups
+    assert state.frozen == []
+    assert (how != "torch") == any("nothing without elements" in line for line in state.warnings)
+
+
 def test_norms_of_ones_are_told_apart_by_order(tmp_path: Path) -> None:
     shapes = {"n1.weight": (4,), "gain": (1,), "n2.weight": (4,), "n3.weight": (4,), "last": (2,)}
     names = ["n1.weight", "gain", "n2.weight", "n3.weight"]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from snapshotd.universal import convert
+from snapshotd.universal.compare import diff
 from snapshotd.universal.readers import read
 from tests.universal.test_deepspeed_make import Run, expect, zero3, zero12
 
@@ -97,6 +99,32 @@ def test_frozen_parameters_that_were_left_out(tmp_path: Path, how: str) -> None:
     state = read(path)
     expect(state, run.truth())
     assert state.frozen == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameter_without_elements(tmp_path: Path, stage: int) -> None:
+    """DeepSpeed leaves it out of its optimizer, and lists it with the frozen ones if it lists those."""
+    run = Run(dtype=torch.bfloat16, frozen={"pos.weight": (5, 3), "nothing": (0, 3)})
+    path = zero3(tmp_path / "in", run, 2) if stage == 3 else zero12(tmp_path / "in", run, 2, stage=stage)
+    state = read(path)
+    expect(state, run.truth())
+    assert run.param_groups() == state.param_groups
+    assert state.frozen == ["pos.weight"]
+    (line,) = [line for line in state.warnings if "nothing" in line]
+    assert line == "nothing without elements: no file says whether trained, in which parameter group, or frozen"
+    convert(path, tmp_path / "universal", to="universal")
+    convert(tmp_path / "universal", tmp_path / "out", to="deepspeed")
+    assert diff(state, read(tmp_path / "out")) == []
+
+
+def test_parameter_without_elements_in_the_optimizer(tmp_path: Path) -> None:
+    """Older DeepSpeed lists it in its group."""
+    run = Run(dtype=torch.bfloat16, shapes={"a": (4, 3), "nothing": (0, 3), "b": (5,)}, groups=[["a", "nothing", "b"]])
+    for name, make in (("one", zero12), ("three", zero3)):
+        state = read(make(tmp_path / name, run, 2))
+        expect(state, run.truth())
+        assert run.param_groups() == state.param_groups
+        assert list(run.frozen) == state.frozen
 
 
 def test_fused_adam_keeps_its_stale_step_in_the_group_and_the_true_one_per_parameter(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ class _Checkpoint:
                 shape_as(optims[mp], weights[t].model)
         if not topology.is_pipeline:
             for mp, (models, optim) in enumerate(zip(topology.models, optims, strict=True)):
-                found = module_weights(models[0], optim.shapes)
+                found = module_weights(models[0], optim.shapes, is_stage3=topology.stage3)
                 autoep = [
                     str(entry.get("expert_key_prefix"))
                     for entry in models[0].get("ds_autoep_layers") or models[0].get("autoep_layers") or ()
@@ -290,8 +290,8 @@ def fill_stage3(found: Weights, models: Sequence[Saved], optim: Optim, warnings:
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         warnings.append(
-            f"the checkpoint names parameters without holding them: {', '.join(lost[:5])}{more} (frozen parameters "
-            "were left out when it was saved)"
+            f"the checkpoint names parameters without holding them: {', '.join(lost[:5])}{more} (those that are "
+            "frozen, or have no elements, were left out when it was saved)"
         )
         found.order = [name for name in found.order if name not in lost]
 
@@ -358,13 +358,19 @@ def assemble(
 
 
 def _mark_frozen(topology: Topology, state: State, model: Mapping[str, View], trained: Mapping[str, Any]) -> None:
+    """``frozen_param_shapes`` also lists what has no elements, since DeepSpeed leaves that out of its optimizer."""
+    if not trained:
+        return
     listed_frozen = {
         name for row in topology.models for name in (row[0].typed("frozen_param_shapes", dict, {}))
     }
     is_listed = any(row[0].get("frozen_param_shapes") is not None for row in topology.models)
-    others = [name for name in model if name not in trained]
-    if not trained:
-        return
+    others = [name for name in model if name not in trained and model[name].numel]
+    empty = [name for name in model if name not in trained and not model[name].numel]
+    if empty:
+        state.warnings.append(
+            f"{name_list(empty)} without elements: no file says whether trained, in which parameter group, or frozen"
+        )
     if not is_listed:  # stage 0 and 1 do not say; what no optimizer trains is frozen
         state.frozen = others
         return

@@ -39,8 +39,11 @@ class Weights:
     rest: dict[str, Any] = field(default_factory=dict)
 
 
-def module_weights(saved: Saved, trained: Mapping[str, Any]) -> Weights:
-    """Return what ``module`` of a model file holds. ``trained``: the names that the optimizer has."""
+def module_weights(saved: Saved, trained: Mapping[str, Any], *, is_stage3: bool = False) -> Weights:
+    """
+    Return what ``module`` of a model file holds. ``trained``: the names that the optimizer has. ``is_stage3``: what
+    has no elements is a placeholder; in other stages it is a parameter without elements.
+    """
     module = saved.typed("module", dict, {})
     shared = _shared(saved)
     buffers = set(saved.typed("buffer_names", (list, tuple), ()))
@@ -66,7 +69,7 @@ def module_weights(saved: Saved, trained: Mapping[str, Any]) -> Weights:
             continue
         found.order.append(name)
         shape = trained.get(name)
-        if not value.numel and shape is None or (shape is not None and prod(shape) != value.numel):
+        if (is_stage3 and not value.numel) or (shape is not None and prod(shape) != value.numel):
             found.empty[name] = value.dtype
         else:
             found.model[name] = value.view

@@ -233,7 +233,7 @@ def _shaped(path: Path, value: TensorRef, shape: tuple[int, ...] | None, name: s
 
 
 def _weights(topology: Topology, optim: Optim, warnings: list[str]) -> list[Weights]:
-    found = [module_weights(row[0], optim.shapes) for row in topology.models]
+    found = [module_weights(row[0], optim.shapes, is_stage3=topology.stage3) for row in topology.models]
     first = found[0]
     if len(found) == 1:
         if topology.stage3:
