@@ -103,6 +103,16 @@ def test_what_deepspeed_cannot_load_is_told_and_kept(tmp_path: Path) -> None:
     same(state, read(tmp_path))
 
 
+def test_round_robin_gradients_are_a_warning(tmp_path: Path) -> None:
+    """DeepSpeed's loader takes the places that parameters had before they were dealt out to the ranks."""
+    warned = []
+    for dealt in (False, True):
+        source = zero12(tmp_path / f"in{dealt}", Run(dtype=torch.bfloat16), 2, round_robin=dealt)
+        lines = convert(source, tmp_path / f"out{dealt}", to="deepspeed").warnings
+        warned.append(any("load it with round_robin_gradients false" in line for line in lines))
+    assert warned == [False, True]
+
+
 def test_what_deepspeeds_own_loader_leaves_alone_is_a_warning(tmp_path: Path) -> None:
     """Stage 3 would give all groups the weight decay of the first, in silence; now it finds none to give."""
     run = Run(dtype=torch.float16)

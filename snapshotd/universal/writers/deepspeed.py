@@ -67,6 +67,11 @@ def limits(state: State) -> list[str]:
                 f"load_universal of DeepSpeed restores no {what}: {_some(names)} must come from the job itself (they "
                 "are in 'module' of mp_rank_00_model_states.pt)"
             )
+    if _deals_parameters_out(state):
+        lines.append(
+            "load_universal of DeepSpeed gives parameters the values of others, in stages 1 and 2 with "
+            "round_robin_gradients, which this run has in its configuration: load it with round_robin_gradients false"
+        )
     differing = sorted({key for group in state.param_groups for key in group} - _common(state.param_groups) - {"names"})
     if differing:
         lines.append(
@@ -313,6 +318,14 @@ def _client_state(state: State, lazy: _Lazy) -> dict[str, Any]:
 def _common(groups: Sequence[Mapping[str, Any]]) -> set[str]:
     """The hyperparameters that are the same in all groups."""
     return {key for key in (groups[0] if groups else ()) if len({repr(group.get(key)) for group in groups}) == 1}
+
+
+def _deals_parameters_out(state: State) -> bool:
+    """Whether the run was configured with ``round_robin_gradients``."""
+    found: Any = state.extra
+    for key in ("deepspeed", "ds_config", "zero_optimization"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return isinstance(found, dict) and found.get("round_robin_gradients") is True
 
 
 def _some(names: Sequence[str]) -> str:
