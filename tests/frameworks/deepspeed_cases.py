@@ -21,6 +21,8 @@ WITHOUT_ZERO = [
     Case(name="z0_bf16_tied", stage=0, model=TIED, groups="one"),
     Case(name="z0_fp16", stage=0, dtype="fp16"),
     Case(name="z0_fp16_fused", stage=0, dtype="fp16", **FUSED),
+    Case(name="z0_fp32_empty", stage=0, dtype="fp32", changes=("empty",)),
+    Case(name="z0_bf16_empty", stage=0, changes=("empty",)),
     Case(name="z0_fp32_fused", stage=0, dtype="fp32", **FUSED),
 ]
 
@@ -45,6 +47,7 @@ STAGES_1_AND_2 = [
     Case(name="z2_shared_module_w3", stage=2, world=3, changes=("shared",)),
     Case(name="z1_frozen_layer", dtype="fp32", changes=("frozen layer",)),
     Case(name="z1_empty_and_unused", changes=("empty", "unused")),
+    Case(name="z2_empty", stage=2, changes=("empty",)),
     Case(name="z1_frozen_left_out", exclude_frozen=True),
     Case(name="z2_frozen_left_out", stage=2, exclude_frozen=True),
     Case(name="z1_torch_scheduler", scheduler="torch"),
@@ -98,7 +101,7 @@ PARALLEL = [
     Case(name="tp2_z0_bf16", tp=2, stage=0),
     Case(name="tp2_z1_bf16", tp=2),
     Case(name="tp2_z1_unfused", tp=2, model={"fused": False}, gather_head=True),
-    Case(name="tp2_z1_uneven", tp=2, model={"heads": 6, "kv_heads": 3, "hidden": 48}, groups="three"),
+    Case(name="tp2_z1_uneven", tp=2, model={"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 57}, groups="three"),
     Case(name="tp2_z2_fp32_tied_w4", tp=2, world=4, stage=2, dtype="fp32", model=TIED),
     Case(name="tp2_z3_w4", tp=2, world=4, stage=3),
     Case(name="moe_z0_fp32", experts=4, ep=2, stage=0, dtype="fp32"),
@@ -133,10 +136,13 @@ OTHER = [
     ("z3_bf16_w5", {"stage": 1, "world": 1}),
     ("z2_fp16_w3", {"stage": 3, "world": 2}),
     ("z0_fp32", {"stage": 1, "world": 2}),
-    ("z2_round_robin", {"stage": 2, "world": 3, "zero": ROUND_ROBIN}),
+    ("z2_round_robin", {"stage": 2, "world": 3, "zero": {}}),
     ("z3_tied_w3", {"stage": 2, "world": 2}),
     ("z2_amsgrad", {"stage": 1, "world": 3}),
     ("z1_bf16_w4", {"stage": 1, "world": 2, "config": BF16_OPTIMIZER}),
     ("tp2_z1_bf16", {"stage": 1, "world": 2, "tp": 1}),
+    ("tp2_z1_uneven", {"stage": 2, "world": 3, "tp": 1}),
+    ("z1_empty_and_unused", {"stage": 2, "world": 3}),
+    ("z2_empty", {"stage": 3, "world": 2}),
 ]
 """Sources, and what is another in the run that loads them: it must hold the very same state."""

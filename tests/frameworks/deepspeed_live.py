@@ -44,9 +44,10 @@ def capture(engine: Any, names: dict[int, str], groups: list[list[str]], merge: 
     """
     params = {names[id(param)]: param for param in engine.module.parameters()}
     pieces: dict[str, Any] = {}
-    with deepspeed.zero.GatheredParameters([p for p in params.values() if hasattr(p, "ds_id")]):
+    with deepspeed.zero.GatheredParameters([p for p in params.values() if getattr(p, "ds_numel", 0)]):
         for name, param in params.items():
-            pieces[f"model/{name}"] = (tuple(param.shape), 0, param.detach().clone().reshape(-1))
+            shape = tuple(getattr(param, "ds_shape", param.shape))  # what has no elements can not be gathered
+            pieces[f"model/{name}"] = (shape, 0, param.detach().clone().reshape(-1))
     for name, buffer in persistent_buffers(engine.module):
         pieces[f"buffer/{name}"] = (tuple(buffer.shape), 0, buffer.detach().clone().reshape(-1))
     pieces.update(_states(engine, {name: param for name, param in params.items() if param.requires_grad}))
@@ -65,8 +66,7 @@ def capture(engine: Any, names: dict[int, str], groups: list[list[str]], merge: 
     for _, other, _ in everyone:
         live.tied.update(other.tied)
         live.frozen += [name for name in other.frozen if name not in live.frozen]
-        for group in other.groups:
-            _join(live.groups, group)
+        _join(live.groups, other.groups)
     _drop_equal_masters(live)
     live.counters = {
         "global_steps": engine.global_steps,
@@ -77,14 +77,20 @@ def capture(engine: Any, names: dict[int, str], groups: list[list[str]], merge: 
     return live
 
 
-def _join(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Stages and experts have groups of their own: those with the same hyperparameters are one."""
-    rest = lambda one: {key: value for key, value in one.items() if key != "names"}  # noqa: E731
-    for known in groups:
-        if repr(rest(known)) == repr(rest(group)):
-            known["names"] += [name for name in group["names"] if name not in known["names"]]
-            return
-    groups.append({**group, "names": list(group["names"])})
+def _join(known: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """
+    Stages and experts have groups of their own: those with the same hyperparameters are one. Groups of one rank stay
+    apart: the first of a rank belongs to the first like it, the second to the second.
+    """
+    rest = lambda one: repr({key: value for key, value in one.items() if key != "names"})  # noqa: E731
+    free = list(known)
+    for group in groups:
+        same = next((other for other in free if rest(other) == rest(group)), None)
+        if same is None:
+            known.append({**group, "names": list(group["names"])})
+            continue
+        free = [other for other in free if other is not same]
+        same["names"] += [name for name in group["names"] if name not in same["names"]]
 
 
 def _tied(module: torch.nn.Module) -> dict[str, str]:
@@ -197,7 +203,7 @@ def _stage12(outer: Any, trained: dict[str, Any]) -> dict[str, Any]:
 
 def _stage3(outer: Any, trained: dict[str, Any]) -> dict[str, Any]:
     pieces: dict[str, Any] = {}
-    for name, param in trained.items():
+    for name, param in ((name, param) for name, param in trained.items() if param.ds_numel):
         sub, begin, count = outer.grad_position[outer.get_param_id(param)]
         master = outer.fp32_partitioned_groups_flat[sub]
         states, numbers = _sorted(outer.optimizer.state[master], master)

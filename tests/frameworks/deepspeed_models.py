@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ def build(case: Any, rank: int) -> Built:
         return with_experts(model, cfg, case, rank)
     for change in case.changes:
         CHANGES[change](model)
+    if case.tp > 1:  # AutoTP cuts attention between the key-value heads that a config tells
+        model.config = SimpleNamespace(
+            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, hidden_size=cfg.hidden
+        )
     names = {id(param): name for name, param in model.named_parameters()}
     return Built(model, names, cfg, merge_tp(cfg, case) if case.tp > 1 else _as_it_is)
 
@@ -44,7 +49,9 @@ def _as_it_is(shards: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def _empty_parameter(model: Any) -> None:
-    model.register_parameter("nothing", torch.nn.Parameter(torch.empty(0, 3)))
+    """In a module that is never called: DeepSpeed 0.19.8 can not gather it for one that is, in stage 3."""
+    model.spare = torch.nn.Module()
+    model.spare.nothing = torch.nn.Parameter(torch.empty(0, 3))
     model.register_buffer("no_rows", torch.empty(0, 4))
     model.register_buffer("flags", torch.tensor([True, False, True]))
     model.register_buffer("sixteen", torch.tensor([1.5, -0.0], dtype=torch.float16))

@@ -44,11 +44,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_what_deepspeed_saved_is_what_its_engine_held(case: Case, trained: Trained, tmp_path: Path) -> None:
     """A run goes on with other numbers than it stopped with, in an option that nobody thought of."""
     folder = trained(case)
-    convert(folder / "ckpt", tmp_path / "universal", to="universal")
+    warnings = convert(folder / "ckpt", tmp_path / "universal", to="universal").warnings
     state = read(tmp_path / "universal")
     state.check()
     frozen = tuple(truth_of(folder)[0]["frozen"])
-    expect_truth(folder, state, lost=frozen if case.exclude_frozen else ())
+    empty = ("spare.nothing",) if "empty" in case.changes else ()
+    without_group = () if (case.stage, case.dtype) == (0, "fp32") else empty  # DeepSpeed's own optimizers leave it out
+    assert bool(without_group) == any("spare.nothing without elements" in line for line in warnings)
+    expect_truth(folder, state, lost=frozen if case.exclude_frozen else (), without_group=without_group)
 
 
 def loaded(source: Path, case: Case, tmp_path: Path) -> tuple[Path, list[str]]:
@@ -60,13 +63,18 @@ def loaded(source: Path, case: Case, tmp_path: Path) -> tuple[Path, list[str]]:
     return tmp_path / "run", warnings
 
 
+def differing(source: Path, run: Path) -> list[str]:
+    """What ``run`` loaded and does not hold as ``source`` did."""
+    expected, found = truth_of(source)[1], truth_of(run)[1]
+    kept = {key: value for key, value in expected.items() if not key.startswith(("rng/", "buffer/"))}
+    return [key for key, value in kept.items() if found.get(key) != value]
+
+
 def compare(source: Path, run: Path, warnings: list[str]) -> None:
     """The same state, but for what the warnings say that DeepSpeed's loader leaves alone."""
-    truth, expected = truth_of(source)
-    now, found = truth_of(run)
+    truth, now = truth_of(source)[0], truth_of(run)[0]
     assert any("no buffers" in line for line in warnings)
-    kept = {key: value for key, value in expected.items() if not key.startswith(("rng/", "buffer/"))}
-    assert kept == {key: found.get(key) for key in kept}
+    assert differing(source, run) == []
     assert truth["param_groups"] == now["param_groups"]
     assert [truth[key] for key in COUNTERS] == [now[key] for key in COUNTERS]
     assert truth["client_state"] == now["client_state"]
@@ -90,3 +98,11 @@ def test_another_world_and_stage_hold_the_same_state(
     source = trained(SOURCES[name])
     run, warnings = loaded(source, replace(SOURCES[name], **change), tmp_path)
     compare(source, run, warnings)
+
+
+def test_what_is_warned_of_round_robin_gradients_is_so(trained: Trained, tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 takes the places that parameters had before they were dealt out. Once it does not, warn less."""
+    source = trained(SOURCES["z2_round_robin"])
+    run, warnings = loaded(source, SOURCES["z2_round_robin"], tmp_path)
+    assert any("load it with round_robin_gradients false" in line for line in warnings)
+    assert "model/layers.0.attn.out.weight" in differing(source, run)
