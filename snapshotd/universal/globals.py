@@ -164,6 +164,7 @@ def _rebuild_v1(storage: Any, offset: Any, size: Any, stride: Any) -> TensorRef:
 def _rebuild_v2(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> TensorRef:
+    _refuse_lazy(storage, metadata)
     return _tensor(storage, offset, size, stride, requires_grad)
 
 
@@ -172,7 +173,19 @@ def _rebuild_v3(
 ) -> TensorRef:
     if not isinstance(dtype, TorchDType):
         raise FormatError("a tensor whose dtype is none")
+    _refuse_lazy(storage, metadata)
     return _tensor(storage, offset, size, stride, requires_grad, str(dtype))
+
+
+def _refuse_lazy(storage: Any, metadata: Any) -> None:
+    """FormatError for a tensor whose signs are to be turned when it is read: its bytes are not its values."""
+    marks = [mark for mark in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(mark)]
+    if marks:
+        label = storage.source.label if isinstance(storage, StorageRef) else "a file"
+        raise FormatError(
+            f"{label}: a tensor was saved with the mark {marks[0]!r}, so its bytes are not its values: save it with "
+            ".resolve_conj().resolve_neg()"
+        )
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> TensorRef:
@@ -234,6 +247,12 @@ def _number(kind: type) -> Callable[..., Any]:
     return make
 
 
+def _text(text: Any = "") -> str:
+    if not isinstance(text, str):
+        raise FormatError(f"a text of {type(text).__name__}")
+    return text
+
+
 def _deque(items: Any = (), maxlen: Any = None) -> list[Any]:
     return list(items) if isinstance(items, (list, tuple)) else []
 
@@ -278,6 +297,12 @@ _BUILTINS: Final[dict[str, Callable[..., Any]]] = {
     "bytearray": _bytes,
     "bytes": _bytes,
     "complex": _number(complex),
+    "int": _number(int),
+    "long": _number(int),
+    "float": _number(float),
+    "bool": _number(bool),
+    "str": _text,
+    "unicode": _text,
     "slice": lambda *args: tuple(args),
 }
 

@@ -312,8 +312,13 @@ def _load_legacy(source: Source) -> Any:
             raise FormatError(f"{label}: a storage {key!r:.40} that nothing uses")
         item = DTYPES[storage.dtype].itemsize if storage.dtype is not None else 1
         count = int.from_bytes(read_bytes(source, at, 8), "little", signed=True)
-        if count * item != storage.nbytes or at + 8 + storage.nbytes > source.size:
+        if count * item != storage.nbytes:
             raise FormatError(f"{label}: the storage {key} has {count} elements, expected {storage.nbytes // item}")
+        if at + 8 + storage.nbytes > source.size:
+            raise FormatError(
+                f"{label} has {source.size} bytes, but its storage {key} ends at {at + 8 + storage.nbytes}: it was cut "
+                "short; copy it again, or take an older checkpoint"
+            )
         storage.begin = at + 8
         at += 8 + storage.nbytes
     if any(storage.begin < 0 for storage in found.values()):

@@ -88,7 +88,7 @@ class StorageReader(torch_storage.StorageReader):
         keys = self._open()
         # Where the trainer's own keys have numbers for parameters, its groups list numbers too.
         numbered = any(_is_numbered(item.dest_index) for item in plan.items)
-        tensors: list[tuple[ReadItem, Tensor, torch.Tensor]] = []
+        tensors: list[tuple[ReadItem, Tensor | View, torch.Tensor]] = []
         for item in plan.items:
             found = keys.find(item.storage_index.fqn, numbered=numbered)
             if item.type == LoadItemType.BYTE_IO:
@@ -161,8 +161,10 @@ def _is_numbered(index: MetadataIndex) -> bool:
     return any(part == "state" and after.isdigit() for part, after in zip(parts, parts[1:], strict=False))
 
 
-def _fill(keys: KeyLookup, item: ReadItem, tensor: Tensor, target: torch.Tensor) -> None:
-    master = keys.master_of(tensor)
-    if master is not None and target.dtype == torch.float32 != getattr(torch, tensor.dtype):
-        tensor = master
-    read_box(tensor.view, tuple(item.storage_offsets), tuple(item.lengths), target)
+def _fill(keys: KeyLookup, item: ReadItem, found: Tensor | View, target: torch.Tensor) -> None:
+    """``found``: a View is a tensor inside plain values."""
+    master = keys.master_of(found) if isinstance(found, Tensor) else None
+    if master is not None and target.dtype == torch.float32 != getattr(torch, found.dtype):
+        found = master
+    view = found.view if isinstance(found, Tensor) else found
+    read_box(view, tuple(item.storage_offsets), tuple(item.lengths), target)

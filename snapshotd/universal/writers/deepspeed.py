@@ -38,6 +38,9 @@ _DS_VERSION: Final = "0.19.8"
 _STAGE3_KINDS: Final = ("exp_avg", "exp_avg_sq")
 """The optimizer states that the loader of stage 3 asks for, by name."""
 
+_MASTERED: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+"""The types of weights that can have a master copy in float32; others are not trained."""
+
 _SCALERS: Final = ("LossScaler", "DynamicLossScaler")
 
 
@@ -135,13 +138,16 @@ class _Plan:
         kinds = {kind: state.of_kind(kind) for kind in state.optimizer_kinds}
         if not self.groups:
             frozen = set(state.frozen)
-            self.groups = [[name for name in {**self.model, **self.masters} if name not in frozen]]
+            weights = {**self.model, **self.masters}
+            self.groups = [[name for name in weights if name not in frozen and weights[name].dtype in _MASTERED]]
         self.groups = [[state.tied.get(name, name) for name in names] for names in self.groups]
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in (name for names in self.groups for name in names):
             tensor = self.masters.get(name) or self.model.get(name)
             if tensor is None:
                 raise UsageError(f"{name} is in a parameter group, but has no weights: it can not be written")
+            if tensor.dtype not in _MASTERED:
+                raise UsageError(f"{name} is {tensor.dtype}, of which DeepSpeed can have no master copy in float32")
             if "/" in name or name in (".", ".."):
                 raise UsageError(f"{name!r} can not be the name of a folder, as DeepSpeed Universal wants it")
             self.shapes[name] = tensor.shape
