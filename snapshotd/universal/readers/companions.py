@@ -20,7 +20,7 @@ from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.torchzip import load
 
-__all__ = ["CONFIGS", "is_companion", "put_companions"]
+__all__ = ["CONFIGS", "is_companion", "is_optimizer_file", "optimizer_file", "put_companions"]
 
 CONFIGS: Final = ("config.json", "generation_config.json", "trainer_state.json", "adapter_config.json")
 _MAX_JSON: Final = 64 << 20
@@ -32,6 +32,10 @@ _FILES: Final = re.compile(
     r"|(?P<meta>meta)\.pt|(?P<arguments>training_args)\.bin)\Z"
 )
 
+_OPTIMIZERS: Final = ("optimizer.pt", "optimizer.bin")
+_NUMBERED: Final = re.compile(r"(?:(?:pytorch_)?model|optimizer)_[0-9]+\.(?:safetensors|bin|pt)\Z")
+"""accelerate's further models and optimizers; the first of each has no number."""
+
 _GENERATORS: Final = {"torch_manual_seed": "cpu", "torch_cuda_manual_seed": "cuda", "torch_xpu_manual_seed": "xpu"}
 """accelerate's names for the generators' states."""
 
@@ -41,12 +45,24 @@ def is_companion(name: str) -> bool:
     return _FILES.match(name) is not None
 
 
+def optimizer_file(folder: Path) -> Path | None:
+    """Return Trainer's or accelerate's optimizer in ``folder``, if there is one."""
+    return next((folder / name for name in _OPTIMIZERS if (folder / name).is_file()), None)
+
+
+def is_optimizer_file(name: str) -> bool:
+    """Whether a file of that name is an optimizer's, or a further model of accelerate's."""
+    return name in _OPTIMIZERS or _NUMBERED.match(name) is not None
+
+
 def put_companions(state: State, folder: Path) -> None:
     """Add to ``state`` what lies in ``folder`` beside the weights, and the step where only that tells it."""
     configs = _configs(folder)
     if configs:
         state.extra["configs"] = {key: to_json(value, key) for key, value in configs.items()}
     for file in sorted(folder.iterdir()):
+        if _NUMBERED.match(file.name):
+            state.warnings.append(f"{file.name} is of another model or optimizer and is not carried over")
         match = _FILES.match(file.name)
         if match is None or not file.is_file():
             continue

@@ -87,16 +87,14 @@ def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
         mine = {item.key: item.view for item in items if item.key in generators and item.view is not None}
         state.tensors += [Tensor("rng", generators[key], view) for key, view in mine.items()]
         items = [item for item in items if item.key not in mine]
-    optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items)]
+    optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items) if note is None or prefix == "optim."]
     rest: list[Item] = []
     for item in items:
         if not any(_take(optim, item) for optim in optims):
             rest.append(item)
     optimizers = [_optimizer(optim) for optim in optims]
     names = [name for optimizer in optimizers for name in optimizer.names if isinstance(name, str)]
-    # Converted with --only optimizer: there is no model to find.
-    alone = note is not None and not any(item.key.startswith("model.") for item in rest)
-    prefix = "model." if alone else _model_prefix(rest, names)
+    prefix = "model." if note is not None else _model_prefix(rest, names)
     weights = {item.key[len(prefix) :]: item for item in rest if _is_weight(item, prefix, set(names))}
     taken = {item.key for item in weights.values()}
     plain = unwrapped(weights)

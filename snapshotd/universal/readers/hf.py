@@ -14,7 +14,7 @@ from typing import Any, Final
 from snapshotd.errors import FormatError
 from snapshotd.layout.header import decode_json
 from snapshotd.universal.plain import to_json
-from snapshotd.universal.readers.companions import put_companions
+from snapshotd.universal.readers.companions import optimizer_file, put_companions
 from snapshotd.universal.readers.conventions import Model, step_of_name
 from snapshotd.universal.readers.module_order import module_order
 from snapshotd.universal.readers.optimizers import Optimizer, name_optimizers
@@ -178,7 +178,7 @@ def _optimizer(state: State, folder: Path, views: Mapping[str, View]) -> Optimiz
     The weights' files are sorted by name, the optimizer's numbers count in the order of the modules. Where no order
     that is known fits, the optimizer's state is kept as it is in ``extra``.
     """
-    file = next((folder / name for name in ("optimizer.pt", "optimizer.bin") if (folder / name).is_file()), None)
+    file = optimizer_file(folder)
     if file is None:
         return None
     value = load(FileSource(file))

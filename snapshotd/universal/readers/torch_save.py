@@ -15,6 +15,7 @@ from snapshotd.errors import CorruptionError, FormatError
 from snapshotd.layout.header import decode_json
 from snapshotd.universal.globals import TensorRef
 from snapshotd.universal.plain import to_json
+from snapshotd.universal.readers.companions import is_companion, is_optimizer_file, optimizer_file, put_companions
 from snapshotd.universal.readers.conventions import Model, find_step, is_extra_state, is_rng, step_of_name, unwrapped
 from snapshotd.universal.readers.optimizers import Optimizer, name_optimizers
 from snapshotd.universal.readers.rank_files import find_ranks
@@ -70,10 +71,22 @@ def read(path: Path, rules: Rules | None = None) -> State:
         if file is None:
             raise FormatError(f"{path} has no file of torch.save, or several: name the one")
         value = load(FileSource(file))
+    if path.is_dir():
+        value = _with_optimizer(value, path)
     state = assemble(value, str(path))
+    if path.is_dir():
+        put_companions(state, path)
     if state.step is None:
         state.step = step_of_name(path.name)
     return state
+
+
+def _with_optimizer(value: Any, folder: Path) -> Any:
+    """Trainer and accelerate put the optimizer into a file beside the weights."""
+    file = optimizer_file(folder)
+    if file is None or not isinstance(value, Mapping) or any(_find_optimizers(value)):
+        return value
+    return {"model": value, "optimizer": load(FileSource(file))}
 
 
 def _read_ranks(files: Sequence[Path], rules: Rules | None) -> State:
@@ -97,10 +110,10 @@ def assemble(value: Any, label: str) -> State:
         value = {str(i): item for i, item in enumerate(value)}
     if not isinstance(value, Mapping):
         raise FormatError(f"{label} holds a {type(value).__name__}, not a dict: save state dicts")
-    optimizers = list(_find_optimizers(value))
     note = _note(value)
-    if note is not None and value.get("model") == {}:  # converted with --only optimizer
-        path, weights = ("model",), dict[str, TensorRef]()
+    optimizers = [found for found in _find_optimizers(value) if note is None or found[0] == ("optimizer",)]
+    if note is not None and isinstance(value.get("model"), Mapping):
+        path, weights = ("model",), _weights_in(value["model"])
     else:
         path, weights = _find_model(value, label, [place for place, _ in optimizers])
     others = list(_others(value, path, weights))
@@ -111,7 +124,12 @@ def assemble(value: Any, label: str) -> State:
     found = [Optimizer(list(map(dict, item["param_groups"])), item["state"]) for _, item in optimizers]
     for optimizer in found:
         optimizer.rename(plain)
-    warning = name_optimizers(found, views, tied)
+    try:
+        warning = name_optimizers(found, views, tied)
+    except FormatError as error:  # of another model beside this one, or of a kind that has no state for each parameter
+        where = ", ".join("extra." + ".".join(map(str, place)) for place, _ in optimizers)
+        warning = f"the optimizer is kept in {where}, without the model's names: {error}"
+        found, optimizers = [], []
     if warning:
         state.warnings.append(warning)
     listed = {name for optimizer in found for name in optimizer.names} if found else None
@@ -160,6 +178,7 @@ def _only_file(path: Path) -> Path | None:
     if not path.is_dir():
         return None
     files = [entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and entry.is_file()]
+    files = [entry for entry in files if not is_companion(entry.name) and not is_optimizer_file(entry.name)]
     model = [entry for entry in files if entry.name in ("pytorch_model.bin", "model.pt", "checkpoint.pt")]
     chosen = model if len(model) == 1 else files
     if len(chosen) != 1:
@@ -218,11 +237,7 @@ def _find_model(
     for path, node in _nodes(value):
         if any(path[: len(place)] == place for place in optimizers if place or path):
             continue
-        tensors = {
-            name: item
-            for name, item in node.items()
-            if isinstance(item, TensorRef) and isinstance(name, str) and not is_extra_state(name)
-        }
+        tensors = _weights_in(node)
         if not tensors or (not path and any(isinstance(item, Mapping) and item for item in node.values())):
             continue
         named = bool(path) and path[-1] in _MODEL_KEYS
@@ -232,6 +247,14 @@ def _find_model(
     if best is None:
         raise FormatError(f"{label} holds no dict of names to tensors: there is no model in it")
     return best[1], best[2]
+
+
+def _weights_in(node: Mapping[Any, Any]) -> dict[str, TensorRef]:
+    return {
+        name: item
+        for name, item in node.items()
+        if isinstance(item, TensorRef) and isinstance(name, str) and not is_extra_state(name)
+    }
 
 
 def _tied(weights: Mapping[str, TensorRef]) -> dict[str, str]:
