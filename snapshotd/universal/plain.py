@@ -70,6 +70,8 @@ class _Encoder:
             return {"$object": value.name}
         if isinstance(value, NumpyDType):
             return {"$dtype": str(value.value)}
+        if isinstance(value, NumpyArray) and value.value.dtype.kind in "US":
+            return self.encode(value.value.tolist(), name, depth)
         return {"$tensor": self._tensor(value, name)}
 
     def _mapping(self, value: Mapping[Any, Any], name: str, depth: int) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal import convert
 from snapshotd.universal.compare import diff
+from snapshotd.universal.plain import from_json
 from snapshotd.universal.readers import read
 from snapshotd.universal.views import read_all
 
@@ -111,3 +114,68 @@ def test_an_empty_frozen_parameter_comes_back_from_deepspeed(tmp_path: Path) -> 
     assert ["empty"] == state.frozen
     assert (0, 4) == state.of_kind("model")["empty"].shape
     assert [1.0, 1.0] == read_all(state.of_kind("model")["a"].view).view("f4").tolist()
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_is_its_checkpoint(index: str, tmp_path: Path) -> None:
+    """Who has a checkpoint of many files names the one that lists them."""
+    if index.startswith("model"):
+        pytest.importorskip("safetensors.torch").save_file({"w": torch.ones(2)}, tmp_path / "part")
+    else:
+        torch.save({"w": torch.ones(2)}, tmp_path / "part")
+    (tmp_path / index).write_text(json.dumps({"metadata": {}, "weight_map": {"w": "part"}}))
+    assert ["w"] == list(read(tmp_path / index).of_kind("model"))
+
+
+def test_arrays_of_text_are_lists(tmp_path: Path) -> None:
+    """Labels of classes, as NumPy keeps them."""
+    labels = np.array([["cat", "dog"], ["emu", ""]])
+    torch.save({"model": {"w": torch.ones(2)}, "labels": labels, "raw": labels.astype("S")}, tmp_path / "c.pt")
+    extra = read(tmp_path / "c.pt").extra
+    assert labels.tolist() == extra["labels"]
+    assert labels.astype("S").tolist() == from_json(extra["raw"], {})
+
+
+def test_parameters_are_taken_for_trained_before_what_may_be_buffers(tmp_path: Path) -> None:
+    """SGD without momentum has no state: that ten numbers stand for ten of fourteen tensors is all that is known."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(3))
+            self.none = torch.nn.Parameter(torch.ones(0, 3))
+            self.register_buffer("wave", torch.ones(3, dtype=torch.complex64))
+            self.register_buffer("statistic", torch.ones(3))
+            self.a = torch.nn.Linear(3, 3)
+            self.norm = torch.nn.BatchNorm1d(3)
+
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    state = read(tmp_path / "c.pt")
+    assert [[name for name, _ in net.named_parameters()]] == [group["names"] for group in state.param_groups]
+    assert [] == [name for name in state.frozen if name in dict(net.named_parameters())]
+
+
+def test_weights_below_any_key_are_found_in_dcp(tmp_path: Path) -> None:
+    """A trainer's own name for its model, and no optimizer that would tell."""
+    tree = {"nets": {"main": {"a.weight": torch.ones(2, 3)}}, "counts": {"seen": torch.ones(1)}, "step": 4}
+    dcp.save(tree, storage_writer=dcp.FileSystemWriter(tmp_path / "c"), no_dist=True)
+    state = read(tmp_path / "c")
+    assert ["a.weight"] == list(state.of_kind("model"))
+    assert ["counts", "step"] == sorted(state.extra)
+    convert(tmp_path / "c", tmp_path / "h", to="hf")
+    assert ["a.weight"] == list(read(tmp_path / "h").of_kind("model"))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_no_weights_are_no_checkpoint_of_hugging_face(dry_run: bool, tmp_path: Path) -> None:
+    tree = {
+        "model": {"w": torch.ones(2)},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0], "lr": 0.1}]},
+    }
+    torch.save(tree, tmp_path / "c.pt")
+    convert(tmp_path / "c.pt", tmp_path / "u", to="universal", only="optimizer")
+    with pytest.raises(UsageError, match="no weights"):
+        convert(tmp_path / "u", tmp_path / "h", to="hf", dry_run=dry_run)
+    assert not (tmp_path / "h").exists()

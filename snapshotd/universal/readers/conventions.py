@@ -23,6 +23,7 @@ __all__ = [
     "is_extra_state",
     "is_rng",
     "looks_like_buffer",
+    "looks_like_parameter",
     "same_bytes",
     "step_of_name",
     "unwrapped",
@@ -148,6 +149,11 @@ class Model:
 def looks_like_buffer(name: str) -> bool:
     """Whether a name is one that buffers have in well-known models."""
     return _BUFFER_NAME.search(name) is not None
+
+
+def looks_like_parameter(name: str) -> bool:
+    """Whether a name ends as parameters of torch's own modules do."""
+    return name.rpartition(".")[2] in _PARAMETER_TAILS
 
 
 def same_bytes(one: View, other: View, slab_bytes: int = 1 << 20) -> bool:

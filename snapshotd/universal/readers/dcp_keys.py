@@ -224,7 +224,21 @@ def _model_prefix(items: Sequence[Item], names: Sequence[str]) -> str:
         # A path of one part means that "model." begins the name itself: the trainer passed a flat state dict.
         if any(item.path is None or len(item.path) > 1 for item in mine):
             return prefix
-    return ""
+    return _largest_section(items)
+
+
+def _largest_section(items: Sequence[Item]) -> str:
+    """The prefix of the dict that has most bytes, where no tensor stands at the top level; else none."""
+    sizes: dict[str, int] = {}
+    for item in items:
+        if item.view is None or item.path is None or _REST_PREFIXES.match(item.key):
+            continue
+        if len(item.path) == 1 and item.key not in _COUNTERS and is_rng(item.path, item.view) is None:
+            return ""
+        if len(item.path) > 1:
+            prefix = item.key[: -len(str(item.path[-1]))]
+            sizes[prefix] = sizes.get(prefix, 0) + item.view.nbytes
+    return max(sizes, key=lambda prefix: sizes[prefix], default="")
 
 
 def _ends_with(key: str, name: str) -> bool:

@@ -41,13 +41,15 @@ _EMBEDDINGS: Final = (
 def detect(path: Path) -> bool:
     """A safetensors file, or a folder with an index, with model.safetensors, or with files that count themselves."""
     if path.is_file():
-        return path.suffix == ".safetensors"
+        return path.suffix == ".safetensors" or path.name in INDEX_NAMES
     named = any((path / name).is_file() for name in (*INDEX_NAMES, *SINGLE_NAMES))
     return named or _only_file(path) is not None or bool(_numbered(path))
 
 
 def read(path: Path) -> State:
     """Return the state at ``path``."""
+    if path.name in INDEX_NAMES:
+        path = path.parent
     state = State(format="hf", tensors=[])
     folder = path if path.is_dir() else path.parent
     views, metadata = _weights(path)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from snapshotd.errors import FormatError
-from snapshotd.universal.readers.conventions import looks_like_buffer
+from snapshotd.universal.readers.conventions import looks_like_buffer, looks_like_parameter
 
 __all__ = ["Fits", "names_of_ids"]
 
@@ -115,7 +115,7 @@ def _step(
 
     for at, (score, ways, _, _) in before.items():
         if sum(at) >= needed:
-            reach(at, score + _left_out(name, shape), ways, at, -1)
+            reach(at, score + _left_out(name), ways, at, -1)
         for g, members in enumerate(ids):
             if at[g] < len(members):
                 fits = shapes.get(members[at[g]])
@@ -125,11 +125,11 @@ def _step(
     return after
 
 
-def _left_out(name: str, shape: Shape) -> int:
+def _left_out(name: str) -> int:
     """How well it goes that no group has the tensor: well for buffers, and for tables that are often not trained."""
-    if looks_like_buffer(name) or 0 in shape:
+    if looks_like_buffer(name):
         return 1
-    return -1 if "pos" in name.lower() else -2
+    return -2 if looks_like_parameter(name) and "pos" not in name.lower() else -1
 
 
 def _fits(name: str, shape: Shape, group: Mapping[str, Any]) -> bool:

@@ -41,6 +41,8 @@ Path_ = tuple[Any, ...]
 def detect(path: Path) -> bool:
     """A torch.save file, or a folder with one, with one for each tensor rank, or with ``pytorch_model.bin``."""
     if path.is_file():
+        if path.name == INDEX_NAME:
+            return True
         try:
             return is_torch_file(FileSource(path))
         except (OSError, FormatError):
@@ -62,6 +64,8 @@ def is_training_state(file: Path) -> bool:
 
 def read(path: Path, rules: Rules | None = None) -> State:
     """Return the state at ``path``. ``rules``: for files of tensor ranks that do not record how they make a whole."""
+    if path.name == INDEX_NAME:
+        path = path.parent
     if path.is_dir() and (files := find_ranks(path)):
         return _read_ranks(files, rules)
     if path.is_dir() and (path / INDEX_NAME).is_file():

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from snapshotd.errors import UsageError
 from snapshotd.universal.format import INDEX_NAME
 from snapshotd.universal.state import State
 from snapshotd.universal.stream import Settings, remove_journal, write_files
@@ -18,7 +19,9 @@ __all__ = ["losses", "write"]
 
 
 def losses(state: State) -> list[str]:
-    """Return what the format can not hold of ``state``, one line each."""
+    """Return what the format can not hold of ``state``, one line each. UsageError where it would hold nothing."""
+    if not any(tensor.kind in ("model", "buffer") for tensor in state.tensors):
+        raise UsageError("there are no weights, and files of Hugging Face hold nothing else: choose another format")
     lost = [f"{kind}: {len(state.of_kind(kind))} tensors" for kind in state.kinds if kind not in ("model", "buffer")]
     if state.param_groups:
         lost.append(f"param_groups: {len(state.param_groups)} groups")
