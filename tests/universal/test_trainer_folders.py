@@ -127,3 +127,54 @@ def test_two_models_with_their_optimizers_are_kept(tmp_path: Path) -> None:
     assert raw(optimizer.state_dict()["state"][1]["exp_avg"]) == read_all(extra["opt_G.state.1.exp_avg"].view).tobytes()
     convert(tmp_path / "c.pt", tmp_path / "u", to="universal")
     assert [] == diff(state, read(tmp_path / "u"))
+
+
+def test_two_models_in_dcp_are_kept_apart(tmp_path: Path) -> None:
+    """A GAN's nets of one class have the same names in all that is theirs."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    net, optimizer = trained()
+    order = [name for name, _ in net.named_parameters()]
+    groups = [{**group, "params": order} for group in optimizer.state_dict()["param_groups"]]
+    states = {order[i]: fields for i, fields in optimizer.state_dict()["state"].items()}
+    ones = {name: {"exp_avg": torch.ones(2)} for name in order}
+    tree = {
+        "generator": net.state_dict(),
+        "discriminator": {name: value + 1 for name, value in net.state_dict().items()},
+        "opt_g": {"state": states, "param_groups": groups},
+        "opt_d": {"state": ones, "param_groups": [{"params": order, "lr": 0.5}]},
+    }
+    dcp.save(tree, storage_writer=dcp.FileSystemWriter(tmp_path / "c"), no_dist=True)
+    state = read(tmp_path / "c")
+    state.check()
+    for name, value in net.state_dict().items():
+        assert raw(value) == read_all(state.of_kind("model")[name].view).tobytes()
+        assert raw(value + 1) == read_all(state.of_kind("extra")[f"discriminator.{name}"].view).tobytes()
+        assert raw(states[name]["exp_avg"]) == read_all(state.of_kind("exp_avg")[name].view).tobytes()
+        assert raw(torch.ones(2)) == read_all(state.of_kind("extra")[f"opt_d.state.{name}.exp_avg"].view).tobytes()
+    assert [order] == [group["names"] for group in state.param_groups]
+    assert 0.5 == state.extra["opt_d"]["param_groups"][0]["lr"]
+    assert ["opt_d.state"] == [line.split()[0] for line in state.warnings]
+    for to in ("universal", "dcp", "torch"):
+        convert(tmp_path / "c", tmp_path / to, to=to)
+        assert [] == diff(state, read(tmp_path / to))
+
+
+def test_two_optimizers_of_accelerate_in_dcp_keep_their_groups(tmp_path: Path) -> None:
+    """Both folders have the key optimizer.param_groups.0.lr."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    weights = {"a": torch.ones(2), "b": torch.ones(3)}
+    parts = {
+        "pytorch_model_fsdp_0": {"model": weights},
+        "optimizer_0": {"optimizer": _optimizer_of("a", weights["a"], 0.1)},
+        "optimizer_1": {"optimizer": _optimizer_of("b", weights["b"], 0.2)},
+    }
+    for folder, tree in parts.items():
+        dcp.save(tree, storage_writer=dcp.FileSystemWriter(tmp_path / "c" / folder), no_dist=True)
+    state = read(tmp_path / "c")
+    state.check()
+    assert [(["a"], 0.1), (["b"], 0.2)] == [(group["names"], group["lr"]) for group in state.param_groups]
+    assert ["a", "b"] == sorted(state.of_kind("exp_avg"))
+
+
+def _optimizer_of(name: str, weight: Any, lr: float) -> dict[str, Any]:
+    return {"state": {name: {"exp_avg": torch.zeros_like(weight)}}, "param_groups": [{"params": [name], "lr": lr}]}

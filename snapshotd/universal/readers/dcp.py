@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ __all__ = ["detect", "items_of", "load_metadata", "read"]
 METADATA_NAME: Final = ".metadata"
 VERSIONS: Final = (None, "1.0.0")
 _RANK_METADATA: Final = re.compile(r"__([0-9]+)\.metadata\Z")
+_FURTHER: Final = re.compile(r"(?:(?:pytorch_)?model_fsdp|optimizer)_[1-9][0-9]*\Z")
 _SHARDING_INFO: Final = "DCP_SHARDING_INFO"
 
 
@@ -54,13 +56,24 @@ def read(path: Path) -> State:
         for folder in _accelerate_folders(path) or [path]:
             metadata = load_metadata(folder)
             source = {"version": metadata["version"] or "none"}
-            items += items_of(folder, metadata)
+            items += _apart(folder, items_of(folder, metadata))
     state = assemble(items)
     state.source.update(source)
     put_companions(state, path)
     if state.step is None:
         state.step = step_of_name(path.name)
     return state
+
+
+def _apart(folder: Path, items: list[Item]) -> list[Item]:
+    """accelerate gives further models and optimizers the keys of the first: the folder's name tells them apart."""
+    match = _FURTHER.match(folder.name)
+    if match is None:
+        return items
+    return [
+        replace(item, key=f"{folder.name}.{item.key}", path=(folder.name, *(item.path or (item.key,))))
+        for item in items
+    ]
 
 
 def load_metadata(folder: Path) -> dict[str, Any]:

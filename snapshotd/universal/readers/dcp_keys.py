@@ -65,6 +65,7 @@ class _Optim:
     states: dict[Any, dict[str, Any]] = field(default_factory=dict)
     groups: dict[int, dict[str, Any]] = field(default_factory=dict)
     by_name: dict[str, dict[str, Any]] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
 
 
 def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
@@ -87,11 +88,8 @@ def assemble(items: Sequence[Item], *, compare: bool = True) -> State:
         mine = {item.key: item.view for item in items if item.key in generators and item.view is not None}
         state.tensors += [Tensor("rng", generators[key], view) for key, view in mine.items()]
         items = [item for item in items if item.key not in mine]
-    optims = [_Optim(prefix) for prefix in _optimizer_prefixes(items) if note is None or prefix == "optim."]
-    rest: list[Item] = []
-    for item in items:
-        if not any(_take(optim, item) for optim in optims):
-            rest.append(item)
+    prefixes = [prefix for prefix in _optimizer_prefixes(items) if note is None or prefix == "optim."]
+    optims, rest = _take_optimizers(items, prefixes, state)
     optimizers = [_optimizer(optim) for optim in optims]
     names = [name for optimizer in optimizers for name in optimizer.names if isinstance(name, str)]
     prefix = "model." if note is not None else _model_prefix(rest, names)
@@ -132,6 +130,30 @@ def _optimizer_prefixes(items: Sequence[Item]) -> list[str]:
         if match and not any(item.key.startswith(f"{known}param_groups.") for known in found):
             found[match["prefix"]] = None
     return list(found)
+
+
+def _take_optimizers(
+    items: Sequence[Item], prefixes: Sequence[str], state: State
+) -> tuple[list[_Optim], list[Item]]:
+    """Return the optimizers, and what is none's. One with the same names as another trains another model: it stays."""
+    optims = [_Optim(prefix) for prefix in prefixes]
+    rest: list[Item] = []
+    for item in items:
+        owner = next((optim for optim in optims if _take(optim, item)), None)
+        (rest if owner is None else owner.items).append(item)
+    seen: set[str] = set()
+    kept: list[_Optim] = []
+    for optim in optims:
+        names = {name for name in optim.states if isinstance(name, str)}
+        if names & seen:
+            rest += optim.items
+            state.warnings.append(
+                f"{optim.prefix}state has the names of another optimizer's: it is kept in extra.{optim.prefix[:-1]}"
+            )
+        else:
+            kept.append(optim)
+            seen |= names
+    return kept, rest
 
 
 def _take(optim: _Optim, item: Item) -> bool:
