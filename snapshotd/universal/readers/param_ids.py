@@ -19,12 +19,21 @@ __all__ = ["Fits", "names_of_ids"]
 
 _MAX_STATES: Final = 200_000
 
+_FEW_GROUPS: Final = 4
+"""Up to so many groups all ways are searched, also where taking one group behind the other fits."""
+
+_TURN: Final = -1
+"""How badly it goes that a parameter is trained and its neighbour is not."""
+
 Shape = tuple[int, ...]
 Fits = Callable[[Shape], bool]
 """Whether a parameter of some shape can have the state that is there."""
 
-_Node = tuple[int, int, tuple[int, ...] | None, int]
-"""(score, number of ways, positions before, group taken or -1)"""
+_At = tuple[tuple[int, ...], bool | None]
+"""How many of each group have a name, and whether the last parameter was left out (None: there was none yet)."""
+
+_Node = tuple[int, int, _At | None, int]
+"""(score, number of ways, place before, group taken or -1)"""
 
 
 def names_of_ids(
@@ -50,37 +59,66 @@ def names_of_ids(
     ids = [list(group["params"]) for group in groups]
     if all(isinstance(item, str) for members in ids for item in members):
         return {item: item for members in ids for item in members}, None
-    total = sum(map(len, ids))
-    candidates = [name for name in model if name not in never]
-    nodes: list[dict[tuple[int, ...], _Node]] = [{(0,) * len(ids): (0, 1, None, -1)}]
-    left = len(candidates)
-    for name in candidates:
+    candidates = {name: shape for name, shape in model.items() if name not in never}
+    # Groups that are not split by decay are split by depth: a backbone and its head, or a learning rate for each layer.
+    by_depth = len(ids) > 1 and len({not group.get("weight_decay", 0.0) for group in groups}) == 1
+    behind = _search(candidates, [{}], [[item for members in ids for item in members]], shapes) if by_depth else None
+    sizes = ", ".join(str(len(members)) for members in ids)
+    reason = (
+        f"the optimizer's state ({sizes} parameters in {len(ids)} groups) does not fit the model's "
+        f"{len(candidates)} tensors by order and shape: is it of another model?"
+    )
+    found = None
+    if behind is None or len(ids) <= _FEW_GROUPS:
+        try:
+            found = _search(candidates, groups, ids, shapes)
+        except _TooMany as error:
+            reason = str(error)
+    if found is not None and found[1] == 1:
+        return found[0], None
+    found = behind or found
+    if found is None:
+        raise FormatError(reason)
+    return found[0], (
+        "the optimizer's state has numbers instead of names, and shapes and order allow more than one assignment: "
+        "taken is the one with matrices in the groups with weight decay, norms and biases in those without, and "
+        "frozen parameters side by side"
+    )
+
+
+class _TooMany(FormatError):
+    """There are more ways than can be searched."""
+
+
+def _search(
+    model: Mapping[str, Shape],
+    groups: Sequence[Mapping[str, Any]],
+    ids: Sequence[Sequence[Any]],
+    shapes: Mapping[Any, Shape | Fits | None],
+) -> tuple[dict[Any, str], int] | None:
+    """Return the best assignment and whether there are others (the number of ways, 2 at most); None: there is none."""
+    names = list(model)
+    nodes: list[dict[_At, _Node]] = [{((0,) * len(ids), None): (0, 1, None, -1)}]
+    left, total = len(names), sum(map(len, ids))
+    for name in names:
         left -= 1
         nodes.append(_step(name, model[name], nodes[-1], groups, ids, shapes, total - left))
         if len(nodes[-1]) > _MAX_STATES:
-            raise FormatError("too many ways to give the optimizer's numbers to the model's parameters")
+            raise _TooMany("too many ways to give the optimizer's numbers to the model's parameters")
     end = tuple(map(len, ids))
-    if end not in nodes[-1]:
-        sizes = ", ".join(map(str, end))
-        raise FormatError(
-            f"the optimizer's state ({sizes} parameters in {len(ids)} groups) does not fit the model's "
-            f"{len(candidates)} tensors by order and shape: is it of another model?"
-        )
-    ways = nodes[-1][end][1]
+    ends = [at for at in nodes[-1] if at[0] == end]
+    if not ends:
+        return None
+    at = max(ends, key=lambda one: nodes[-1][one][0])
+    ways = sum(nodes[-1][one][1] for one in ends)
     result: dict[Any, str] = {}
-    at = end
-    for i in range(len(candidates), 0, -1):
+    for i in range(len(names), 0, -1):
         _, _, before, group = nodes[i][at]
         assert before is not None
         if group >= 0:
-            result[ids[group][before[group]]] = candidates[i - 1]
+            result[ids[group][before[0][group]]] = names[i - 1]
         at = before
-    if ways == 1:
-        return result, None
-    return result, (
-        "the optimizer's state has numbers instead of names, and shapes and order allow more than one assignment: "
-        "taken is the one with matrices in the groups with weight decay, norms and biases in those without"
-    )
+    return result, min(2, ways)
 
 
 def _recorded(groups: Sequence[Mapping[str, Any]], model: Mapping[str, Shape]) -> dict[Any, str] | None:
@@ -96,40 +134,46 @@ def _recorded(groups: Sequence[Mapping[str, Any]], model: Mapping[str, Shape]) -
 def _step(
     name: str,
     shape: Shape,
-    before: Mapping[tuple[int, ...], _Node],
+    before: Mapping[_At, _Node],
     groups: Sequence[Mapping[str, Any]],
     ids: Sequence[Sequence[Any]],
     shapes: Mapping[Any, Shape | Fits | None],
     needed: int,
-) -> dict[tuple[int, ...], _Node]:
+) -> dict[_At, _Node]:
     """One more parameter: in one of the groups, or in none. ``needed``: how many must be placed by now at least."""
-    after: dict[tuple[int, ...], _Node] = {}
+    after: dict[_At, _Node] = {}
+    sure = looks_like_parameter(name)
 
-    def reach(at: tuple[int, ...], score: int, ways: int, origin: tuple[int, ...], group: int) -> None:
+    def reach(at: _At, score: int, ways: int, origin: _At, group: int) -> None:
         known = after.get(at)
-        # Of two that go equally well the earlier is taken: a module's parameters come before its buffers.
-        if known is None or score > known[0] or (score == known[0] and group < 0):
+        # Of two that go equally well the first is taken where it may be a buffer, which comes behind the parameters of
+        # its module, and the last where both are parameters: what is frozen is rather at the model's beginning.
+        if known is None or score > known[0] or (score == known[0] and (group >= 0) == sure):
             after[at] = (score, min(2, ways + (known[1] if known else 0)), origin, group)
         else:
             after[at] = (known[0], min(2, known[1] + ways), known[2], known[3])
 
     for at, (score, ways, _, _) in before.items():
-        if sum(at) >= needed:
-            reach(at, score + _left_out(name), ways, at, -1)
+        placed, out = at
+        if sum(placed) >= needed:
+            turn = _TURN if sure and out is False else 0
+            reach((placed, True if sure else out), score + _left_out(name) + turn, ways, at, -1)
         for g, members in enumerate(ids):
-            if at[g] < len(members):
-                fits = shapes.get(members[at[g]])
+            if placed[g] < len(members):
+                fits = shapes.get(members[placed[g]])
                 if fits is None or (fits(shape) if callable(fits) else fits == shape):
-                    gain = 2 if len(groups) == 1 or _fits(name, shape, groups[g]) else 0
-                    reach((*at[:g], at[g] + 1, *at[g + 1 :]), score + gain, ways, at, g)
+                    gain = 4 if len(groups) == 1 or _fits(name, shape, groups[g]) else 0
+                    turn = _TURN if out else 0
+                    one_more = (*placed[:g], placed[g] + 1, *placed[g + 1 :])
+                    reach((one_more, False), score + gain + turn, ways, at, g)
     return after
 
 
 def _left_out(name: str) -> int:
     """How well it goes that no group has the tensor: well for buffers, and for tables that are often not trained."""
     if looks_like_buffer(name):
-        return 1
-    return -2 if looks_like_parameter(name) and "pos" not in name.lower() else -1
+        return 2
+    return -4 if looks_like_parameter(name) and "pos" not in name.lower() else -2
 
 
 def _fits(name: str, shape: Shape, group: Mapping[str, Any]) -> bool:

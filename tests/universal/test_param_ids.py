@@ -1,0 +1,89 @@
+"""Optimizers without names: where shapes leave a choice, what trainers commonly do decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotd.universal.readers import read
+from snapshotd.universal.views import read_all
+
+torch = pytest.importorskip("torch")
+
+WIDTH = 6
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.q = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        self.o = torch.nn.Linear(WIDTH, WIDTH)
+
+
+class Net(torch.nn.Module):
+    """All its blocks have the same shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(9, WIDTH)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(4))
+        self.bn = torch.nn.BatchNorm1d(WIDTH)
+        self.head = torch.nn.Linear(WIDTH, WIDTH)
+
+
+def trained_ones(net: Any) -> list[Any]:
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def by_depth(net: Any) -> list[dict[str, Any]]:
+    """A smaller learning rate for what was trained before."""
+    head = set(net.head.parameters())
+    rest = [p for p in trained_ones(net) if p not in head]
+    return [{"params": rest, "lr": 0.01}, {"params": list(net.head.parameters()), "lr": 0.1}]
+
+
+def by_decay(net: Any) -> list[dict[str, Any]]:
+    found = trained_ones(net)
+    return [
+        {"params": [p for p in found if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in found if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def each(net: Any) -> list[dict[str, Any]]:
+    return [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(trained_ones(net))]
+
+
+def whole(net: Any) -> list[dict[str, Any]]:
+    return [{"params": trained_ones(net)}]
+
+
+@pytest.mark.parametrize("groups", [whole, by_depth, by_decay, each])
+@pytest.mark.parametrize("frozen", [0, 1, 8], ids=["nothing", "embedding", "first blocks"])
+def test_each_moment_goes_to_its_parameter(
+    groups: Callable[[Any], list[dict[str, Any]]], frozen: int, tmp_path: Path
+) -> None:
+    """A frozen backbone is what a transfer begins with; its blocks look as those that are trained."""
+    torch.manual_seed(5)
+    net = Net()
+    for p in list(net.parameters())[:frozen]:
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(groups(net), lr=0.1)
+    for p in trained_ones(net):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    state = read(tmp_path / "c.pt")
+    state.check()
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] == [
+        group["names"] for group in state.param_groups
+    ]
+    for p, values in optimizer.state.items():
+        found = read_all(state.of_kind("exp_avg")[names[id(p)]].view).tobytes()
+        assert values["exp_avg"].numpy().tobytes() == found
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == state.frozen
