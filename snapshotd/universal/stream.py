@@ -26,8 +26,8 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from snapshotd.errors import BudgetError, UsageError
-from snapshotd.universal.views import View, slabs
+from snapshotd.errors import BudgetError, CorruptionError, UsageError
+from snapshotd.universal.views import Sealed, View, slabs
 from snapshotd.universal.words import word_dtype
 
 __all__ = ["DEFAULT_MEMORY", "OutFile", "Placed", "Settings", "Written", "digest_of", "write_files"]
@@ -271,7 +271,13 @@ class _Run:
             file.write(offset, data)
             offset += data.nbytes
             self._advance(data.nbytes)
-        return Written(f"xxh3_128:{state.hexdigest()}", crc)
+        digest = f"xxh3_128:{state.hexdigest()}"
+        if isinstance(view, Sealed) and view.digest != digest:
+            raise CorruptionError(
+                f"{view.label}: {placed.key} has the digest {digest}, expected {view.digest}: the file has changed, or "
+                "rotted; copy it again, or convert it anew"
+            )
+        return Written(digest, crc)
 
     def _is_there(self, file: _File, placed: Placed, known: Written) -> bool:
         state = xxhash.xxh3_128()

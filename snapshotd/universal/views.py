@@ -40,6 +40,7 @@ __all__ = [
     "Described",
     "Joined",
     "Reshaped",
+    "Sealed",
     "Stored",
     "View",
     "concat",
@@ -203,6 +204,16 @@ class Stored(View):
     @property
     def _key(self) -> tuple[object, ...]:
         return self.source, self.offset, self.dtype, self.shape, self.strides
+
+
+class Sealed(Stored):
+    """A whole tensor of a file that says its ``digest``: who reads all of it compares."""
+
+    __slots__ = ("digest",)
+
+    def __init__(self, source: Source, offset: int, dtype: str, shape: Sequence[int], digest: str) -> None:
+        super().__init__(source, offset, dtype, shape)
+        self.digest = digest
 
 
 class Joined(View):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from snapshotd import cli
-from snapshotd.errors import BudgetError, FormatError
+from snapshotd.errors import BudgetError, FormatError, UsageError
 from snapshotd.universal import convert, stream
 from snapshotd.universal.readers import read
 
@@ -210,3 +210,17 @@ def test_hyperparameters_that_are_no_numbers_come_back_from_deepspeed(run: Run, 
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
     assert 0 == run("convert", tmp_path / "x.pt", tmp_path / "ds", "--to", "deepspeed")[0]
     assert [{"$float": "inf"}] == [group["lr"] for group in read(tmp_path / "ds").param_groups]
+
+
+@pytest.mark.parametrize("to", ["universal", "dcp", "torch", "deepspeed", "hf"])
+def test_what_rotted_is_not_converted(to: str, run: Run, tmp_path: Path) -> None:
+    """The marker's digests tell; a conversion reads every byte anyway, and its own digests would hide the rot."""
+    convert(DCP, tmp_path / "u", to="universal")
+    file = tmp_path / "u" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    code, said = run("convert", tmp_path / "u", tmp_path / "d", "--to", to)
+    assert (7, True) == (code, "model.safetensors" in said and "has the digest" in said), said
+    with pytest.raises((FormatError, UsageError)):
+        read(tmp_path / "d")

@@ -17,7 +17,7 @@ from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import JOURNAL, digest_of
-from snapshotd.universal.views import Stored
+from snapshotd.universal.views import Sealed, Stored
 
 __all__ = ["check_share", "detect", "manifest_of", "read", "tensors_of"]
 
@@ -60,7 +60,7 @@ def tensors_of(folder: Path, manifest: Manifest) -> list[Tensor]:
         found = files[entry.file].get(entry.key)
         if found is None:
             raise FormatError(f"{folder / entry.file} lacks {entry.key}, which {MARKER_NAME} says it holds")
-        view = Stored(found.source, found.offset, entry.dtype, entry.shape)
+        view = Sealed(found.source, found.offset, entry.dtype, entry.shape, entry.digest)
         if view.nbytes != found.nbytes:
             raise FormatError(
                 f"{folder / entry.file}: {entry.key} is {found.dtype} {list(found.shape)}, but {MARKER_NAME} says "
