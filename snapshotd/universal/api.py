@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from types import EllipsisType
@@ -168,11 +169,19 @@ def _box(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
                 raise UsageError("slices have a step of 1 here")
             begins.append(begin)
             lengths.append(max(0, end - begin))
-        elif isinstance(part, int):
-            begin = part + size if part < 0 else part
+        else:
+            number = _number(part)
+            begin = number + size if number < 0 else number
             if not 0 <= begin < size:
                 raise IndexError(f"index {part} is out of range for dimension {d} of size {size}")
             begins.append(begin)
             lengths.append(1)
             dropped.add(d)
     return tuple(begins), tuple(lengths), dropped
+
+
+def _number(part: object) -> int:
+    try:
+        return operator.index(part)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"an index is an int, a slice or '...', not {part!r:.80}") from None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from snapshotd import universal
 from snapshotd.errors import FormatError, UsageError
 from snapshotd.universal import convert
 from snapshotd.universal.compare import diff
@@ -179,3 +180,15 @@ def test_no_weights_are_no_checkpoint_of_hugging_face(dry_run: bool, tmp_path: P
     with pytest.raises(UsageError, match="no weights"):
         convert(tmp_path / "u", tmp_path / "h", to="hf", dry_run=dry_run)
     assert not (tmp_path / "h").exists()
+
+
+def test_indexes(tmp_path: Path) -> None:
+    """NumPy's integers are integers; what is none is told."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    torch.save({"w": weight}, tmp_path / "c.pt")
+    with universal.open(tmp_path / "c.pt") as checkpoint:
+        found = checkpoint["w"]
+        assert weight[1, -1].item() == found[np.int64(1), np.int32(-1)]
+        for index in ("x", None, 1.5):
+            with pytest.raises(UsageError, match="an index is"):
+                found[index]  # type: ignore[index]
