@@ -91,7 +91,7 @@ def _open(path: str, settings: Settings, threads: int) -> Checkpoint:
     folder = folder if folder.is_dir() else folder.parent
     manifest = universal.manifest_of(folder)
     tensors = universal.tensors_of(folder, manifest)
-    universal.check_share(manifest, tensors, settings.rank, settings.world_size, threads)
+    universal.check_share(tensors, settings.rank, settings.world_size, threads)
     states: dict[str, dict[str, View]] = {}
     for tensor in tensors:
         if tensor.kind not in _FIXED:

@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +26,20 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from snapshotd.errors import BudgetError, CorruptionError, UsageError
+from snapshotd.errors import BudgetError, UsageError
 from snapshotd.universal.views import Sealed, View, slabs
 from snapshotd.universal.words import word_dtype
 
-__all__ = ["DEFAULT_MEMORY", "OutFile", "Placed", "Settings", "Written", "digest_of", "write_files"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "OutFile",
+    "Placed",
+    "Settings",
+    "Written",
+    "check_sealed",
+    "digest_of",
+    "write_files",
+]
 
 DEFAULT_MEMORY: Final = 512 << 20
 """Bytes that a conversion may use for its buffers, as ``--memory`` says it."""
@@ -136,9 +145,30 @@ def write_files(
         there &= {file.name for file in files}
     record = _Journal(target / journal, identity, settings.resume, sorted(there))
     try:
+        check_sealed(_read_in_parts(files), settings.num_threads)
         return _Run(target, files, settings, record).run()
     finally:
         record.close()
+
+
+def check_sealed(views: Iterable[View], threads: int) -> None:
+    """Read those that have a digest, and compare. CorruptionError."""
+    sealed = [view for view in views if isinstance(view, Sealed)]
+    with ThreadPoolExecutor(threads, "snapshotd-verify") as pool:
+        for view, digest in zip(sealed, pool.map(digest_of, sealed), strict=True):
+            view.expect(digest)
+
+
+def _read_in_parts(files: Sequence[OutFile]) -> list[View]:
+    """All views that are read, but not as a whole: whoever writes a whole one compares its digest on the way."""
+    found: dict[int, View] = {}
+    todo = [inner for file in files for placed in file.tensors for inner in placed.view.inner()]
+    while todo:
+        view = todo.pop()
+        if id(view) not in found:
+            found[id(view)] = view
+            todo += view.inner()
+    return list(found.values())
 
 
 def unwritable(path: Path, error: OSError) -> UsageError:
@@ -272,11 +302,8 @@ class _Run:
             offset += data.nbytes
             self._advance(data.nbytes)
         digest = f"xxh3_128:{state.hexdigest()}"
-        if isinstance(view, Sealed) and view.digest != digest:
-            raise CorruptionError(
-                f"{view.label}: {placed.key} has the digest {digest}, expected {view.digest}: the file has changed, or "
-                "rotted; copy it again, or convert it anew"
-            )
+        if isinstance(view, Sealed):
+            view.expect(digest)
         return Written(digest, crc)
 
     def _is_there(self, file: _File, placed: Placed, known: Written) -> bool:

@@ -207,13 +207,23 @@ class Stored(View):
 
 
 class Sealed(Stored):
-    """A whole tensor of a file that says its ``digest``: who reads all of it compares."""
+    """A whole tensor, ``what`` in words, of a file that says its ``digest``: who reads all of it compares."""
 
-    __slots__ = ("digest",)
+    __slots__ = ("digest", "what")
 
-    def __init__(self, source: Source, offset: int, dtype: str, shape: Sequence[int], digest: str) -> None:
+    def __init__(
+        self, source: Source, offset: int, dtype: str, shape: Sequence[int], *, digest: str, what: str
+    ) -> None:
         super().__init__(source, offset, dtype, shape)
-        self.digest = digest
+        self.digest, self.what = digest, what
+
+    def expect(self, digest: str) -> None:
+        """Raise CorruptionError unless that is the digest."""
+        if digest != self.digest:
+            raise CorruptionError(
+                f"{self.label}: {self.what} has the digest {digest}, expected {self.digest}: the file has changed, or "
+                "rotted; copy it again, or convert it anew"
+            )
 
 
 class Joined(View):
@@ -375,7 +385,7 @@ def concat(views: Sequence[View], dim: int = 0) -> View:
 def flat_part(flat: View, begin: int, shape: Sequence[int]) -> View:
     """Return ``prod(shape)`` elements of the 1-d ``flat`` from ``begin`` on, in that shape."""
     numel = prod(shape)
-    if isinstance(flat, Stored) and flat.is_contiguous:  # stays one range of the file
+    if type(flat) is Stored and flat.is_contiguous:  # stays one range of the file
         if not 0 <= begin <= begin + numel <= flat.numel:
             raise FormatError(f"[{begin}:{begin + numel}] is not inside {flat.numel} elements of {flat.source.label}")
         return Stored(flat.source, flat.offset + begin * flat.itemsize, flat.dtype, shape)

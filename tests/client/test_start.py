@@ -235,7 +235,7 @@ def test_rot_is_found_before_a_byte_is_used(daemon, snapshotter, seed, tmp_path)
     file.write_bytes(data)
     job = Job()
     before = state_of(job)
-    with pytest.raises(CorruptionError, match=r"optimizer\.exp_avg\.safetensors: exp_avg of .* has digest"):
+    with pytest.raises(CorruptionError, match=r"optimizer\.exp_avg\.safetensors: exp_avg of .* has the digest"):
         job.snapshotter(snapshotter).restore(tmp_path / "u")
     assert before == state_of(job)
 

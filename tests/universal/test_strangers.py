@@ -212,15 +212,23 @@ def test_hyperparameters_that_are_no_numbers_come_back_from_deepspeed(run: Run, 
     assert [{"$float": "inf"}] == [group["lr"] for group in read(tmp_path / "ds").param_groups]
 
 
-@pytest.mark.parametrize("to", ["universal", "dcp", "torch", "deepspeed", "hf"])
-def test_what_rotted_is_not_converted(to: str, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--to", to] for to in ("universal", "dcp", "torch", "deepspeed", "hf")),
+        ["--to", "universal", "--dtype", "bf16"],
+        ["--to", "dcp", "--layout", "dp=2"],
+    ],
+    ids=" ".join,
+)
+def test_what_rotted_is_not_converted(options: list[str], run: Run, tmp_path: Path) -> None:
     """The marker's digests tell; a conversion reads every byte anyway, and its own digests would hide the rot."""
     convert(DCP, tmp_path / "u", to="universal")
     file = tmp_path / "u" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    code, said = run("convert", tmp_path / "u", tmp_path / "d", "--to", to)
+    code, said = run("convert", tmp_path / "u", tmp_path / "d", *options)
     assert (7, True) == (code, "model.safetensors" in said and "has the digest" in said), said
     with pytest.raises((FormatError, UsageError)):
         read(tmp_path / "d")

@@ -8,16 +8,15 @@ here does anybody open a pickle.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from snapshotd.errors import CorruptionError, FormatError
+from snapshotd.errors import FormatError
 from snapshotd.universal.format import MARKER_NAME, Manifest
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.stream import JOURNAL, digest_of
-from snapshotd.universal.views import Sealed, Stored
+from snapshotd.universal.stream import JOURNAL, check_sealed
+from snapshotd.universal.views import Sealed, Stored, View
 
 __all__ = ["check_share", "detect", "manifest_of", "read", "tensors_of"]
 
@@ -60,7 +59,8 @@ def tensors_of(folder: Path, manifest: Manifest) -> list[Tensor]:
         found = files[entry.file].get(entry.key)
         if found is None:
             raise FormatError(f"{folder / entry.file} lacks {entry.key}, which {MARKER_NAME} says it holds")
-        view = Sealed(found.source, found.offset, entry.dtype, entry.shape, entry.digest)
+        what = f"{entry.kind} of {entry.name}"
+        view = Sealed(found.source, found.offset, entry.dtype, entry.shape, digest=entry.digest, what=what)
         if view.nbytes != found.nbytes:
             raise FormatError(
                 f"{folder / entry.file}: {entry.key} is {found.dtype} {list(found.shape)}, but {MARKER_NAME} says "
@@ -70,26 +70,20 @@ def tensors_of(folder: Path, manifest: Manifest) -> list[Tensor]:
     return tensors
 
 
-def check_share(manifest: Manifest, tensors: Sequence[Tensor], index: int, count: int, threads: int) -> None:
+def check_share(tensors: Sequence[Tensor], index: int, count: int, threads: int) -> None:
     """
     Read share ``index`` of ``count`` of all bytes and compare the digests; CorruptionError names what is rotten.
 
     The shares of all together are the whole checkpoint, each tensor in one of them.
     """
     total = max(1, sum(tensor.nbytes for tensor in tensors))
-    mine: list[tuple[str, Tensor]] = []
+    mine: list[View] = []
     begin = 0
-    for entry, tensor in zip(manifest.tensors, tensors, strict=True):
+    for tensor in tensors:
         if begin * count // total == index:
-            mine.append((entry.digest, tensor))
+            mine.append(tensor.view)
         begin += tensor.nbytes
-    with ThreadPoolExecutor(threads, "snapshotd-verify") as readers:
-        for (expected, tensor), found in zip(mine, readers.map(lambda one: digest_of(one[1].view), mine), strict=True):
-            if expected != found:
-                raise CorruptionError(
-                    f"{tensor.view.label}: {tensor.kind} of {tensor.name} has digest {found}, {MARKER_NAME} says "
-                    f"{expected}: the file has changed, or rotted; copy it again, or convert it anew"
-                )
+    check_sealed(mine, threads)
 
 
 def manifest_of(folder: Path) -> Manifest:
