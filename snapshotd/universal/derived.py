@@ -1,5 +1,6 @@
 """
-Views that change what they read: another order of dimensions, another dtype, the merge of copies; and padding.
+Views that change what they read: another order of dimensions, another dtype, the merge of copies; padding; and those
+whose bytes have a digest.
 
 See views.py for the rules; all of them hold here.
 """
@@ -12,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from snapshotd.errors import FormatError, LayoutError
-from snapshotd.universal.views import SCRATCH_BYTES, Index, View, files_of, slabs
+from snapshotd.errors import CorruptionError, FormatError, LayoutError
+from snapshotd.universal.sources import Source
+from snapshotd.universal.views import SCRATCH_BYTES, Index, Stored, View, files_of, slabs
 from snapshotd.universal.words import Words, cast, from_float, to_float, word_dtype
 
-__all__ = ["Cast", "Deferred", "Filled", "Merged", "Permuted"]
+__all__ = ["Cast", "Deferred", "Filled", "Merged", "Permuted", "Sealed"]
 
 
 class Permuted(View):
@@ -101,6 +103,26 @@ class Merged(View):
             if self.how == "average":
                 mean = from_float(total / len(self.copies), self.dtype).reshape(place.shape)
                 place[...] = np.where(differs, mean, place)
+
+
+class Sealed(Stored):
+    """A whole tensor, ``what`` in words, of a file that says its ``digest``: who reads all of it compares."""
+
+    __slots__ = ("digest", "what")
+
+    def __init__(
+        self, source: Source, offset: int, dtype: str, shape: Sequence[int], *, digest: str, what: str
+    ) -> None:
+        super().__init__(source, offset, dtype, shape)
+        self.digest, self.what = digest, what
+
+    def expect(self, digest: str) -> None:
+        """Raise CorruptionError unless that is the digest."""
+        if digest != self.digest:
+            raise CorruptionError(
+                f"{self.label}: {self.what} has the digest {digest}, expected {self.digest}: the file has changed, or "
+                "rotted; copy it again, or convert it anew"
+            )
 
 
 class Filled(View):

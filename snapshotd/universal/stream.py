@@ -27,7 +27,8 @@ import numpy as np
 import xxhash
 
 from snapshotd.errors import BudgetError, UsageError
-from snapshotd.universal.views import Sealed, View, slabs
+from snapshotd.universal.derived import Sealed
+from snapshotd.universal.views import View, slabs
 from snapshotd.universal.words import word_dtype
 
 __all__ = [

@@ -40,7 +40,6 @@ __all__ = [
     "Described",
     "Joined",
     "Reshaped",
-    "Sealed",
     "Stored",
     "View",
     "concat",
@@ -204,26 +203,6 @@ class Stored(View):
     @property
     def _key(self) -> tuple[object, ...]:
         return self.source, self.offset, self.dtype, self.shape, self.strides
-
-
-class Sealed(Stored):
-    """A whole tensor, ``what`` in words, of a file that says its ``digest``: who reads all of it compares."""
-
-    __slots__ = ("digest", "what")
-
-    def __init__(
-        self, source: Source, offset: int, dtype: str, shape: Sequence[int], *, digest: str, what: str
-    ) -> None:
-        super().__init__(source, offset, dtype, shape)
-        self.digest, self.what = digest, what
-
-    def expect(self, digest: str) -> None:
-        """Raise CorruptionError unless that is the digest."""
-        if digest != self.digest:
-            raise CorruptionError(
-                f"{self.label}: {self.what} has the digest {digest}, expected {self.digest}: the file has changed, or "
-                "rotted; copy it again, or convert it anew"
-            )
 
 
 class Joined(View):

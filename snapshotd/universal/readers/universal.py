@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapshotd.errors import FormatError
+from snapshotd.universal.derived import Sealed
 from snapshotd.universal.format import MARKER_NAME, Manifest
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
 from snapshotd.universal.state import State, Tensor
 from snapshotd.universal.stream import JOURNAL, check_sealed
-from snapshotd.universal.views import Sealed, Stored, View
+from snapshotd.universal.views import Stored, View
 
 __all__ = ["check_share", "detect", "manifest_of", "read", "tensors_of"]
 
