@@ -31,8 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", metavar="SPEC", help="parallel layout of the target, as in dp=2,tp=4,pp=2")
     parser.add_argument("--dtype", choices=[*DTYPE_NAMES, *DTYPE_NAMES.values()], help="of the model's weights")
     parser.add_argument("--only", choices=("model", "optimizer"), help="convert a part")
-    parser.add_argument("--memory", default=str(DEFAULT_MEMORY), metavar="SIZE", help="for buffers (default 512MiB)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 4")
+    add_buffers(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
     parser.add_argument("--strict", action="store_true", help="refuse when the target cannot hold everything")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
@@ -46,6 +45,12 @@ def add_source(parser: argparse.ArgumentParser, name: str) -> None:
         "--from", dest="source_format", default="auto", choices=("auto", *SOURCES), help=f"the format of {name}"
     )
     parser.add_argument("--rules", metavar="FILE", help="how ranks' parts make a whole: TOML, or a preset's name")
+
+
+def add_buffers(parser: argparse.ArgumentParser) -> None:
+    """The options that say how much memory and how many threads read large files."""
+    parser.add_argument("--memory", default=str(DEFAULT_MEMORY), metavar="SIZE", help="for buffers (default 512MiB)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: the cores, at most 4")
 
 
 def place(options: argparse.Namespace, source: str) -> Place:
@@ -124,7 +129,7 @@ class ProgressBar:
             self.bar = Progress(self.verb, *columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task(self.verb, total=total)
             self.bar.start()
-        self.bar.update(self.task, completed=done)
+        self.bar.update(self.task, completed=done, total=total)
 
 
 def make_progress(verb: str) -> ProgressBar:

@@ -5,6 +5,7 @@ Compare and verify checkpoints, tensor by tensor and bit by bit, with bounded me
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 
 from snapshotd.errors import CorruptionError, UsageError
 from snapshotd.universal import readers
+from snapshotd.universal.checksums import compare_records
 from snapshotd.universal.format import MARKER_NAME
 from snapshotd.universal.places import Place
 from snapshotd.universal.state import State, Tensor
-from snapshotd.universal.stream import Progress, digest_of
+from snapshotd.universal.stream import Settings, digest_of
+from snapshotd.universal.torchzip import Archive, watch
 from snapshotd.universal.views import View, slabs
 from snapshotd.universal.words import to_float, word_dtype
 
@@ -53,38 +56,81 @@ class Verified:
     tensors: int = 0
     nbytes: int = 0
     digests: int = 0
+    crcs: int = 0
+    """Records of torch.save whose CRC-32 matches."""
+    without_crc: int = 0
+    """Records of torch.save that have no CRC-32."""
+    bare_files: int = 0
+    """Files with tensors that have neither digests nor CRC-32s."""
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def how(self) -> str:
+        """What was compared, in words."""
+        if self.format == "snapshot":
+            return "every chunk matches its digest"  # or it would not have been read
+        if self.digests:
+            return f"{self.digests} digests match"
+        if not self.crcs and not self.without_crc:
+            return "all bytes are there (the format has no digests)"
+        bare = f"; {self.bare_files} other files have no digests" if self.bare_files else ""
+        if not self.crcs:
+            return f"all bytes are there (torch.save wrote no CRC-32s: {self.without_crc} records have none{bare})"
+        without = f"; {self.without_crc} are without" if self.without_crc else ""
+        return f"{self.crcs} records match their CRC-32s{without}{bare}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def verify(
-    path: Place, format_name: str = "auto", progress: Progress | None = None, rules: Rules | None = None
+    path: Place, format_name: str = "auto", settings: Settings | None = None, rules: Rules | None = None
 ) -> Verified:
     """
-    Read every byte: each element must be there exactly once, and match its digest where the format has digests.
+    Read every byte: each element must be there exactly once, and match its digest where the format has digests. Records
+    of torch.save must match their CRC-32s, all those of the files that the checkpoint is read from.
 
     Problems of tensors are collected; an unreadable structure is raised as FormatError.
     """
     name = readers.detect(path) if format_name == "auto" else format_name
-    with closing(readers.read(path, name, rules)) as state:
-        return verify_state(path, name, state, progress)
+    with watch() as archives, closing(readers.read(path, name, rules)) as state:
+        return verify_state(path, name, state, archives, settings or Settings())
 
 
-def verify_state(path: Place, name: str, state: State, progress: Progress | None = None) -> Verified:
-    """The same for a state that was read, of the format ``name``."""
+def verify_state(
+    path: Place, name: str, state: State, archives: Mapping[Archive, None], settings: Settings
+) -> Verified:
+    """
+    The same for a state that was read, of the format ``name``.
+
+    ``archives`` are those of a ``watch`` that began before it was read, and has not ended.
+    """
     result = Verified(format=name, step=state.step)
-    digests: dict[tuple[str, str], str] = {}
-    if name == "universal" and isinstance(path, Path):
-        from snapshotd.universal.readers.universal import manifest_of
-
-        folder = path.parent if path.name == MARKER_NAME else path
-        digests = {(entry.kind, entry.name): entry.digest for entry in manifest_of(folder).tensors}
     try:
         state.check()
     except CorruptionError as error:
         result.problems.append(str(error))
+    _verify_tensors(_digests_of(path, name), state, settings, result)
+    compared = compare_records(archives, settings, state.nbytes)
+    result.crcs, result.without_crc = compared.matching, compared.without
+    result.problems += compared.problems
+    if archives:
+        known = {archive.source.label for archive in archives}
+        labels = {label for tensor in state.tensors for label in tensor.view.labels()} - known
+        result.bare_files = sum(Path(label).is_file() for label in labels)
+    return result
+
+
+def _digests_of(path: Place, name: str) -> dict[tuple[str, str], str]:
+    if name != "universal" or not isinstance(path, Path):
+        return {}
+    from snapshotd.universal.readers.universal import manifest_of
+
+    folder = path.parent if path.name == MARKER_NAME else path
+    return {(entry.kind, entry.name): entry.digest for entry in manifest_of(folder).tensors}
+
+
+def _verify_tensors(digests: Mapping[tuple[str, str], str], state: State, settings: Settings, result: Verified) -> None:
     total, done = state.nbytes, 0
     for tensor in state.tensors:
         result.tensors += 1
@@ -102,9 +148,8 @@ def verify_state(path: Place, name: str, state: State, progress: Progress | None
             result.problems.append(f"{tensor.kind} of {tensor.name}: {error}")
         result.nbytes += tensor.nbytes
         done += tensor.nbytes
-        if progress is not None:
-            progress(done, total)
-    return result
+        if settings.progress is not None:
+            settings.progress(done, total)
 
 
 def diff(one: State, other: State) -> list[Difference]:

@@ -4,6 +4,7 @@ What a checkpoint is, for people who found one: format, step, tensors, layout, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +13,7 @@ from snapshotd.errors import CorruptionError
 from snapshotd.universal import readers
 from snapshotd.universal.places import Job, Place
 from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.torchzip import Archive, watch
 from snapshotd.universal.views import View
 
 if TYPE_CHECKING:
@@ -44,22 +46,23 @@ def describe(
     name = readers.detect(path) if format_name == "auto" else format_name
     found: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "format": name, "complete": True}
     try:
-        with closing(readers.read(path, name, rules)) as state:
+        with watch() as archives, closing(readers.read(path, name, rules)) as state:
             found.update(_of_state(state, "job" if isinstance(path, Job) else name))
             if isinstance(path, Job):
                 found.update(kind="job", path=str(replace(path, step=state.step)), **state.source)
             state.check()
             if verify:
-                found.update(_verified(path, name, state))
+                found.update(_verified(path, name, state, archives))
     except CorruptionError as error:
         found.update(complete=False, problem=str(error))
     return found
 
 
-def _verified(path: Place, name: str, state: State) -> dict[str, Any]:
+def _verified(path: Place, name: str, state: State, archives: Mapping[Archive, None]) -> dict[str, Any]:
     from snapshotd.universal.compare import verify_state
+    from snapshotd.universal.stream import Settings
 
-    checked = verify_state(path, name, state)
+    checked = verify_state(path, name, state, archives, Settings())
     if checked.problems:
         return {"complete": False, "problem": "; ".join(checked.problems[:10]), "verified_bytes": checked.nbytes}
     return {"verified_bytes": checked.nbytes}

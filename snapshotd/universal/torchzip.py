@@ -2,7 +2,8 @@
 Files of torch.save, read without torch: the zip archive, and the stream that torch wrote before 1.6.
 
 ``load(source)`` returns the saved object with a ``TensorRef`` for each tensor: a range of the file, not read yet.
-``load_part`` does the same for an archive inside another file, as DCP's ``.distcp`` files have them.
+``load_part`` does the same for an archive inside another file, as DCP's ``.distcp`` files have them. Neither compares
+the CRC-32s of the entries: ``watch`` and ``records_of`` are for those who do (checksums.py).
 
 Rule 1: entries are stored, never compressed (torch compresses nothing; a zip bomb does), so each is a range.
 Rule 2: names, sizes and offsets of the archive's directory are checked against the file before they are used, and
@@ -13,8 +14,10 @@ Rule 3: the bytes are little-endian, or the file is refused.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
 
 from snapshotd.errors import FormatError
 from snapshotd.layout.dtypes import DTYPES
@@ -23,7 +26,7 @@ from snapshotd.universal.sources import FileSource, Source, read_bytes
 from snapshotd.universal.unpickle import unpickle, unpickle_with_end
 from snapshotd.universal.views import Stored
 
-__all__ = ["is_torch_file", "load", "load_part", "tensor_of_part"]
+__all__ = ["Archive", "ZipRecord", "is_torch_file", "load", "load_part", "records_of", "tensor_of_part", "watch"]
 
 MAX_PICKLE_BYTES: Final = 2 << 30
 """Largest data.pkl: structure only, a hundred bytes per tensor."""
@@ -39,6 +42,29 @@ _KNOWN_TENSORS: Final[dict[tuple[bytes, tuple[int, ...]], tuple[str, str, int, t
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
+
+_Entry = tuple[int, int, int]
+"""Begin of the local header, bytes, CRC-32 (0: none was written), as the archive's directory has them."""
+
+
+class Archive(NamedTuple):
+    """Bytes ``[begin, begin + length)`` of a source, which are a zip archive."""
+
+    source: Source
+    begin: int
+    length: int
+
+
+class ZipRecord(NamedTuple):
+    """One entry of an archive: its data begin at byte ``begin`` of the source. ``crc`` is 0 where none was written."""
+
+    name: str
+    begin: int
+    nbytes: int
+    crc: int
+
+
+_WATCHED: Final[ContextVar[dict[Archive, None] | None]] = ContextVar("watched", default=None)
 
 
 class _Range:
@@ -71,6 +97,26 @@ def is_torch_file(source: Source) -> bool:
         return False
     head = read_bytes(source, 0, 16)
     return head[:4] == b"PK\x03\x04" or _LEGACY_MAGIC.to_bytes(10, "little") in head
+
+
+@contextmanager
+def watch() -> Iterator[dict[Archive, None]]:
+    """Give a dict that has each archive, once, which this thread opens until the end of the block."""
+    opened: dict[Archive, None] = {}
+    token = _WATCHED.set(opened)
+    try:
+        yield opened
+    finally:
+        _WATCHED.reset(token)
+
+
+def records_of(archive: Archive) -> Iterator[ZipRecord]:
+    """Iterate over all entries of an archive that have bytes."""
+    entries, part = _open(*archive)
+    for name, entry in entries.items():
+        at, nbytes = _locate(part, name, entry)
+        if nbytes:
+            yield ZipRecord(name, archive.begin + at, nbytes, entry[2])
 
 
 def load(source: Source | str) -> Any:
@@ -182,9 +228,12 @@ def _persistent(
     return find
 
 
-def _open(source: Source, begin: int, length: int) -> tuple[dict[str, tuple[int, int]], _Range]:
-    """Return {name: (begin of the local header, bytes)} relative to the archive, and the archive."""
+def _open(source: Source, begin: int, length: int) -> tuple[dict[str, _Entry], _Range]:
+    """Return {name: entry} with places relative to the archive, and the archive."""
     part = _Range(source, begin, length)
+    opened = _WATCHED.get()
+    if opened is not None:
+        opened[Archive(source, begin, length)] = None
     label = f"{source.label}" + (f" at byte {begin}" if begin else "")
     window = part.read(max(0, length - _WINDOW), min(length, _WINDOW))
     end = window.rfind(b"PK\x05\x06")
@@ -211,15 +260,15 @@ def _zip64_end(part: _Range, end_at: int, label: str) -> tuple[int, int, int]:
     return count, size, begin
 
 
-def _directory(part: _Range, data: bytes, count: int, limit: int, label: str) -> dict[str, tuple[int, int]]:
-    entries: dict[str, tuple[int, int]] = {}
+def _directory(part: _Range, data: bytes, count: int, limit: int, label: str) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
     ranges: list[tuple[int, int]] = []
     at = 0
     for _ in range(count):
         if data[at : at + 4] != b"PK\x01\x02" or at + 46 > len(data):
             raise FormatError(f"{label}: the archive's directory is broken at its byte {at}")
         flags, method = struct.unpack_from("<HH", data, at + 8)
-        packed, size, n_name, n_extra, n_comment = struct.unpack_from("<IIHHH", data, at + 20)
+        crc, packed, size, n_name, n_extra, n_comment = struct.unpack_from("<IIIHHH", data, at + 16)
         (header,) = struct.unpack_from("<I", data, at + 42)
         name = str(data[at + 46 : at + 46 + n_name], "utf-8", "replace")
         extra = data[at + 46 + n_name : at + 46 + n_name + n_extra]
@@ -238,7 +287,7 @@ def _directory(part: _Range, data: bytes, count: int, limit: int, label: str) ->
             raise FormatError(f"{label}: the entry {name!r:.80} has {size} bytes at {header}, behind the archive's end")
         if name in entries:
             raise FormatError(f"{label}: the entry {name!r:.80} is there twice")
-        entries[name] = (header, size)
+        entries[name] = (header, size, crc)
         ranges.append((header, end))
     ranges.sort()
     for (_, first_end), (second_begin, _) in zip(ranges, ranges[1:], strict=False):
@@ -247,9 +296,9 @@ def _directory(part: _Range, data: bytes, count: int, limit: int, label: str) ->
     return entries
 
 
-def _locate(part: _Range, name: str, entry: tuple[int, int]) -> tuple[int, int]:
+def _locate(part: _Range, name: str, entry: _Entry) -> tuple[int, int]:
     """Return (begin of the data, bytes) of an entry, which its local header says."""
-    header, size = entry
+    header, size, _ = entry
     local = part.read(header, 30)
     if local[:4] != b"PK\x03\x04":
         raise FormatError(f"{part.source.label}: the entry {name!r:.80} is not at byte {header} of the archive")
