@@ -344,6 +344,41 @@ def test_known_tricks_are_refused(data: bytes) -> None:
     assert not parses(data)
 
 
+def two_alike(**changes: object) -> bytes:
+    """Two tensors that are described with the same words, but for what is changed in the second."""
+    boxes = [part(name, "int16", (4, 1), (1, 0), (1, 1)) for name in ("a", "b")]
+    entries = json.loads(Layout.build(boxes, meta_capacity=8).header[8:])
+    described = json.loads(entries["__metadata__"]["snapshotd.boxes"])
+    described["b@1,0"].update(changes)
+    entries["__metadata__"]["snapshotd.boxes"] = json.dumps(described)
+    return reencoded(entries)
+
+
+def test_a_tensor_like_one_before_is_checked_as_well() -> None:
+    """Python takes 1, 1.0 and true for the same; nor does a good description vouch for another's name."""
+    assert parses(two_alike())
+    for changes in (
+        {"offsets": [True, 0]},
+        {"offsets": [1.0, 0]},
+        {"offsets": [1, False]},
+        {"offsets": [2, 0]},
+        {"global_shape": [4, True]},
+        {"global_shape": [5.0, 1]},
+        {"global_shape": [1, 1]},
+        {"dtype": "float16"},
+        {"dtype": ["int16"]},
+        {"scope": ["global"]},
+        {"scope": "everywhere"},
+        {"kind": None},
+        {"kind": {}},
+        {"fqn": "a"},
+        {"fqn": 1},
+        {"fqn": ""},
+        {"fqn": None},
+    ):
+        assert not parses(two_alike(**changes)), changes
+
+
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
