@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from snapshotd_client import RestoreError, Snapshotter, StateLost
+from snapshotd_client.fetch import Fetcher, _Filling
 from snapshotd_client.settings import Settings
 from torch import nn
 
@@ -201,6 +202,26 @@ def test_a_daemon_that_was_started_anew_and_decides_otherwise_is_an_error(daemon
     monkeypatch.setattr(daemon, "_give", cut)
     with pytest.raises(RestoreError, match=r"step 0 was being restored, .* FRESH: it has forgotten"):
         snapshotter(nn.Linear(3, 3)).restore()
+
+
+def test_a_batch_is_given_back_when_its_last_copy_is_done():
+    """Breaks: the daemon fills the next batch into memory that is still being copied from."""
+    told = []
+
+    class Link:
+        session = 1
+
+        def post(self, frame, session):
+            told.append((frame.restore_release.batch_id, session))
+
+    class Copy:
+        def result(self):
+            told.append("copied")
+
+    fetcher = Fetcher(Link(), 0.0, 2, lambda: None)
+    fetcher._end(_Filling(pb.RestoreReady(batch_id=7, local_bytes=5), 1, [Copy(), Copy()]))
+    assert told == ["copied", "copied", (7, 1)]
+    assert fetcher.local_bytes == 5
 
 
 def test_immutable_extra_is_written_back_and_missing_ones_stay(snapshotter):
