@@ -1,15 +1,25 @@
-"""Reshard: a snapshot of 4 ranks read by 2, 3 and 8; a lost rank decoded out of 3 others; all of it verified."""
+"""
+Reshard: a snapshot of 4 ranks read by 2, 3 and 8; a lost rank decoded out of 3 others; all of it verified.
+
+The reader is a worker's, with the tensors that it fills; its daemon says where the bytes are from a thread beside it.
+"""
 
 from __future__ import annotations
 
 import json
 import socket
+import time
 from base64 import b64decode
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from snapshotd_client.fetch import Entry, Want
+from snapshotd_client.peers import PeerReader
+from snapshotd_client.placement import Piece
 
 from snapshotd.arena import Arena
 from snapshotd.daemon.rebuild import rebuild
@@ -27,7 +37,7 @@ from ..processes import BenchError, wait_for
 
 GOAL = 8
 
-_BATCH_BYTES, _AT_ONCE = 16 << 20, 2  # as a worker asks
+_THREADS = 1  # as a worker has, of two cores
 _WINDOW_BYTES = 1 << 20
 _STATE_BYTES = 592 * (4 << 20)
 """592 tensors of 4 MB: of four ranks, 0.6 GB each."""
@@ -39,9 +49,10 @@ def rows(run: Run) -> Iterator[Row]:
     module = f"{__package__.rpartition('.')[0]}.holder"
     holder = run.start("holder", ["-m", module, str(run.directory / "held"), str(out), str(nbytes)])
     text = wait_for(lambda: out.read_text(encoding="ascii") if out.exists() else "", "the holder", 120.0, of=[holder])
-    scene = _Scene(run, json.loads(text), nbytes)
+    found_there = json.loads(text)
+    target = run.memory(3 * int(found_there["plain_bytes"]), fill=False)
+    scene = _Scene(run, found_there, nbytes, target)
     run.finally_do(scene.close)
-    target = run.memory(3 * scene.plain_bytes, fill=False)
     for ranks in (2, 3, 8):
         wanted = scene.wanted_bytes(ranks)
         found = run.rounds(
@@ -85,6 +96,29 @@ def rows(run: Run) -> Iterator[Row]:
     )
 
 
+class _Daemon:
+    """A link to a daemon that has this one restore."""
+
+    def __init__(self, restore: Restore) -> None:
+        self.session = 1
+        self._restore = restore
+        self._thread = ThreadPoolExecutor(1)
+
+    def begin(self, frame: worker.Frame) -> Future[worker.RestoreSources]:
+        wants = worker.RestoreLocate.FromString(frame.restore_locate.SerializeToString()).wants
+        return self._thread.submit(self._restore.locate, 1, wants)
+
+    def finish(self, question: Future[worker.RestoreSources], timeout_s: float) -> worker.Frame:
+        answer = question.result(timeout_s).SerializeToString()
+        return worker.Frame(restore_sources=worker.RestoreSources.FromString(answer))
+
+    def __enter__(self) -> _Daemon:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
+
+
 @dataclass
 class _Held:
     address: str
@@ -95,7 +129,7 @@ class _Held:
 class _Scene:
     """A node that has nothing yet, and the holder that has it all."""
 
-    def __init__(self, run: Run, found: dict[str, Any], nbytes: int) -> None:
+    def __init__(self, run: Run, found: dict[str, Any], nbytes: int, memory: memoryview) -> None:
         self._nbytes = nbytes
         self._held = _Held(
             found["address"], list(found["plain"]), control.StripeSet.FromString(b64decode(found["set"]))
@@ -106,6 +140,7 @@ class _Scene:
         self._client = BulkClient()
         self._sources = Sources("reader", self._arena, self._client)
         self._codec, _ = load_codec()
+        self._memory = memory
         self._peers = [control.PeerAddress(node_id=f"n{rank}", bulk=self._held.address) for rank in range(RANKS)]
 
     def close(self) -> None:
@@ -128,28 +163,22 @@ class _Scene:
             slots=slots,
             peers=self._peers,
         )
-        with Restore(plan, ranks, self._arena, self._sources) as restore, ThreadPoolExecutor(_AT_ONCE) as asking:
+        with Restore(plan, ranks, self._arena, self._sources) as restore, _Daemon(restore) as daemon:
+            reader = PeerReader(daemon, time.monotonic() + 60.0, _THREADS)
+            left = reader.run(self._wants(ranks))
+            self.fetched_bytes = reader.read_bytes
+        if left:
+            raise BenchError(f"{len(left)} boxes were not read from peers")
 
-            def assemble(wants: list[worker.RestoreWant.Want]) -> int:
-                batch = restore.assemble(1, wants)
-                restore.release(batch.batch_id)
-                return batch.fetched_bytes
-
-            self.fetched_bytes = sum(asking.map(assemble, self._batches(ranks)))
-
-    def _batches(self, ranks: int) -> Iterator[list[worker.RestoreWant.Want]]:
-        wants: list[worker.RestoreWant.Want] = []
-        size = 0
+    def _wants(self, ranks: int) -> Iterator[Want]:
+        at = 0
         for name, shape in tensors(self._nbytes):
             box = boxes_of(shape, 1, ranks)
-            if wants and size + box.numel * 4 > _BATCH_BYTES:
-                yield wants
-                wants, size = [], 0
-            wants.append(
-                worker.RestoreWant.Want(name=name, scope="global", offsets=box.offsets, lengths=box.lengths)
-            )
-            size += box.numel * 4
-        yield wants
+            room = self._memory[at : at + box.numel * 4]
+            at += room.nbytes
+            entry = Entry(name, "float32", tuple(shape), "global", "param")
+            target = torch.frombuffer(room, dtype=torch.float32).view(box.lengths)
+            yield Want(entry, Piece(box, (0,) * len(shape)), target)
 
     def receive(self, target: memoryview, nbytes: int) -> None:
         """So many bytes of the three slots, one after the other."""

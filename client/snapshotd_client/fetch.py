@@ -31,7 +31,7 @@ from snapshotd_client.link import Link, Question
 from snapshotd_client.placement import Piece
 from snapshotd_client.readable import WHOLE_BYTES, ReadableFiles, populate
 
-__all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want", "cut"]
+__all__ = ["BATCH_BYTES", "Entry", "Fetcher", "Manifest", "Want", "asked_for", "cut"]
 
 BATCH_BYTES: Final = 16 * 1024 * 1024
 """Small enough for the cache, from where the daemon has put it; large enough that the round trip vanishes."""
@@ -161,17 +161,7 @@ class Fetcher:
         self.decoded_bytes += ready.decoded_bytes
 
     def _begin(self, batch: list[Want]) -> Question:
-        request = pb.RestoreWant(
-            wants=[
-                pb.RestoreWant.Want(
-                    name=want.entry.name,
-                    scope=want.entry.scope,
-                    offsets=want.piece.box.offsets,
-                    lengths=want.piece.box.lengths,
-                )
-                for want in batch
-            ]
-        )
+        request = pb.RestoreWant(wants=[asked_for(want) for want in batch])
         return self._link.begin(pb.Frame(restore_want=request))
 
     def _finish(self, batch: list[Want], question: Question) -> tuple[pb.RestoreReady, int]:
@@ -195,6 +185,14 @@ class Fetcher:
             raise RestoreError("the daemon did not give the state in time (SNAPSHOTD_RESTORE_TIMEOUT_S)")
         finally:
             self.fetch_s += time.monotonic() - begun
+
+
+def asked_for(want: Want) -> pb.RestoreWant.Want:
+    """Return a want in the daemon's words."""
+    box = want.piece.box
+    return pb.RestoreWant.Want(
+        name=want.entry.name, scope=want.entry.scope, offsets=box.offsets, lengths=box.lengths
+    )
 
 
 def _batches(wants: Iterable[Want]) -> Iterator[list[Want]]:

@@ -165,15 +165,25 @@ class Restorer:
         fetcher = Fetcher(self._link, deadline, self._threads(), partial(self._decide_again, decision))
         loader = Loader(self._inventory, manifest)
         order = {name: place for place, name in enumerate(manifest.tensors)}
-        fetcher.run(sorted(loader.wants(), key=lambda want: order[want.entry.name]))
+        wants = sorted(loader.wants(), key=lambda want: order[want.entry.name])
+        read_s, read_bytes = 0.0, 0
+        if decision.peers:
+            from snapshotd_client.peers import PeerReader  # what reads sockets is loaded by those who do
+
+            # One thread that receives keeps a core busy, and so does the kernel that brings it the bytes.
+            reader = PeerReader(self._link, deadline, max(1, self._threads() // 2))
+            wants = reader.run(wants)
+            read_s, read_bytes = reader.read_s, reader.read_bytes
+        fetcher.run(wants)
+        fetch_s = read_s + fetcher.fetch_s
         missing = loader.apply()
         source_world = int(manifest.source["world_size"])
         if self._settings.rank < source_world:
             set_rng(manifest.meta["rest"]["rng"], self._inventory.devices())
         failpoint("client.after_restore")
         total_s = time.monotonic() - begun
-        load_s = max(0.0, total_s - fetcher.fetch_s)
-        self._done(True, "", fetcher.fetch_s, load_s, decision.source_step)
+        load_s = max(0.0, total_s - fetch_s)
+        self._done(True, "", fetch_s, load_s, decision.source_step, read_bytes)
         if missing:
             logger.warning("snapshotd: the snapshot has no extra %s: left as they are", ", ".join(missing))
         return {
@@ -184,10 +194,11 @@ class Restorer:
             "source_world_size": source_world,
             "reason": decision.reason,
             "lost_steps": decision.lost_steps,
-            "fetch_s": fetcher.fetch_s,
+            "fetch_s": fetch_s,
             "load_s": load_s,
             "local_bytes": fetcher.local_bytes,
-            "remote_bytes": fetcher.remote_bytes,
+            "remote_bytes": fetcher.remote_bytes + read_bytes,
+            "peer_bytes": read_bytes,
             "decoded_bytes": fetcher.decoded_bytes,
         }
 
@@ -204,8 +215,10 @@ class Restorer:
                 f"{_Decision.Kind.Name(now.kind).removeprefix('KIND_')}: {now.reason}"
             )
 
-    def _done(self, ok: bool, error: str, fetch_s: float, load_s: float, step: int) -> None:
-        done = pb.RestoreDone(ok=ok, error=error[:2000], fetch_s=fetch_s, load_s=load_s, step=step)
+    def _done(self, ok: bool, error: str, fetch_s: float, load_s: float, step: int, peer_bytes: int = 0) -> None:
+        done = pb.RestoreDone(
+            ok=ok, error=error[:2000], fetch_s=fetch_s, load_s=load_s, step=step, peer_bytes=peer_bytes
+        )
         self._link.post(pb.Frame(restore_done=done), self._link.session)
 
     def _say(self, outcome: Outcome) -> None:

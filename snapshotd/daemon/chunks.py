@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from snapshotd.daemon.source import Piece, Source
+from snapshotd.daemon.source import Source
 from snapshotd.layout import CHUNK_BYTES
 from snapshotd.reshard import Copy, apply_copy
+from snapshotd.transfer import Piece
 
 __all__ = ["read_through_chunks"]
 
@@ -15,7 +16,7 @@ _SPAN_BYTES: Final = 64 * CHUNK_BYTES
 """16 MiB: bounds the scratch memory."""
 
 
-def read_through_chunks(source: Source, copies: Sequence[Copy], target: memoryview) -> int:
+def read_through_chunks(source: Source, copies: Sequence[Copy], targets: Sequence[memoryview]) -> int:
     """Carry out ``copies`` by ``source.read`` of the whole chunks around them; return the bytes fetched."""
     ordered = sorted(copies, key=lambda copy: copy.src_range)
     fetched = 0
@@ -32,7 +33,7 @@ def read_through_chunks(source: Source, copies: Sequence[Copy], target: memoryvi
                 end = max(end, next_last)
             whole = memoryview(bytearray(end - begin))
             fetched += source.read([Piece(begin, whole)])
-        apply_copy(copy._replace(src_begin=copy.src_begin - begin), whole, target)
+        apply_copy(copy._replace(src_begin=copy.src_begin - begin), whole, targets[copy.target])
     return fetched
 
 

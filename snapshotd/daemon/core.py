@@ -168,8 +168,13 @@ class NodeCore:
         elif body == "restore_query":
             one.query = (frame.request_id, self.state.now)
             self.orders.answer_queries(job)
-        elif body == "restore_want":
+        elif body in ("restore_want", "restore_locate"):
             self._on_restore_want(job, one, frame)
+        elif body == "restore_fault":
+            self.state.count("corrupt")
+            fault = frame.restore_fault
+            text = f"rank {one.rank} read from {fault.node_id:.200}: {fault.detail:.2000}"
+            self.state.note("integrity", one.job, text, epoch=one.epoch)
         elif body == "restore_release":
             self.state.do(ReleaseRestore(conn=conn, batch_id=frame.restore_release.batch_id))
         elif body == "restore_done":
@@ -318,8 +323,10 @@ class NodeCore:
 
     def _on_restore_want(self, job: JobState, one: Worker, frame: worker.Frame) -> None:
         if job.plan is None or job.plan.epoch != one.epoch:
-            ready = worker.RestoreReady(error="ask which state to restore first (RestoreQuery)")
-            self.state.send(one.conn, worker.Frame(request_id=frame.request_id, restore_ready=ready))
+            answer = worker.Frame(request_id=frame.request_id)
+            asked = answer.restore_ready if frame.HasField("restore_want") else answer.restore_sources
+            asked.error = "ask which state to restore first (RestoreQuery)"
+            self.state.send(one.conn, answer)
             return
         one.restoring = True
         self.state.do(ServeRestore(conn=one.conn, rank=one.rank, world_size=one.world_size, plan=job.plan, frame=frame))
@@ -338,6 +345,7 @@ class NodeCore:
         if one.restoring:
             self.state.do(ReleaseRestore(conn=one.conn, batch_id=None))
         one.restoring = False
+        one.remote_bytes += done.peer_bytes
         one.first_step_due = done.ok
         if not done.ok:
             # The next query asks the coordinator again: the bytes may be elsewhere by then.

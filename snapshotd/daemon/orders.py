@@ -157,7 +157,9 @@ class Orders:
     def serve_restore(
         self, conn: events.WorkerConn, rank: int, world_size: int, plan: control.RestorePlan, frame: worker.Frame
     ) -> worker.Frame:
-        """The answer to a RestoreQuery (decision with manifest) or a RestoreWant; an error is told in the frame."""
+        """
+        The answer to a RestoreQuery (decision with manifest), RestoreWant or RestoreLocate; an error is told in it.
+        """
         deadline = time.monotonic() + RESTORE_PATIENCE_S
         while True:
             try:
@@ -213,12 +215,16 @@ class Orders:
         if frame.HasField("restore_want"):
             batch = restore.assemble(rank, frame.restore_want.wants, self.cancel)
             return worker.Frame(request_id=frame.request_id, restore_ready=batch.frame())
+        if frame.HasField("restore_locate"):
+            found = restore.locate(rank, frame.restore_locate.wants, self.cancel)
+            return worker.Frame(request_id=frame.request_id, restore_sources=found)
         batch_id, path = restore.write_manifest(rank)
         with self._lock:
             self._manifests[conn] = batch_id
         decision = _decision(plan)
         decision.kind = worker.RestoreDecision.KIND_SNAPSHOT
         decision.manifest_path = path
+        decision.peers = restore.has_peers
         return worker.Frame(request_id=frame.request_id, restore_decision=decision)
 
     def _open(self, conn: events.WorkerConn, world_size: int, plan: control.RestorePlan) -> Restore:
@@ -242,6 +248,8 @@ class Orders:
         log.error("restoring job %s from step %d failed: %s", plan.job, plan.source_step, error)
         if frame.HasField("restore_want"):
             return worker.Frame(request_id=frame.request_id, restore_ready=worker.RestoreReady(error=str(error)))
+        if frame.HasField("restore_locate"):
+            return worker.Frame(request_id=frame.request_id, restore_sources=worker.RestoreSources(error=str(error)))
         decision = _decision(plan)
         decision.kind = worker.RestoreDecision.KIND_UNDECIDED
         decision.reason = str(error)

@@ -1,8 +1,9 @@
 """
 A sealed object on another node: read over its daemon's bulk listener, and verified here.
 
-Whole chunks are compared with the digests of the object, parts of chunks by their owner (see transfer). What does not
-match is reported to whoever asked, and to the owner, which finds out whether it is rotten there or was hurt on the way.
+Whole chunks are compared with the digests of the object, what is wanted of others by their owner (see transfer). What
+does not match is reported to whoever asked, and to the owner, which finds out whether it is rotten there or was hurt
+on the way.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Final
 
 from snapshotd.arena import describe
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.source import NOWHERE, Corruption, OnCorruption, Piece, Stream, check_range, check_root
+from snapshotd.daemon.source import Corruption, OnCorruption, Stream, check_range, check_root
 from snapshotd.errors import CorruptionError, SnapshotdError
 from snapshotd.reshard import Copy
-from snapshotd.transfer import BulkClient, Incoming, ObjectInfo, TransferCancelled
+from snapshotd.transfer import BulkClient, Incoming, ObjectInfo, Piece, TransferCancelled
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
 __all__ = ["PeerSource"]
@@ -43,18 +44,24 @@ class PeerSource:
         pace: Callable[[int], None] | None,
     ) -> None:
         self.node_id, self.name, self.file_bytes = node_id, describe(key), file_bytes
-        self._client, self._address, self._key, self._root = client, address, key, root
+        self.address, self.key, self.root = address, key, root
+        self._client = client
         self._on_corruption = on_corruption
         self._cancel = cancel
         self._pace = pace
         self._lock = threading.Lock()
         self._digests: bytes | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is read in plain TCP: then whoever may, can, without our certificate."""
+        return self._client.is_plain
+
     def digests(self) -> bytes:
         with self._lock:
             if self._digests is None:
                 with self._watched():
-                    self._learn(self._client.digests(self._address, self._key, cancel=self._cancel))
+                    self._learn(self._client.digests(self.address, self.key, cancel=self._cancel))
             assert self._digests is not None
             return self._digests
 
@@ -64,7 +71,7 @@ class PeerSource:
             raise CorruptionError(
                 f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
             )
-        check_root(self, info.digests, self._root)
+        check_root(self, info.digests, self.root)
         self._digests = info.digests
 
     def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
@@ -72,16 +79,16 @@ class PeerSource:
         self.read([Piece(begin, part)])
         return part
 
-    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), targets: Sequence[memoryview] = ()) -> int:
         for piece in pieces:
             check_range(self, piece.begin, piece.end)
         with self._watched():
             self._client.read_verified(
-                self._address,
-                self._key,
-                [(piece.begin, piece.into) for piece in pieces],
+                self.address,
+                self.key,
+                pieces,
                 parts,
-                target,
+                targets,
                 digests=self._digests,
                 file_bytes=self.file_bytes,
                 learned=self._learn,
@@ -97,8 +104,8 @@ class PeerSource:
             with self._watched():
                 incoming = stack.enter_context(
                     self._client.stream(
-                        self._address,
-                        self._key,
+                        self.address,
+                        self.key,
                         [(begin, end)],
                         digests=self._digests,
                         file_bytes=self.file_bytes,
@@ -122,7 +129,7 @@ class PeerSource:
                 connection.close()  # or those who report might wait for each other's connections
             self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
             with contextlib.suppress(SnapshotdError):
-                self._client.suspect(self._address, self._key)
+                self._client.suspect(self.address, self.key)
             raise
         except TransferCancelled as error:
             raise Cancelled(str(error)) from error

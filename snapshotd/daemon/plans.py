@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from snapshotd.daemon.source import Piece, Source
+from snapshotd.daemon.source import Source
 from snapshotd.daemon.sources import DurableSource, Sources
 from snapshotd.durable import open_snapshot
 from snapshotd.errors import CorruptionError, FormatError, LocalProtocolError, PeerError, UsageError
 from snapshotd.layout import CHUNK_BYTES, Layout, header_length
+from snapshotd.transfer import Piece
 from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["PlanSources", "read_bytes", "read_layouts", "slots_of_plan"]

@@ -7,8 +7,8 @@ Rule 1: what lies in one piece in a slot of this node is answered in place, unde
 goes into one buffer per request: from local slots by memory copy, from peers and durable files by verified ranges.
 Rule 2: a corrupt source is reported and refused. The slot can be decoded; wrong bytes cannot be taken back. Whoever
 asks again gets the slot that is there by then; batches that were answered before stay as they are.
-Rule 3: rank-private tensors come from the source rank of the same number (modulo the source's world size). With
-another world size that is a guess for "param" and "optim": it is made only if all source ranks agree on the bytes.
+Rule 3: a worker may read from peers itself, and is told where: then no byte of that passes through this process. What
+it fails to get that way it asks for here, where a failed source is waited for.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Final, TypeAlias
 
-import xxhash
-
 from snapshotd.arena import Arena, BufferFile, Lease, SealableFile
+from snapshotd.daemon.boxes import Boxes
 from snapshotd.daemon.cancel import check_cancel
-from snapshotd.daemon.gather import gather
+from snapshotd.daemon.locate import located
 from snapshotd.daemon.plans import PlanSources, read_bytes, read_layouts
-from snapshotd.daemon.sources import DurableSource, LocalSource, Source, Sources
-from snapshotd.errors import LayoutError, LocalProtocolError, Unrecoverable, UsageError
+from snapshotd.daemon.sources import DurableSource, LocalSource, PeerSource, Source, Sources
+from snapshotd.errors import LayoutError, LocalProtocolError, UsageError
 from snapshotd.failpoints import failpoint
-from snapshotd.layout import CHUNK_BYTES, Box, TensorBox
+from snapshotd.layout import TensorBox
 from snapshotd.layout.header import decode_json
-from snapshotd.reshard import Copy, SourceShard, TargetShard, apply_copy, merge_neighbours, plan
+from snapshotd.reshard import Copy, TargetShard, apply_copy, merge_neighbours
+from snapshotd.transfer import Piece, gather
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
@@ -53,9 +54,6 @@ _ALIGN_BYTES: Final = 64
 """Of each want in a buffer: the worker makes tensors of any element type on it."""
 
 _MAX_THREADS: Final = 8
-
-_GUESSED_KINDS: Final = frozenset({"param", "optim"})
-
 
 _Held: TypeAlias = Lease[SealableFile] | BufferFile
 
@@ -101,14 +99,12 @@ class Restore:
         if world_size < 1:
             raise UsageError(f"there is no world of size {world_size}")
         self._order = order
-        self._world_size = world_size
         self._arena = arena
         self._lock = threading.Lock()
         self._next_batch = 1
         self._batches: dict[int, list[_Held]] = {}
         self._closed = False
         self._free: list[BufferFile] = []
-        self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
         self._plan = PlanSources(order, sources)
         self._fetchers = ThreadPoolExecutor(_MAX_THREADS, "snapshotd-restore")
         try:
@@ -118,12 +114,7 @@ class Restore:
             self._fetchers.shutdown()
             self._plan.close()
             raise
-        self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
-        for rank, layout in enumerate(self._layouts):
-            for shard in layout.shards:
-                self._shards[shard.tensor.name, shard.tensor.scope].append(
-                    SourceShard(source=rank, tensor=shard.tensor, begin=shard.begin)
-                )
+        self._boxes = Boxes(self._layouts, world_size)
 
     def follow(self, order: control.RestorePlan) -> None:
         """Sources have moved: go on with this newer plan for the same snapshot."""
@@ -131,13 +122,15 @@ class Restore:
 
     # ------------------------------------------------------------------------------------------ the manifest
 
-    def source_rank(self, rank: int) -> int:
-        """Return the source rank whose private state ``rank`` goes on with."""
-        return rank % len(self._layouts)
+    @property
+    def has_peers(self) -> bool:
+        """Whether a worker can read some of it from peers itself."""
+        with self._plan.use() as sources:
+            return any(isinstance(source, PeerSource) and source.is_plain for source in sources)
 
     def manifest(self, rank: int) -> bytes:
         """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/restore-manifest."""
-        source_rank = self.source_rank(rank)
+        source_rank = self._boxes.source_rank(rank)
         tensors: dict[tuple[str, str], TensorBox] = {}
         ties: dict[str, str] = {}
         for number, layout in enumerate(self._layouts):
@@ -202,17 +195,26 @@ class Restore:
         LayoutError for what no source has, Unrecoverable for what they do not cover, UsageError for more than
         MAX_BATCH_BYTES; CorruptionError and PeerError for sources that fail. Nothing is held after an error.
         """
-        if not 0 <= rank < self._world_size:
-            raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
-        targets = [self._target(index, want, rank) for index, want in enumerate(wants)]
+        targets = self._boxes.targets(wants, rank)
         held: list[_Held] = []
         try:
             with self._plan.use() as sources:
-                by_target = self._copies(targets, self.source_rank(rank), sources, cancel)
+                by_target = self._boxes.copies(targets, rank, sources, cancel)
                 return self._assemble(targets, by_target, sources, held, cancel)
         except BaseException:
             self._give_back(held)
             raise
+
+    def locate(
+        self, rank: int, wants: Sequence[worker.RestoreWant.Want], cancel: threading.Event | None = None
+    ) -> worker.RestoreSources:
+        """Return where on peers the wanted boxes are, for a worker that reads them itself. The errors of assemble."""
+        targets = self._boxes.targets(wants, rank)
+        with self._plan.use() as sources:
+            by_target = self._boxes.copies(targets, rank, sources, cancel)
+            found = located(by_target, len(targets), sources)
+        failpoint("daemon.mid_assemble")
+        return found
 
     def release(self, batch_id: int) -> None:
         """Let go of a batch's leases and buffers; an unknown one is no error, the order may come twice."""
@@ -242,45 +244,6 @@ class Restore:
         self.close()
 
     # ------------------------------------------------------------------------------------------ insides
-
-    def _target(self, index: int, want: worker.RestoreWant.Want, rank: int) -> TargetShard:
-        """The wanted box, with the dtype and shape that the source has."""
-        if want.scope not in ("global", "rank"):
-            raise UsageError(f"{want.name!r:.100}: the scope must be 'global' or 'rank', not {want.scope!r:.40}")
-        shards = self._shards.get((want.name, want.scope), [])
-        if want.scope == "rank":
-            shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
-        if not shards:
-            raise LayoutError(f"the source has no tensor {want.name!r:.200} of scope {want.scope!r}")
-        tensor = shards[0].tensor.part(Box(tuple(want.offsets), tuple(want.lengths)))
-        return TargetShard(target=index, tensor=tensor, begin=0)
-
-    def _copies(
-        self,
-        targets: Sequence[TargetShard],
-        source_rank: int,
-        sources: Sequence[Source],
-        cancel: threading.Event | None,
-    ) -> dict[int, list[Copy]]:
-        names = {(target.tensor.name, target.tensor.scope) for target in targets}
-        for name, scope in sorted(names):
-            if scope == "rank":
-                self._check_private(name, source_rank, sources, cancel)
-        # Both scopes of one name may be wanted; the planner tells them apart by the scope of the target.
-        by_target: defaultdict[int, list[Copy]] = defaultdict(list)
-        for scope in ("global", "rank"):
-            some = [target for target in targets if target.tensor.scope == scope]
-            if not some:
-                continue
-            made = plan(
-                (shard for name, of in names if of == scope for shard in self._shards[name, of]),
-                some,
-                prefer=lambda source: 0 if sources[source].is_local else 1,
-                rank_source={target.target: source_rank for target in some},
-            )
-            for copy in made.copies:
-                by_target[copy.target].append(copy)
-        return by_target
 
     def _assemble(
         self,
@@ -335,26 +298,6 @@ class Restore:
             remote_bytes=remote,
             fetched_bytes=fetched,
         )
-
-    def _check_private(
-        self, name: str, source_rank: int, sources: Sequence[Source], cancel: threading.Event | None
-    ) -> None:
-        """Refuse a rank-private parameter or optimizer state when which rank's it should be is not clear."""
-        shards = self._shards[name, "rank"]
-        kinds = {shard.tensor.kind for shard in shards if shard.source == source_rank}
-        if self._world_size == len(self._layouts) or not kinds & _GUESSED_KINDS:
-            return
-        with self._lock:
-            wrong = self._equal.get(name)
-        if wrong is None:
-            wrong = _differs(shards, sources, cancel)
-            with self._lock:
-                self._equal[name] = wrong
-        if wrong:
-            raise Unrecoverable(
-                f"{name!r} is private to each rank, and {wrong}: it cannot be restored with {self._world_size} ranks "
-                f"from {len(self._layouts)}. Restore with {len(self._layouts)} ranks, or make it a DTensor"
-            )
 
     def _meta(self, source_rank: int) -> str:
         """The step's own JSON of a source rank, as text; FormatError when it is not JSON."""
@@ -428,7 +371,11 @@ def _fill(
         by_place[source.name if isinstance(source, DurableSource) else source.node_id].append(rank)
 
     def fetch(ranks: Sequence[int]) -> int:
-        return sum(gather(sources[rank], remote[rank], view, cancel) for rank in ranks)
+        return sum(gather(partial(read, sources[rank]), remote[rank], [view]) for rank in ranks)
+
+    def read(source: Source, pieces: Sequence[Piece], parts: Sequence[Copy], targets: Sequence[memoryview]) -> int:
+        check_cancel(cancel, "fetching")
+        return source.read(pieces, parts, targets)
 
     local_bytes = 0
     fetches: list[Future[int]] = []
@@ -459,26 +406,3 @@ def _begin(fetchers: ThreadPoolExecutor, fetch: Callable[[Sequence[int]], int], 
         return fetchers.submit(fetch, ranks)
     except RuntimeError as error:
         raise LocalProtocolError("the restore is closed") from error
-
-
-def _differs(shards: Sequence[SourceShard], sources: Sequence[Source], cancel: threading.Event | None) -> str:
-    """Return in words how the ranks differ, "" if all of them have the same boxes with the same bytes."""
-    digests: dict[int, list[tuple[object, ...]]] = {rank: [] for rank in range(len(sources))}
-    for shard in shards:
-        check_cancel(cancel, "restoring")
-        tensor = shard.tensor
-        digest = _digest(sources[shard.source], shard.begin, tensor.nbytes)
-        digests[shard.source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
-    for rank, found in digests.items():
-        if not found:
-            return f"rank {rank} of the source does not have it"
-        if found != digests[0]:
-            return f"rank {rank} of the source has another value than rank 0"
-    return ""
-
-
-def _digest(source: Source, begin: int, nbytes: int) -> bytes:
-    digest = xxhash.xxh3_128()
-    for at in range(begin, begin + nbytes, 16 * CHUNK_BYTES):
-        digest.update(read_bytes(source, at, min(at + 16 * CHUNK_BYTES, begin + nbytes)))
-    return digest.digest()

@@ -12,19 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from snapshotd.errors import CorruptionError, UsageError
 from snapshotd.layout import root_digest
 from snapshotd.reshard import Copy
+from snapshotd.transfer import Piece
 from snapshotd.v1 import control_pb2 as control
 
 __all__ = [
-    "NOWHERE",
     "Corruption",
     "InTurn",
     "OnCorruption",
-    "Piece",
     "Source",
     "Stream",
     "check_range",
@@ -50,22 +49,6 @@ class Corruption:
 
 
 OnCorruption = Callable[[Corruption], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The bytes of an object from ``begin`` on are wanted in ``into``, as many as it has room for."""
-
-    begin: int
-    into: memoryview
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.into.nbytes
-
-
-NOWHERE: Final = memoryview(b"")
-"""The target of no parts."""
 
 
 class Source(Protocol):
@@ -102,10 +85,10 @@ class Source(Protocol):
         """Return the verified bytes ``[begin, end)``: a mapping of a local object, else ``room``, filled."""
         ...
 
-    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), targets: Sequence[memoryview] = ()) -> int:
         """
-        Fill all ``pieces`` and carry out ``parts`` into ``target``, with verified bytes, in one request; return how
-        many bytes were fetched for that, of those that are not here.
+        Fill all ``pieces`` and carry out ``parts`` into ``targets``, by their numbers in the copies, with verified
+        bytes, in one request; return how many bytes were fetched for that, of those that are not here.
 
         At most 4096 parts of at most 1 MiB each.
         """

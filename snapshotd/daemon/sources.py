@@ -18,11 +18,9 @@ from snapshotd.arena import Arena, Lease, SealableFile, SlotFile, describe, pari
 from snapshotd.daemon.chunks import read_through_chunks
 from snapshotd.daemon.peer_source import PeerSource
 from snapshotd.daemon.source import (
-    NOWHERE,
     Corruption,
     InTurn,
     OnCorruption,
-    Piece,
     Source,
     Stream,
     check_range,
@@ -32,7 +30,7 @@ from snapshotd.durable.reader import RankFile
 from snapshotd.errors import CorruptionError, PeerUnreachable
 from snapshotd.layout import CHUNK_BYTES, verify
 from snapshotd.reshard import Copy, apply_copy
-from snapshotd.transfer import BulkClient
+from snapshotd.transfer import BulkClient, Piece, whole_inside
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
@@ -42,7 +40,6 @@ __all__ = [
     "LocalSource",
     "OnCorruption",
     "PeerSource",
-    "Piece",
     "Source",
     "Sources",
     "Stream",
@@ -101,13 +98,13 @@ class LocalSource:
     def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
         return self.view(begin, end)
 
-    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), targets: Sequence[memoryview] = ()) -> int:
         for piece in pieces:
             with self.view(piece.begin, piece.end) as view:
                 _copy(piece.into, view)
         for part in parts:
             self.view(*part.src_range).release()
-            apply_copy(part, self.obj.view, target)
+            apply_copy(part, self.obj.view, targets[part.target])
         return 0
 
     @contextmanager
@@ -138,15 +135,29 @@ class DurableSource:
         self.read([Piece(begin, room)])
         return room[: end - begin]
 
-    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), target: memoryview = NOWHERE) -> int:
-        for piece in pieces:
+    def read(self, pieces: Sequence[Piece], parts: Sequence[Copy] = (), targets: Sequence[memoryview] = ()) -> int:
+        fetched = 0
+        ends: list[Copy] = []  # what pieces have of chunks that are not whole in them: neighbours share those
+        for number, piece in enumerate(pieces):
             check_range(self, piece.begin, piece.end)
-            try:
-                self._file.read_into(piece.begin, piece.into)
-            except CorruptionError as error:
-                self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
-                raise
-        return sum(piece.into.nbytes for piece in pieces) + (read_through_chunks(self, parts, target) if parts else 0)
+            first, last = whole_inside(piece.begin, piece.end, self.file_bytes)
+            fetched += self._read_chunks(first, piece.into[first - piece.begin : last - piece.begin])
+            for begin, end in ((piece.begin, first), (last, piece.end)):
+                if begin < end:
+                    ends.append(Copy(0, number, begin, begin - piece.begin, end - begin))
+        if ends or parts:
+            rooms = [*(piece.into for piece in pieces), *targets]
+            moved = (part._replace(target=part.target + len(pieces)) for part in parts)
+            fetched += read_through_chunks(self, [*ends, *moved], rooms)
+        return fetched
+
+    def _read_chunks(self, begin: int, into: memoryview) -> int:
+        try:
+            self._file.read_into(begin, into)
+        except CorruptionError as error:
+            self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
+            raise
+        return into.nbytes
 
     @contextmanager
     def stream(self, begin: int, end: int) -> Iterator[Stream]:

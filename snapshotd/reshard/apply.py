@@ -6,16 +6,16 @@ Between two processes the runs of a copy travel one behind the other: gathered h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from snapshotd.errors import LayoutError
 from snapshotd.reshard.copies import Copy
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Buffer
 
 __all__ = ["apply_copy", "gather_copy", "scatter_copies"]
@@ -67,11 +67,15 @@ def gather_copy(copy: Copy, src: Buffer, out: Buffer) -> None:
     apply_copy(copy._replace(dst_begin=0, dims=dims), src, out)
 
 
-def scatter_copies(copies: Iterable[Copy], packed: Buffer, dst: Buffer) -> None:
-    """Carry out ``copies`` from the bytes that gather_copy() has put one behind the other for each of them in turn."""
+def scatter_copies(copies: Iterable[Copy], packed: Buffer, targets: Sequence[Buffer]) -> None:
+    """
+    Carry out ``copies`` from the bytes that gather_copy() has put one behind the other for each of them in turn.
+
+    ``targets`` are the target files' bytes, by their numbers in the copies.
+    """
     at = 0
     for copy in copies:
         strides = copy.packed_strides()
         dims = tuple((count, here, there) for (count, _, there), here in zip(copy.dims, strides, strict=True))
-        apply_copy(copy._replace(src_begin=at, dims=dims), packed, dst)
+        apply_copy(copy._replace(src_begin=at, dims=dims), packed, targets[copy.target])
         at += copy.nbytes

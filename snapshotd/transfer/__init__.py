@@ -1,7 +1,8 @@
 """Bulk bytes between processes: ranges of slots and parity over plain sockets, verified."""
 
-from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX
+from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, whole_inside
 from snapshotd.transfer.client import BulkClient, ObjectInfo
+from snapshotd.transfer.gather import Piece, Read, gather
 from snapshotd.transfer.incoming import Incoming
 from snapshotd.transfer.objects import Lookup, Servable
 from snapshotd.transfer.pacing import Pacer
@@ -29,8 +30,12 @@ __all__ = [
     "ObjectMissing",
     "Pacer",
     "PeerBusy",
+    "Piece",
+    "Read",
     "Servable",
     "TransferCancelled",
     "format_address",
+    "gather",
     "parse_address",
+    "whole_inside",
 ]

@@ -3,8 +3,8 @@ What a bulk server says to one request: a refusal, or a head and then exactly th
 
 Rule 1: a request is checked whole before anything is answered.
 Rule 2: an object is leased from its lookup to its last byte.
-Rule 3: whole chunks leave unverified, for the reader has their digests; parts of chunks are verified on the way, and
-        digests of what was sent, or the refusal, follow them.
+Rule 3: whole chunks leave unverified, for the reader has their digests; chunks of which parts are sent are verified on
+        the way, and digests of those parts, or the refusal, follow behind.
 """
 
 from __future__ import annotations
@@ -63,17 +63,21 @@ class Answers:
             _send_head(sock, obj, nbytes)
             with memoryview(digests) as piece:
                 self._send_piece(sock, piece, 0, piece.nbytes)
-            self._send_ranges(sock, view, ranges)
-            if copies:
-                self._send_blocks(sock, _Verified(obj, view, request.object), copies)
+            verified = _Verified(obj, view, request.object)
+            for begin, end in ranges:
+                if request.exact:
+                    verified.add_ends(begin, end)
+                self._send_range(sock, view, begin, end)
+            self._send_blocks(sock, verified, copies)
+            if request.exact or copies:
+                wire.send_frame(sock, verified.tail())
 
-    def _send_ranges(self, sock: socket.socket, view: memoryview, ranges: Sequence[tuple[int, int]]) -> None:
-        """Send the ranges straight from the mapping."""
-        for begin, end in ranges:
-            for at in range(begin, end, wire.PIECE_BYTES):
-                self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
-                if at + wire.PIECE_BYTES < end:
-                    failpoint("transfer.mid_send")
+    def _send_range(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
+        """Send a range straight from the mapping."""
+        for at in range(begin, end, wire.PIECE_BYTES):
+            self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
+            if at + wire.PIECE_BYTES < end:
+                failpoint("transfer.mid_send")
 
     def _send_piece(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
         if begin == end:
@@ -88,43 +92,65 @@ class Answers:
         self._sent(end - begin)
 
     def _send_blocks(self, sock: socket.socket, verified: _Verified, copies: Sequence[Copy]) -> None:
-        """Send what the copies read, verified, and behind it the digests of that, or a refusal."""
-        running = RunningDigests()
+        """Send what the copies read, verified."""
         with memoryview(bytearray(min(sum(copy.nbytes for copy in copies), blocks.BLOCK_BYTES_MAX))) as room:
             for portion in blocks.portions(copies):
-                for copy in portion:
-                    verified.look(copy)
-                with verified.gather(portion, room) as piece:
-                    running.add(piece)
+                with verified.add(portion, room) as piece:
                     self._send_piece(sock, piece, 0, piece.nbytes)
-        if verified.rotten is None:
-            wire.send_frame(sock, BulkResponse(ok=True, digests=running.finish()))
-        else:
-            wire.send_frame(sock, BulkResponse(ok=False, code=CorruptionError.code, message=verified.rotten))
 
 
 class _Verified:
-    """An object that is verified chunk by chunk, each once, as far as it is looked at."""
+    """
+    An object of which parts of chunks are sent: chunk by chunk verified, each once, as far as it is looked at.
+
+    What is sent of them is hashed in order, for the response behind it.
+    """
 
     def __init__(self, obj: Servable, view: memoryview, key: ObjectKey) -> None:
-        self.rotten: str | None = None
         self._obj, self._view, self._key = obj, view, key
+        self._size = min(obj.file_bytes, view.nbytes)
         self._known: set[int] = set()
+        self._running = RunningDigests()
+        self._rotten: str | None = None
 
-    def look(self, copy: Copy) -> None:
-        """Verify the chunks that ``copy`` reads; ``rotten`` says which of them was the first that does not match."""
+    def add_ends(self, begin: int, end: int) -> None:
+        """Verify the chunks that a range has in part, and hash what it has of them."""
+        first, last = blocks.whole_inside(begin, end, self._size)
+        for low, high in ((begin, first), (last, end)):
+            if low < high:
+                self._look(low // CHUNK_BYTES, -(-high // CHUNK_BYTES))
+                with self._view[low:high] as piece:
+                    self._running.add(piece)
+
+    def add(self, portion: Sequence[Copy], room: memoryview) -> memoryview:
+        """
+        Verify and hash what the copies of a portion read, and return it, one behind the other: the mapping itself, or
+        in ``room``.
+        """
+        for copy in portion:
+            for first, stop in blocks.chunks_of(copy):
+                self._look(first, stop)
+        piece = self._gather(portion, room)
+        self._running.add(piece)
+        return piece
+
+    def tail(self) -> BulkResponse:
+        """Return what is said behind it all: the digests, or which chunk was the first that does not match."""
+        if self._rotten is None:
+            return BulkResponse(ok=True, digests=self._running.finish())
+        return BulkResponse(ok=False, code=CorruptionError.code, message=self._rotten)
+
+    def _look(self, first: int, stop: int) -> None:
         assert self._obj.digests is not None
-        for first, stop in blocks.chunks_of(copy):
-            for chunk in range(first, stop):
-                if chunk in self._known:
-                    continue
-                self._known.add(chunk)
-                end = min((chunk + 1) * CHUNK_BYTES, self._obj.file_bytes)
-                if verify(self._view, self._obj.digests, chunk * CHUNK_BYTES, end) and self.rotten is None:
-                    self.rotten = f"chunk {chunk} of {describe(self._key)} does not match its digest"
+        for chunk in range(first, stop):
+            if chunk in self._known:
+                continue
+            self._known.add(chunk)
+            end = min((chunk + 1) * CHUNK_BYTES, self._obj.file_bytes)
+            if verify(self._view, self._obj.digests, chunk * CHUNK_BYTES, end) and self._rotten is None:
+                self._rotten = f"chunk {chunk} of {describe(self._key)} does not match its digest"
 
-    def gather(self, portion: Sequence[Copy], room: memoryview) -> memoryview:
-        """Return what the copies of a portion read, one behind the other: the mapping itself, or in ``room``."""
+    def _gather(self, portion: Sequence[Copy], room: memoryview) -> memoryview:
         if blocks.is_direct(portion):
             return self._view[slice(*portion[0].src_range)]
         held = 0

@@ -29,6 +29,7 @@ __all__ = [
     "copies_of",
     "is_direct",
     "portions",
+    "whole_inside",
 ]
 
 BLOCKS_MAX: Final = 4096
@@ -85,6 +86,15 @@ def chunks_of(copy: Copy) -> Iterator[tuple[int, int]]:
     """Yield the chunks that a copy reads, as (first, behind the last)."""
     for begin, end in _dense_ranges(copy):
         yield begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)
+
+
+def whole_inside(begin: int, end: int, file_bytes: int) -> tuple[int, int]:
+    """
+    Return what of a range is whole chunks of a file of ``file_bytes``, as a range; an empty one at its end if none is.
+    """
+    first = -(-begin // CHUNK_BYTES) * CHUNK_BYTES
+    last = end if end == file_bytes else end // CHUNK_BYTES * CHUNK_BYTES
+    return (first, last) if first < last else (end, end)
 
 
 def portions(copies: Iterable[Copy]) -> Iterator[list[Copy]]:

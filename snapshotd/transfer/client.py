@@ -3,8 +3,8 @@ Reads the bytes of slots and parity files from other daemons, verified, straight
 
 Rule 1: what is read is what was sealed, or an error says otherwise. Nothing is retried on wrong bytes: they are an
         erasure, and the caller decodes.
-Rule 2: whole chunks are compared with the digests that the caller trusts. Parts of chunks are verified by their owner,
-        and compared with the owner's digests for the way.
+Rule 2: whole chunks are compared with the digests that the caller trusts. What is wanted of other chunks is verified
+        by their owner, and compared with the owner's digests for the way.
 Rule 3: a connection that saw anything unexpected is closed, never reused: leftovers of one answer must not
         become the beginning of the next.
 """
@@ -12,17 +12,18 @@ Rule 3: a connection that saw anything unexpected is closed, never reused: lefto
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import AccessDenied, CorruptionError, PeerUnreachable, RemoteProtocolError, UsageError
 from snapshotd.layout import DIGEST_BYTES, chunk_count, root_digest
 from snapshotd.reshard import Copy
 from snapshotd.transfer import wire
-from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, blocks_of
+from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, blocks_of, whole_inside
+from snapshotd.transfer.exact import Exact, Run, runs_of
 from snapshotd.transfer.holder import RENEW_S, Holder
 from snapshotd.transfer.incoming import Incoming, Steering, whole_chunks
 from snapshotd.transfer.pool import Borrowed, Pool
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["BulkClient", "ObjectInfo"]
-
-_NOWHERE: Final = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +69,7 @@ class BulkClient:
         if timeout_s <= 0 or connections_per_peer < 1:
             raise UsageError("timeout_s and connections_per_peer of a bulk client must be positive")
         self._pool = Pool(tls=tls, timeout_s=timeout_s, limit=connections_per_peer)
-        self._timeout_s = timeout_s
+        self.is_plain = tls is None
 
     def close(self) -> None:
         """Close idle connections; those in use end with their transfer. Further reads raise UsageError."""
@@ -105,7 +104,7 @@ class BulkClient:
         key: ObjectKey,
         pieces: Sequence[tuple[int, Buffer]],
         parts: Sequence[Copy] = (),
-        target: memoryview = _NOWHERE,
+        targets: Sequence[memoryview] = (),
         *,
         digests: bytes | None,
         file_bytes: int,
@@ -115,39 +114,45 @@ class BulkClient:
     ) -> None:
         """
         Fill each buffer of ``pieces`` with the bytes of the file from its offset on, and carry out ``parts`` into
-        ``target``, all in one request. Pieces that follow each other in the file share the chunk between them.
+        ``targets``, by their numbers in the copies; all in one request, and only what is wanted travels.
 
-        ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust; without
-        them, see ``stream``. Chunks that a piece touches in part are read whole, into scratch memory. CorruptChunk (a
-        CorruptionError) names the first chunk that does not match; after an error the contents of the buffers are
-        undefined.
+        ``digests`` are the chunk digests of the whole file of ``file_bytes``, from a source that you trust. Without
+        them they come with the answer; ``learned`` hears of them, and raises unless their root is the one that it
+        trusts. Pieces that follow each other in the file are read as one. Chunks that are not whole in it are verified
+        by their owner. CorruptChunk (a CorruptionError) names the first whole chunk that does not match; after an error
+        the contents of the buffers are undefined.
 
-        ``parts``: at most 4096 copies of at most 1 MiB each. CorruptionError when the owner finds them rotten, or they
-        were hurt on the way.
+        ``parts``: at most 4096 copies of at most 1 MiB each. CorruptionError when the owner finds rot, or what it
+        verified was hurt on the way.
         """
         with ExitStack() as stack:
-            outs = [stack.enter_context(_writable(out)) for _, out in pieces]
-            spans = _joined((begin, begin + out.nbytes) for (begin, _), out in zip(pieces, outs, strict=True))
-            if not parts and not any(out.nbytes for out in outs):
+            runs = runs_of((begin, stack.enter_context(_writable(out))) for begin, out in pieces)
+            if not runs and not parts:
                 return
-            if any(part.dst_range[1] > target.nbytes for part in parts):
-                raise UsageError(f"a copy does not end inside the {target.nbytes} bytes of its target")
-            incoming = stack.enter_context(
-                self.stream(
-                    address,
-                    key,
-                    spans,
-                    parts,
-                    digests=digests,
-                    file_bytes=file_bytes,
-                    learned=learned,
-                    cancel=cancel,
-                    pace=pace,
-                )
+            _check_digests(digests, file_bytes)
+            _check_runs(runs, file_bytes)
+            _check_parts(parts, targets)
+            request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None, blocks=blocks_of(parts))
+            request.ranges.extend(ByteRange(begin=run.begin, end=run.end) for run in runs)
+            request.exact = any(_has_ends(run, file_bytes) for run in runs)
+            expected = sum(run.end - run.begin for run in runs) + sum(copy.nbytes for copy in parts)
+            answer = stack.enter_context(self._sending(address, request, cancel))
+            exact = Exact(
+                _Answer(answer, address),
+                digests=_begin(
+                    answer, address, key, digests, file_bytes, expected, learned, owned=request.exact or bool(parts)
+                ),
+                file_bytes=file_bytes,
+                steering=Steering(cancel=cancel, pace=pace),
+                name=describe(key),
+                peer=address,
             )
-            for out in outs:
-                incoming.fill(out)
-            incoming.scatter(target)
+            for run in runs:
+                exact.fill(run)
+            exact.scatter(parts, targets)
+            if request.exact or parts:
+                exact.finish()
+            answer.keep()
 
     @contextmanager
     def stream(
@@ -155,7 +160,6 @@ class BulkClient:
         address: str,
         key: ObjectKey,
         spans: Sequence[tuple[int, int]],
-        parts: Sequence[Copy] = (),
         *,
         digests: bytes | None,
         file_bytes: int,
@@ -164,51 +168,27 @@ class BulkClient:
         pace: Callable[[int], None] | None = None,
     ) -> Iterator[Incoming]:
         """
-        The same for who takes the bytes of ``spans`` bit by bit: one request, and the peer sends ahead meanwhile.
+        Yield the bytes of ``spans`` for who takes them bit by bit: one request, and the peer sends ahead meanwhile.
 
-        The request is on its way when the block begins, and the answer is awaited by the first fill: whoever reads from
-        several peers asks them all first. Without ``digests`` they come with the answer; ``learned`` hears of them,
-        and raises unless their root is the one that it trusts. Whoever waits longer than the peer's timeout between
-        two fills loses the connection.
+        Whole chunks around the spans travel, and what is handed out was verified here. The request is on its way when
+        the block begins, and the answer is awaited by the first fill: whoever reads from several peers asks them all
+        first. ``digests`` and ``learned`` are those of ``read_verified``. Whoever waits longer than the peer's timeout
+        between two fills loses the connection.
         """
         if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
             raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
-        if len(parts) > BLOCKS_MAX or any(copy.nbytes > BLOCK_BYTES_MAX for copy in parts):
-            raise UsageError(f"{len(parts)} copies are more, or larger, than one request may have")
-        digests_bytes = chunk_count(file_bytes) * DIGEST_BYTES
-        if digests is not None and len(digests) != digests_bytes:
-            raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
+        _check_digests(digests, file_bytes)
         ranges = [whole_chunks(span, file_bytes) for span in spans if span[0] < span[1]]
         if len(ranges) > wire.RANGES_MAX:
             raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None, blocks=blocks_of(parts))
+        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None)
         request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
+        expected = sum(end - begin for begin, end in ranges)
         with self._sending(address, request, cancel) as answer:
-
-            def begin() -> bytes:
-                response = _head(answer, address)
-                if response.file_bytes != file_bytes:
-                    raise CorruptionError(
-                        f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed"
-                    )
-                expected = sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in parts)
-                if digests is not None:
-                    _check_payload(address, key, response, expected)
-                    if parts and response.root_digest != root_digest(digests):
-                        raise CorruptionError(
-                            f"{describe(key)} has another root digest at {address} by now: {response.root_digest}"
-                        )
-                    return digests
-                _check_payload(address, key, response, digests_bytes + expected)
-                info = _checked_info(address, key, response, _receive_digests(address, key, answer, digests_bytes))
-                learned(info)
-                return info.digests
-
             incoming = Incoming(
                 _Answer(answer, address),
                 spans,
-                parts,
-                begin=begin,
+                begin=lambda: _begin(answer, address, key, digests, file_bytes, expected, learned, owned=False),
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
                 name=describe(key),
@@ -286,6 +266,38 @@ def _head(answer: Borrowed, address: str) -> BulkResponse:
     return response
 
 
+def _begin(
+    answer: Borrowed,
+    address: str,
+    key: ObjectKey,
+    digests: bytes | None,
+    file_bytes: int,
+    expected: int,
+    learned: Callable[[ObjectInfo], None],
+    *,
+    owned: bool,
+) -> bytes:
+    """
+    Await the head of an answer with ``expected`` bytes of data, and return the digests of all chunks: those that are
+    known, or that come with it. ``owned``: its owner verifies some of it, and must mean the same object by its name.
+    """
+    response = _head(answer, address)
+    if response.file_bytes != file_bytes:
+        raise CorruptionError(f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed")
+    if digests is not None:
+        _check_payload(address, key, response, expected)
+        if owned and response.root_digest != root_digest(digests):
+            raise CorruptionError(
+                f"{describe(key)} has another root digest at {address} by now: {response.root_digest}"
+            )
+        return digests
+    nbytes = chunk_count(file_bytes) * DIGEST_BYTES
+    _check_payload(address, key, response, nbytes + expected)
+    info = _checked_info(address, key, response, _receive_digests(address, key, answer, nbytes))
+    learned(info)
+    return info.digests
+
+
 def _receive_digests(address: str, key: ObjectKey, answer: Borrowed, nbytes: int) -> bytes:
     if nbytes > wire.DIGESTS_BYTES_MAX:
         raise RemoteProtocolError(f"{address} announced {nbytes} bytes of digests of {describe(key)}")
@@ -301,15 +313,29 @@ def _checked_info(address: str, key: ObjectKey, response: BulkResponse, digests:
     return ObjectInfo(file_bytes=response.file_bytes, root=response.root_digest, digests=digests)
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the same spans, with those joined that begin where the one before ends."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in spans:
-        if joined and joined[-1][1] == begin:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((begin, end))
-    return joined
+def _check_digests(digests: bytes | None, file_bytes: int) -> None:
+    if digests is not None and len(digests) != chunk_count(file_bytes) * DIGEST_BYTES:
+        raise UsageError(f"{len(digests)} bytes of digests are not those of {file_bytes} bytes")
+
+
+def _check_runs(runs: Sequence[Run], file_bytes: int) -> None:
+    if any(not 0 <= run.begin <= run.end <= file_bytes for run in runs):
+        raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
+    if len(runs) > wire.RANGES_MAX:
+        raise UsageError(f"{len(runs)} ranges are more than {wire.RANGES_MAX}")
+
+
+def _check_parts(parts: Sequence[Copy], targets: Sequence[memoryview]) -> None:
+    if len(parts) > BLOCKS_MAX or any(copy.nbytes > BLOCK_BYTES_MAX for copy in parts):
+        raise UsageError(f"{len(parts)} copies are more, or larger, than one request may have")
+    for copy in parts:
+        if not 0 <= copy.target < len(targets) or copy.dst_range[1] > targets[copy.target].nbytes:
+            raise UsageError(f"a copy does not end inside its target, number {copy.target} of {len(targets)}")
+
+
+def _has_ends(run: Run, file_bytes: int) -> bool:
+    """Whether a run has chunks in part."""
+    return (run.begin, run.end) != whole_inside(run.begin, run.end, file_bytes)
 
 
 def _check_payload(address: str, key: ObjectKey, response: BulkResponse, expected: int) -> None:

@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from snapshotd.errors import CorruptionError, UsageError
-from snapshotd.layout import CHUNK_BYTES, RunningDigests, verify
-from snapshotd.reshard import Copy, scatter_copies
+from snapshotd.errors import UsageError
+from snapshotd.layout import CHUNK_BYTES, verify
 from snapshotd.transfer import wire
-from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, is_direct, portions
 from snapshotd.v1.bulk_pb2 import BulkResponse
 
 __all__ = ["Incoming", "Receiver", "Steering", "whole_chunks"]
@@ -33,7 +31,7 @@ class Receiver(Protocol):
     def receive(self, out: memoryview) -> None: ...
 
     def tail(self) -> BulkResponse:
-        """What is said behind blocks; a refusal is raised."""
+        """What is said behind blocks and exact ranges; a refusal is raised."""
         ...
 
 
@@ -64,15 +62,13 @@ class Incoming:
     The bytes of ``spans``, one after the other, each chunk compared with its digest; the answer holds whole chunks.
 
     For one thread at a time. ``begin`` is called once, with the first fill: it awaits the head of the answer and
-    returns the digests of all chunks of the file. ``parts`` are copies whose bytes come behind the spans. ``name`` and
-    ``peer`` are for messages.
+    returns the digests of all chunks of the file. ``name`` and ``peer`` are for messages.
     """
 
     def __init__(
         self,
         receiver: Receiver,
         spans: Sequence[tuple[int, int]],
-        parts: Sequence[Copy] = (),
         *,
         begin: Callable[[], bytes],
         file_bytes: int,
@@ -82,7 +78,6 @@ class Incoming:
     ) -> None:
         self._receiver = receiver
         self._spans = [span for span in reversed(spans) if span[0] < span[1]]
-        self._parts = parts
         self._begin = begin
         self._digests: bytes | None = None
         self._file_bytes = file_bytes
@@ -95,7 +90,7 @@ class Incoming:
     @property
     def is_whole(self) -> bool:
         """Whether all of the answer was read."""
-        return not self._spans and self._at == self._stop and not self._rest and not self._parts
+        return not self._spans and self._at == self._stop and not self._rest
 
     def fill(self, out: memoryview) -> None:
         """
@@ -115,31 +110,6 @@ class Incoming:
             if self._at == self._stop:
                 self._next_span(out.nbytes - done)
             done += self._receive(out, done)
-
-    def scatter(self, target: memoryview) -> None:
-        """Carry out ``parts`` into ``target``, behind the last fill. The errors of reading; CorruptionError."""
-        self._await_head()
-        assert not self._spans and self._at == self._stop, "the spans come first"
-        running = RunningDigests()
-        scratch = memoryview(b"")
-        for portion in portions(self._parts):
-            nbytes = sum(copy.nbytes for copy in portion)
-            if is_direct(portion):
-                with target[slice(*portion[0].dst_range)] as piece:
-                    self._receiver.receive(piece)
-                    running.add(piece)
-            else:
-                scratch = scratch or memoryview(bytearray(BLOCK_BYTES_MAX))
-                with scratch[:nbytes] as piece:
-                    self._receiver.receive(piece)
-                    running.add(piece)
-                    scatter_copies(portion, piece, target)
-            self._steering.after(nbytes)
-        if self._parts and self._receiver.tail().digests != running.finish():
-            raise CorruptionError(
-                f"parts of {self._name} from {self._peer} do not match the digests that it sent with them"
-            )
-        self._parts = ()
 
     def _await_head(self) -> None:
         if self._digests is None:

@@ -22,57 +22,70 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from snapshotd.v1 import bulk_pb2 as snapshotd_dot_v1_dot_bulk__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19snapshotd/v1/worker.proto\x12\x0csnapshotd.v1\"\xf9\x06\n\x05\x46rame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x05hello\x18\x02 \x01(\x0b\x32\x19.snapshotd.v1.WorkerHelloH\x00\x12\x37\n\x0fregister_layout\x18\x03 \x01(\x0b\x32\x1c.snapshotd.v1.RegisterLayoutH\x00\x12\"\n\x04seal\x18\x04 \x01(\x0b\x32\x12.snapshotd.v1.SealH\x00\x12\"\n\x04skip\x18\x05 \x01(\x0b\x32\x12.snapshotd.v1.SkipH\x00\x12\x33\n\rrestore_query\x18\x06 \x01(\x0b\x32\x1a.snapshotd.v1.RestoreQueryH\x00\x12\x31\n\x0crestore_want\x18\x07 \x01(\x0b\x32\x19.snapshotd.v1.RestoreWantH\x00\x12\x37\n\x0frestore_release\x18\x08 \x01(\x0b\x32\x1c.snapshotd.v1.RestoreReleaseH\x00\x12\x31\n\x0crestore_done\x18\t \x01(\x0b\x32\x19.snapshotd.v1.RestoreDoneH\x00\x12(\n\x07goodbye\x18\n \x01(\x0b\x32\x15.snapshotd.v1.GoodbyeH\x00\x12.\n\x0bwho_are_you\x18\x0b \x01(\x0b\x32\x17.snapshotd.v1.WhoAreYouH\x00\x12.\n\x07welcome\x18\x14 \x01(\x0b\x32\x1b.snapshotd.v1.WorkerWelcomeH\x00\x12\x31\n\x0clayout_reply\x18\x15 \x01(\x0b\x32\x19.snapshotd.v1.LayoutReplyH\x00\x12$\n\x05grant\x18\x16 \x01(\x0b\x32\x13.snapshotd.v1.GrantH\x00\x12\x31\n\x0creplica_mode\x18\x17 \x01(\x0b\x32\x19.snapshotd.v1.ReplicaModeH\x00\x12\x39\n\x10restore_decision\x18\x18 \x01(\x0b\x32\x1d.snapshotd.v1.RestoreDecisionH\x00\x12\x33\n\rrestore_ready\x18\x19 \x01(\x0b\x32\x1a.snapshotd.v1.RestoreReadyH\x00\x12*\n\x05\x65rror\x18\x1a \x01(\x0b\x32\x19.snapshotd.v1.WorkerErrorH\x00\x12!\n\x04i_am\x18\x1b \x01(\x0b\x32\x11.snapshotd.v1.IAmH\x00\x42\x06\n\x04\x62ody\"\xba\x01\n\x0bWorkerHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nworld_size\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x18\n\x10local_world_size\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\x11\n\tformation\x18\x08 \x01(\t\x12\r\n\x05nonce\x18\t \x01(\t\x12\x0b\n\x03pid\x18\n \x01(\r\"7\n\rWorkerWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rcapture_every\x18\x02 \x01(\x04\"\x0b\n\tWhoAreYou\"<\n\x03IAm\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"M\n\x0eRegisterLayout\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x15\n\rreplica_group\x18\x02 \x01(\t\x12\x14\n\x0creplica_hash\x18\x03 \x01(\t\"D\n\x0bLayoutReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0blayout_hash\x18\x03 \x01(\t\"a\n\x05Grant\x12\x0f\n\x07slot_id\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nfile_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blayout_hash\x18\x04 \x01(\t\x12\x10\n\x08min_step\x18\x05 \x01(\x04\"\x8b\x01\n\x04Seal\x12\x0f\n\x07slot_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x13\n\x0blayout_hash\x18\x03 \x01(\t\x12\x14\n\x0creplica_hash\x18\x04 \x01(\t\x12\x16\n\x0ereplica_digest\x18\x05 \x01(\t\x12\x0f\n\x07\x63opy_ns\x18\x06 \x01(\x04\x12\x10\n\x08stall_ns\x18\x07 \x01(\x04\"\xe3\x01\n\x04Skip\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.snapshotd.v1.Skip.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x91\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_NO_SLOT\x10\x01\x12\x0f\n\x0bREASON_TORN\x10\x02\x12\x0f\n\x0bREASON_LATE\x10\x03\x12\x13\n\x0fREASON_ALIGNING\x10\x04\x12\x12\n\x0eREASON_REFUSED\x10\x05\x12\x10\n\x0cREASON_ERROR\x10\x06\",\n\x0bReplicaMode\x12\r\n\x05split\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0cRestoreQuery\"\xca\x02\n\x0fRestoreDecision\x12\x30\n\x04kind\x18\x01 \x01(\x0e\x32\".snapshotd.v1.RestoreDecision.Kind\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x13\n\x0bsource_step\x18\x04 \x01(\x04\x12\x19\n\x11source_world_size\x18\x05 \x01(\r\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x12\n\nlost_steps\x18\x08 \x01(\x04\x12\x15\n\rmanifest_path\x18\t \x01(\t\"e\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_FRESH\x10\x01\x12\x11\n\rKIND_SNAPSHOT\x10\x02\x12\x10\n\x0cKIND_REFUSED\x10\x03\x12\x12\n\x0eKIND_UNDECIDED\x10\x04\"\x83\x01\n\x0bRestoreWant\x12-\n\x05wants\x18\x01 \x03(\x0b\x32\x1e.snapshotd.v1.RestoreWant.Want\x1a\x45\n\x04Want\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\"\xa0\x01\n\x0cRestoreReady\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05paths\x18\x02 \x03(\t\x12\r\n\x05\x66iles\x18\x03 \x03(\r\x12\x0f\n\x07offsets\x18\x04 \x03(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x13\n\x0blocal_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cremote_bytes\x18\x07 \x01(\x04\x12\x15\n\rdecoded_bytes\x18\x08 \x01(\x04\"\"\n\x0eRestoreRelease\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\"W\n\x0bRestoreDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65tch_s\x18\x03 \x01(\x01\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\x12\x0c\n\x04step\x18\x05 \x01(\x04\"\x1b\n\x07Goodbye\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\";\n\x0bWorkerError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19snapshotd/v1/worker.proto\x12\x0csnapshotd.v1\x1a\x17snapshotd/v1/bulk.proto\"\x9e\x08\n\x05\x46rame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x05hello\x18\x02 \x01(\x0b\x32\x19.snapshotd.v1.WorkerHelloH\x00\x12\x37\n\x0fregister_layout\x18\x03 \x01(\x0b\x32\x1c.snapshotd.v1.RegisterLayoutH\x00\x12\"\n\x04seal\x18\x04 \x01(\x0b\x32\x12.snapshotd.v1.SealH\x00\x12\"\n\x04skip\x18\x05 \x01(\x0b\x32\x12.snapshotd.v1.SkipH\x00\x12\x33\n\rrestore_query\x18\x06 \x01(\x0b\x32\x1a.snapshotd.v1.RestoreQueryH\x00\x12\x31\n\x0crestore_want\x18\x07 \x01(\x0b\x32\x19.snapshotd.v1.RestoreWantH\x00\x12\x37\n\x0frestore_release\x18\x08 \x01(\x0b\x32\x1c.snapshotd.v1.RestoreReleaseH\x00\x12\x31\n\x0crestore_done\x18\t \x01(\x0b\x32\x19.snapshotd.v1.RestoreDoneH\x00\x12(\n\x07goodbye\x18\n \x01(\x0b\x32\x15.snapshotd.v1.GoodbyeH\x00\x12.\n\x0bwho_are_you\x18\x0b \x01(\x0b\x32\x17.snapshotd.v1.WhoAreYouH\x00\x12\x35\n\x0erestore_locate\x18\x0c \x01(\x0b\x32\x1b.snapshotd.v1.RestoreLocateH\x00\x12\x33\n\rrestore_fault\x18\r \x01(\x0b\x32\x1a.snapshotd.v1.RestoreFaultH\x00\x12.\n\x07welcome\x18\x14 \x01(\x0b\x32\x1b.snapshotd.v1.WorkerWelcomeH\x00\x12\x31\n\x0clayout_reply\x18\x15 \x01(\x0b\x32\x19.snapshotd.v1.LayoutReplyH\x00\x12$\n\x05grant\x18\x16 \x01(\x0b\x32\x13.snapshotd.v1.GrantH\x00\x12\x31\n\x0creplica_mode\x18\x17 \x01(\x0b\x32\x19.snapshotd.v1.ReplicaModeH\x00\x12\x39\n\x10restore_decision\x18\x18 \x01(\x0b\x32\x1d.snapshotd.v1.RestoreDecisionH\x00\x12\x33\n\rrestore_ready\x18\x19 \x01(\x0b\x32\x1a.snapshotd.v1.RestoreReadyH\x00\x12*\n\x05\x65rror\x18\x1a \x01(\x0b\x32\x19.snapshotd.v1.WorkerErrorH\x00\x12!\n\x04i_am\x18\x1b \x01(\x0b\x32\x11.snapshotd.v1.IAmH\x00\x12\x37\n\x0frestore_sources\x18\x1c \x01(\x0b\x32\x1c.snapshotd.v1.RestoreSourcesH\x00\x42\x06\n\x04\x62ody\"\xba\x01\n\x0bWorkerHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nworld_size\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x18\n\x10local_world_size\x18\x06 \x01(\r\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\x11\n\tformation\x18\x08 \x01(\t\x12\r\n\x05nonce\x18\t \x01(\t\x12\x0b\n\x03pid\x18\n \x01(\r\"7\n\rWorkerWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rcapture_every\x18\x02 \x01(\x04\"\x0b\n\tWhoAreYou\"<\n\x03IAm\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"M\n\x0eRegisterLayout\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x15\n\rreplica_group\x18\x02 \x01(\t\x12\x14\n\x0creplica_hash\x18\x03 \x01(\t\"D\n\x0bLayoutReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0blayout_hash\x18\x03 \x01(\t\"a\n\x05Grant\x12\x0f\n\x07slot_id\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nfile_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blayout_hash\x18\x04 \x01(\t\x12\x10\n\x08min_step\x18\x05 \x01(\x04\"\x8b\x01\n\x04Seal\x12\x0f\n\x07slot_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x13\n\x0blayout_hash\x18\x03 \x01(\t\x12\x14\n\x0creplica_hash\x18\x04 \x01(\t\x12\x16\n\x0ereplica_digest\x18\x05 \x01(\t\x12\x0f\n\x07\x63opy_ns\x18\x06 \x01(\x04\x12\x10\n\x08stall_ns\x18\x07 \x01(\x04\"\xe3\x01\n\x04Skip\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.snapshotd.v1.Skip.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x91\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_NO_SLOT\x10\x01\x12\x0f\n\x0bREASON_TORN\x10\x02\x12\x0f\n\x0bREASON_LATE\x10\x03\x12\x13\n\x0fREASON_ALIGNING\x10\x04\x12\x12\n\x0eREASON_REFUSED\x10\x05\x12\x10\n\x0cREASON_ERROR\x10\x06\",\n\x0bReplicaMode\x12\r\n\x05split\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0cRestoreQuery\"\xd9\x02\n\x0fRestoreDecision\x12\x30\n\x04kind\x18\x01 \x01(\x0e\x32\".snapshotd.v1.RestoreDecision.Kind\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x13\n\x0bsource_step\x18\x04 \x01(\x04\x12\x19\n\x11source_world_size\x18\x05 \x01(\r\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x12\n\nlost_steps\x18\x08 \x01(\x04\x12\x15\n\rmanifest_path\x18\t \x01(\t\x12\r\n\x05peers\x18\n \x01(\x08\"e\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_FRESH\x10\x01\x12\x11\n\rKIND_SNAPSHOT\x10\x02\x12\x10\n\x0cKIND_REFUSED\x10\x03\x12\x12\n\x0eKIND_UNDECIDED\x10\x04\"\x83\x01\n\x0bRestoreWant\x12-\n\x05wants\x18\x01 \x03(\x0b\x32\x1e.snapshotd.v1.RestoreWant.Want\x1a\x45\n\x04Want\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\"\xa0\x01\n\x0cRestoreReady\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05paths\x18\x02 \x03(\t\x12\r\n\x05\x66iles\x18\x03 \x03(\r\x12\x0f\n\x07offsets\x18\x04 \x03(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x13\n\x0blocal_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cremote_bytes\x18\x07 \x01(\x04\x12\x15\n\rdecoded_bytes\x18\x08 \x01(\x04\"\"\n\x0eRestoreRelease\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\">\n\rRestoreLocate\x12-\n\x05wants\x18\x01 \x03(\x0b\x32\x1e.snapshotd.v1.RestoreWant.Want\"\xdd\x03\n\x0eRestoreSources\x12\x30\n\x05peers\x18\x01 \x03(\x0b\x32!.snapshotd.v1.RestoreSources.Peer\x12\x0e\n\x06others\x18\x02 \x03(\r\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x1a\xc9\x01\n\x04\x43opy\x12\x0c\n\x04want\x18\x01 \x01(\r\x12\x11\n\tsrc_begin\x18\x02 \x01(\x04\x12\x11\n\tdst_begin\x18\x03 \x01(\x04\x12\x11\n\trun_bytes\x18\x04 \x01(\x04\x12\x39\n\x07repeats\x18\x05 \x03(\x0b\x32(.snapshotd.v1.RestoreSources.Copy.Repeat\x1a?\n\x06Repeat\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x12\n\nsrc_stride\x18\x02 \x01(\x04\x12\x12\n\ndst_stride\x18\x03 \x01(\x04\x1a\xad\x01\n\x04Peer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\'\n\x06object\x18\x03 \x01(\x0b\x32\x17.snapshotd.v1.ObjectKey\x12\x12\n\nfile_bytes\x18\x04 \x01(\x04\x12\x13\n\x0broot_digest\x18\x05 \x01(\t\x12\x31\n\x06\x63opies\x18\x06 \x03(\x0b\x32!.snapshotd.v1.RestoreSources.Copy\"/\n\x0cRestoreFault\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"k\n\x0bRestoreDone\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x65tch_s\x18\x03 \x01(\x01\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x12\n\npeer_bytes\x18\x06 \x01(\x04\"\x1b\n\x07Goodbye\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\";\n\x0bWorkerError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snapshotd.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRAME']._serialized_start=44
-  _globals['_FRAME']._serialized_end=933
-  _globals['_WORKERHELLO']._serialized_start=936
-  _globals['_WORKERHELLO']._serialized_end=1122
-  _globals['_WORKERWELCOME']._serialized_start=1124
-  _globals['_WORKERWELCOME']._serialized_end=1179
-  _globals['_WHOAREYOU']._serialized_start=1181
-  _globals['_WHOAREYOU']._serialized_end=1192
-  _globals['_IAM']._serialized_start=1194
-  _globals['_IAM']._serialized_end=1254
-  _globals['_REGISTERLAYOUT']._serialized_start=1256
-  _globals['_REGISTERLAYOUT']._serialized_end=1333
-  _globals['_LAYOUTREPLY']._serialized_start=1335
-  _globals['_LAYOUTREPLY']._serialized_end=1403
-  _globals['_GRANT']._serialized_start=1405
-  _globals['_GRANT']._serialized_end=1502
-  _globals['_SEAL']._serialized_start=1505
-  _globals['_SEAL']._serialized_end=1644
-  _globals['_SKIP']._serialized_start=1647
-  _globals['_SKIP']._serialized_end=1874
-  _globals['_SKIP_REASON']._serialized_start=1729
-  _globals['_SKIP_REASON']._serialized_end=1874
-  _globals['_REPLICAMODE']._serialized_start=1876
-  _globals['_REPLICAMODE']._serialized_end=1920
-  _globals['_RESTOREQUERY']._serialized_start=1922
-  _globals['_RESTOREQUERY']._serialized_end=1936
-  _globals['_RESTOREDECISION']._serialized_start=1939
-  _globals['_RESTOREDECISION']._serialized_end=2269
-  _globals['_RESTOREDECISION_KIND']._serialized_start=2168
-  _globals['_RESTOREDECISION_KIND']._serialized_end=2269
-  _globals['_RESTOREWANT']._serialized_start=2272
-  _globals['_RESTOREWANT']._serialized_end=2403
-  _globals['_RESTOREWANT_WANT']._serialized_start=2334
-  _globals['_RESTOREWANT_WANT']._serialized_end=2403
-  _globals['_RESTOREREADY']._serialized_start=2406
-  _globals['_RESTOREREADY']._serialized_end=2566
-  _globals['_RESTORERELEASE']._serialized_start=2568
-  _globals['_RESTORERELEASE']._serialized_end=2602
-  _globals['_RESTOREDONE']._serialized_start=2604
-  _globals['_RESTOREDONE']._serialized_end=2691
-  _globals['_GOODBYE']._serialized_start=2693
-  _globals['_GOODBYE']._serialized_end=2720
-  _globals['_WORKERERROR']._serialized_start=2722
-  _globals['_WORKERERROR']._serialized_end=2781
+  _globals['_FRAME']._serialized_start=69
+  _globals['_FRAME']._serialized_end=1123
+  _globals['_WORKERHELLO']._serialized_start=1126
+  _globals['_WORKERHELLO']._serialized_end=1312
+  _globals['_WORKERWELCOME']._serialized_start=1314
+  _globals['_WORKERWELCOME']._serialized_end=1369
+  _globals['_WHOAREYOU']._serialized_start=1371
+  _globals['_WHOAREYOU']._serialized_end=1382
+  _globals['_IAM']._serialized_start=1384
+  _globals['_IAM']._serialized_end=1444
+  _globals['_REGISTERLAYOUT']._serialized_start=1446
+  _globals['_REGISTERLAYOUT']._serialized_end=1523
+  _globals['_LAYOUTREPLY']._serialized_start=1525
+  _globals['_LAYOUTREPLY']._serialized_end=1593
+  _globals['_GRANT']._serialized_start=1595
+  _globals['_GRANT']._serialized_end=1692
+  _globals['_SEAL']._serialized_start=1695
+  _globals['_SEAL']._serialized_end=1834
+  _globals['_SKIP']._serialized_start=1837
+  _globals['_SKIP']._serialized_end=2064
+  _globals['_SKIP_REASON']._serialized_start=1919
+  _globals['_SKIP_REASON']._serialized_end=2064
+  _globals['_REPLICAMODE']._serialized_start=2066
+  _globals['_REPLICAMODE']._serialized_end=2110
+  _globals['_RESTOREQUERY']._serialized_start=2112
+  _globals['_RESTOREQUERY']._serialized_end=2126
+  _globals['_RESTOREDECISION']._serialized_start=2129
+  _globals['_RESTOREDECISION']._serialized_end=2474
+  _globals['_RESTOREDECISION_KIND']._serialized_start=2373
+  _globals['_RESTOREDECISION_KIND']._serialized_end=2474
+  _globals['_RESTOREWANT']._serialized_start=2477
+  _globals['_RESTOREWANT']._serialized_end=2608
+  _globals['_RESTOREWANT_WANT']._serialized_start=2539
+  _globals['_RESTOREWANT_WANT']._serialized_end=2608
+  _globals['_RESTOREREADY']._serialized_start=2611
+  _globals['_RESTOREREADY']._serialized_end=2771
+  _globals['_RESTORERELEASE']._serialized_start=2773
+  _globals['_RESTORERELEASE']._serialized_end=2807
+  _globals['_RESTORELOCATE']._serialized_start=2809
+  _globals['_RESTORELOCATE']._serialized_end=2871
+  _globals['_RESTORESOURCES']._serialized_start=2874
+  _globals['_RESTORESOURCES']._serialized_end=3351
+  _globals['_RESTORESOURCES_COPY']._serialized_start=2974
+  _globals['_RESTORESOURCES_COPY']._serialized_end=3175
+  _globals['_RESTORESOURCES_COPY_REPEAT']._serialized_start=3112
+  _globals['_RESTORESOURCES_COPY_REPEAT']._serialized_end=3175
+  _globals['_RESTORESOURCES_PEER']._serialized_start=3178
+  _globals['_RESTORESOURCES_PEER']._serialized_end=3351
+  _globals['_RESTOREFAULT']._serialized_start=3353
+  _globals['_RESTOREFAULT']._serialized_end=3400
+  _globals['_RESTOREDONE']._serialized_start=3402
+  _globals['_RESTOREDONE']._serialized_end=3509
+  _globals['_GOODBYE']._serialized_start=3511
+  _globals['_GOODBYE']._serialized_end=3538
+  _globals['_WORKERERROR']._serialized_start=3540
+  _globals['_WORKERERROR']._serialized_end=3599
 # @@protoc_insertion_point(module_scope)

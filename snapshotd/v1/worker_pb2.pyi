@@ -1,3 +1,4 @@
+from snapshotd.v1 import bulk_pb2 as _bulk_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("request_id", "hello", "register_layout", "seal", "skip", "restore_query", "restore_want", "restore_release", "restore_done", "goodbye", "who_are_you", "welcome", "layout_reply", "grant", "replica_mode", "restore_decision", "restore_ready", "error", "i_am")
+    __slots__ = ("request_id", "hello", "register_layout", "seal", "skip", "restore_query", "restore_want", "restore_release", "restore_done", "goodbye", "who_are_you", "restore_locate", "restore_fault", "welcome", "layout_reply", "grant", "replica_mode", "restore_decision", "restore_ready", "error", "i_am", "restore_sources")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REGISTER_LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +21,8 @@ class Frame(_message.Message):
     RESTORE_DONE_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     WHO_ARE_YOU_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_LOCATE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FAULT_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_REPLY_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +31,7 @@ class Frame(_message.Message):
     RESTORE_READY_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     I_AM_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_SOURCES_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     hello: WorkerHello
     register_layout: RegisterLayout
@@ -39,6 +43,8 @@ class Frame(_message.Message):
     restore_done: RestoreDone
     goodbye: Goodbye
     who_are_you: WhoAreYou
+    restore_locate: RestoreLocate
+    restore_fault: RestoreFault
     welcome: WorkerWelcome
     layout_reply: LayoutReply
     grant: Grant
@@ -47,7 +53,8 @@ class Frame(_message.Message):
     restore_ready: RestoreReady
     error: WorkerError
     i_am: IAm
-    def __init__(self, request_id: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., register_layout: _Optional[_Union[RegisterLayout, _Mapping]] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., restore_query: _Optional[_Union[RestoreQuery, _Mapping]] = ..., restore_want: _Optional[_Union[RestoreWant, _Mapping]] = ..., restore_release: _Optional[_Union[RestoreRelease, _Mapping]] = ..., restore_done: _Optional[_Union[RestoreDone, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., who_are_you: _Optional[_Union[WhoAreYou, _Mapping]] = ..., welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., layout_reply: _Optional[_Union[LayoutReply, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., replica_mode: _Optional[_Union[ReplicaMode, _Mapping]] = ..., restore_decision: _Optional[_Union[RestoreDecision, _Mapping]] = ..., restore_ready: _Optional[_Union[RestoreReady, _Mapping]] = ..., error: _Optional[_Union[WorkerError, _Mapping]] = ..., i_am: _Optional[_Union[IAm, _Mapping]] = ...) -> None: ...
+    restore_sources: RestoreSources
+    def __init__(self, request_id: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., register_layout: _Optional[_Union[RegisterLayout, _Mapping]] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., restore_query: _Optional[_Union[RestoreQuery, _Mapping]] = ..., restore_want: _Optional[_Union[RestoreWant, _Mapping]] = ..., restore_release: _Optional[_Union[RestoreRelease, _Mapping]] = ..., restore_done: _Optional[_Union[RestoreDone, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., who_are_you: _Optional[_Union[WhoAreYou, _Mapping]] = ..., restore_locate: _Optional[_Union[RestoreLocate, _Mapping]] = ..., restore_fault: _Optional[_Union[RestoreFault, _Mapping]] = ..., welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., layout_reply: _Optional[_Union[LayoutReply, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., replica_mode: _Optional[_Union[ReplicaMode, _Mapping]] = ..., restore_decision: _Optional[_Union[RestoreDecision, _Mapping]] = ..., restore_ready: _Optional[_Union[RestoreReady, _Mapping]] = ..., error: _Optional[_Union[WorkerError, _Mapping]] = ..., i_am: _Optional[_Union[IAm, _Mapping]] = ..., restore_sources: _Optional[_Union[RestoreSources, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("protocol", "job", "rank", "world_size", "local_rank", "local_world_size", "epoch", "formation", "nonce", "pid")
@@ -186,7 +193,7 @@ class RestoreQuery(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreDecision(_message.Message):
-    __slots__ = ("kind", "epoch", "source_epoch", "source_step", "source_world_size", "source", "reason", "lost_steps", "manifest_path")
+    __slots__ = ("kind", "epoch", "source_epoch", "source_step", "source_world_size", "source", "reason", "lost_steps", "manifest_path", "peers")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[RestoreDecision.Kind]
@@ -208,6 +215,7 @@ class RestoreDecision(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     LOST_STEPS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_PATH_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     kind: RestoreDecision.Kind
     epoch: int
     source_epoch: int
@@ -217,7 +225,8 @@ class RestoreDecision(_message.Message):
     reason: str
     lost_steps: int
     manifest_path: str
-    def __init__(self, kind: _Optional[_Union[RestoreDecision.Kind, str]] = ..., epoch: _Optional[int] = ..., source_epoch: _Optional[int] = ..., source_step: _Optional[int] = ..., source_world_size: _Optional[int] = ..., source: _Optional[str] = ..., reason: _Optional[str] = ..., lost_steps: _Optional[int] = ..., manifest_path: _Optional[str] = ...) -> None: ...
+    peers: bool
+    def __init__(self, kind: _Optional[_Union[RestoreDecision.Kind, str]] = ..., epoch: _Optional[int] = ..., source_epoch: _Optional[int] = ..., source_step: _Optional[int] = ..., source_world_size: _Optional[int] = ..., source: _Optional[str] = ..., reason: _Optional[str] = ..., lost_steps: _Optional[int] = ..., manifest_path: _Optional[str] = ..., peers: _Optional[bool] = ...) -> None: ...
 
 class RestoreWant(_message.Message):
     __slots__ = ("wants",)
@@ -262,19 +271,82 @@ class RestoreRelease(_message.Message):
     batch_id: int
     def __init__(self, batch_id: _Optional[int] = ...) -> None: ...
 
+class RestoreLocate(_message.Message):
+    __slots__ = ("wants",)
+    WANTS_FIELD_NUMBER: _ClassVar[int]
+    wants: _containers.RepeatedCompositeFieldContainer[RestoreWant.Want]
+    def __init__(self, wants: _Optional[_Iterable[_Union[RestoreWant.Want, _Mapping]]] = ...) -> None: ...
+
+class RestoreSources(_message.Message):
+    __slots__ = ("peers", "others", "error")
+    class Copy(_message.Message):
+        __slots__ = ("want", "src_begin", "dst_begin", "run_bytes", "repeats")
+        class Repeat(_message.Message):
+            __slots__ = ("count", "src_stride", "dst_stride")
+            COUNT_FIELD_NUMBER: _ClassVar[int]
+            SRC_STRIDE_FIELD_NUMBER: _ClassVar[int]
+            DST_STRIDE_FIELD_NUMBER: _ClassVar[int]
+            count: int
+            src_stride: int
+            dst_stride: int
+            def __init__(self, count: _Optional[int] = ..., src_stride: _Optional[int] = ..., dst_stride: _Optional[int] = ...) -> None: ...
+        WANT_FIELD_NUMBER: _ClassVar[int]
+        SRC_BEGIN_FIELD_NUMBER: _ClassVar[int]
+        DST_BEGIN_FIELD_NUMBER: _ClassVar[int]
+        RUN_BYTES_FIELD_NUMBER: _ClassVar[int]
+        REPEATS_FIELD_NUMBER: _ClassVar[int]
+        want: int
+        src_begin: int
+        dst_begin: int
+        run_bytes: int
+        repeats: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy.Repeat]
+        def __init__(self, want: _Optional[int] = ..., src_begin: _Optional[int] = ..., dst_begin: _Optional[int] = ..., run_bytes: _Optional[int] = ..., repeats: _Optional[_Iterable[_Union[RestoreSources.Copy.Repeat, _Mapping]]] = ...) -> None: ...
+    class Peer(_message.Message):
+        __slots__ = ("node_id", "address", "object", "file_bytes", "root_digest", "copies")
+        NODE_ID_FIELD_NUMBER: _ClassVar[int]
+        ADDRESS_FIELD_NUMBER: _ClassVar[int]
+        OBJECT_FIELD_NUMBER: _ClassVar[int]
+        FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+        ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+        COPIES_FIELD_NUMBER: _ClassVar[int]
+        node_id: str
+        address: str
+        object: _bulk_pb2.ObjectKey
+        file_bytes: int
+        root_digest: str
+        copies: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy]
+        def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., object: _Optional[_Union[_bulk_pb2.ObjectKey, _Mapping]] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[RestoreSources.Copy, _Mapping]]] = ...) -> None: ...
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[RestoreSources.Peer]
+    others: _containers.RepeatedScalarFieldContainer[int]
+    error: str
+    def __init__(self, peers: _Optional[_Iterable[_Union[RestoreSources.Peer, _Mapping]]] = ..., others: _Optional[_Iterable[int]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class RestoreFault(_message.Message):
+    __slots__ = ("node_id", "detail")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    detail: str
+    def __init__(self, node_id: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
 class RestoreDone(_message.Message):
-    __slots__ = ("ok", "error", "fetch_s", "load_s", "step")
+    __slots__ = ("ok", "error", "fetch_s", "load_s", "step", "peer_bytes")
     OK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    PEER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     error: str
     fetch_s: float
     load_s: float
     step: int
-    def __init__(self, ok: _Optional[bool] = ..., error: _Optional[str] = ..., fetch_s: _Optional[float] = ..., load_s: _Optional[float] = ..., step: _Optional[int] = ...) -> None: ...
+    peer_bytes: int
+    def __init__(self, ok: _Optional[bool] = ..., error: _Optional[str] = ..., fetch_s: _Optional[float] = ..., load_s: _Optional[float] = ..., step: _Optional[int] = ..., peer_bytes: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("finished",)

@@ -47,7 +47,7 @@ def test_any_copies_match_a_plain_loop() -> None:
         expected = b"".join(data[src : src + run].tobytes() for copy in copies for src, _, run in copy.runs())
         out = bytearray(len(expected))
         source = Whole(data)
-        fetched = read_through_chunks(source, copies, memoryview(out))
+        fetched = read_through_chunks(source, copies, [memoryview(out)])
         assert bytes(out) == expected
         assert fetched == sum(end - begin for begin, end in source.spans)
 
@@ -61,5 +61,5 @@ def test_neighbours_share_their_chunks() -> None:
         for i, begin in enumerate([*range(CHUNK_BYTES, CHUNK_BYTES + 4000, 100), 7 * CHUNK_BYTES])
     ]
     out = memoryview(bytearray(100 * len(copies)))
-    assert 2 * CHUNK_BYTES == read_through_chunks(source, copies, out)
+    assert 2 * CHUNK_BYTES == read_through_chunks(source, copies, [out])
     assert [(CHUNK_BYTES, 2 * CHUNK_BYTES), (7 * CHUNK_BYTES, 8 * CHUNK_BYTES)] == source.spans

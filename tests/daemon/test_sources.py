@@ -11,10 +11,13 @@ import pytest
 from snapshotd import failpoints
 from snapshotd.arena import State, slot_key
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.sources import Piece, Source, Sources
+from snapshotd.daemon.persist import export_snapshot
+from snapshotd.daemon.sources import DurableSource, Source, Sources
+from snapshotd.durable import open_snapshot
 from snapshotd.errors import CorruptionError, PeerError, PeerUnreachable, UsageError
 from snapshotd.layout import CHUNK_BYTES
 from snapshotd.reshard import Copy
+from snapshotd.transfer import Piece
 from snapshotd.v1 import control_pb2 as control
 
 
@@ -93,7 +96,7 @@ def test_parts_and_streams_are_right_and_verified(scene, where: str) -> None:
     expected = b"".join(data[begin:end] for begin, end in ranges)
     with closing(node.sources.slot(ref, "n0")) as source:
         out = bytearray(len(expected))
-        source.read([], copies_of(ranges), memoryview(out))
+        source.read([], copies_of(ranges), [memoryview(out)])
         assert out == expected
         for begin, end in ranges:
             assert taken(source, begin, end) == data[begin:end]
@@ -104,7 +107,7 @@ def test_parts_and_streams_are_right_and_verified(scene, where: str) -> None:
         view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4
         with closing(node.sources.slot(ref, "n0")) as source:
             with pytest.raises(CorruptionError, match="does not match its digest"):
-                source.read([], copies_of(ranges), memoryview(out))
+                source.read([], copies_of(ranges), [memoryview(out)])
             with pytest.raises(CorruptionError, match="does not match its digest"):
                 taken(source, begin, end)
         view[end // CHUNK_BYTES * CHUNK_BYTES if end % CHUNK_BYTES else begin] ^= 4
@@ -214,3 +217,27 @@ def test_a_cancelled_read_says_so(scene) -> None:
     with pytest.raises(Cancelled):
         source.read(pieces_of([(0, ref.file_bytes)]))
     assert there.corruptions == []
+
+
+def test_small_neighbours_in_a_durable_file_share_their_chunks(scene, tmp_path) -> None:
+    """A thousand biases of one file must not read a thousand chunks."""
+    here, _, ref = scene
+    data = here.slot_bytes(ref)
+    plan = control.RestorePlan(
+        job=ref.job, kind=control.RESTORE_KIND_MEMORY, source_epoch=ref.epoch, source_step=ref.step, slots=[ref]
+    )
+    plan.source_world_size, plan.nodes[:] = 1, ["n0"]
+    exported = export_snapshot(plan, tmp_path / "out", here.sources)
+    with closing(open_snapshot(exported.path)) as snapshot:
+        source = DurableSource(snapshot.rank_file(0), here.corruptions.append)
+        begins = [*range(CHUNK_BYTES + 5, 4 * CHUNK_BYTES, 700)]
+        pieces = pieces_of([(begin, begin + 700) for begin in begins])
+        part = Copy(source=0, target=0, src_begin=7 * CHUNK_BYTES + 1, dst_begin=2, run_bytes=9)
+        out = bytearray(11)
+        fetched = source.read(pieces, [part], [memoryview(out)])
+        assert all(data[piece.begin : piece.end] == piece.into for piece in pieces)
+        assert data[part.src_begin : part.src_begin + 9] == out[2:]
+        assert 5 * CHUNK_BYTES >= fetched
+        run = pieces_of([(3, 6 * CHUNK_BYTES + 3)])
+        assert 7 * CHUNK_BYTES == source.read(run)
+        assert data[3 : 6 * CHUNK_BYTES + 3] == run[0].into

@@ -14,7 +14,7 @@ from snapshotd.errors import CorruptionError
 from snapshotd.layout import CHUNK_BYTES, chunk_digests
 from snapshotd.reshard import Copy
 from snapshotd.transfer import BulkClient, BulkServer, wire
-from snapshotd.v1.bulk_pb2 import Block, BulkRequest, BulkResponse, ObjectKey, SlotKey
+from snapshotd.v1.bulk_pb2 import Block, BulkRequest, BulkResponse, ByteRange, ObjectKey, SlotKey
 
 MIB = 1 << 20
 
@@ -36,7 +36,7 @@ def _copy(begin: int, run: int, *dims: tuple[int, int], to: int = 0) -> Copy:
 def _read(client: BulkClient, server: BulkServer, thing: Any, copies: Sequence[Copy]) -> bytes:
     out = bytearray(sum(copy.nbytes for copy in copies))
     known = {"digests": thing.digests, "file_bytes": thing.file_bytes}
-    client.read_verified(server.address_text, slot(), [], copies, memoryview(out), **known)
+    client.read_verified(server.address_text, slot(), [], copies, [memoryview(out)], **known)
     return bytes(out)
 
 
@@ -83,7 +83,7 @@ def test_whole_chunks_and_parts_in_one_request(shelf, make_thing, server: BulkSe
         slot(),
         [(MIB, whole)],
         copies,
-        memoryview(target),
+        [memoryview(target)],
         digests=thing.digests,
         file_bytes=thing.file_bytes,
     )
@@ -153,3 +153,66 @@ def test_more_blocks_than_allowed(shelf, make_thing, server: BulkServer) -> None
     with socket.create_connection(server.address) as sock:
         wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), blocks=[Block(run_bytes=1)] * 4097))
         assert wire.receive_frame(sock, BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(100, 5000), (CHUNK_BYTES - 9, CHUNK_BYTES + 9), (5, MIB - 5), (3 * MIB - 7, 3 * MIB + 3)]
+)
+def test_ends_of_runs_are_compared_as_well(
+    begin: int, end: int, shelf, make_thing, server: BulkServer, client: BulkClient
+) -> None:
+    """What is in no whole chunk has only its owner's digests for the way; a run may be nothing else."""
+    thing = shelf.put(slot(), make_thing(3 * MIB + 3))
+    known = {"digests": thing.digests, "file_bytes": thing.file_bytes}
+    for place in (0, (end - begin) // 2, end - begin - 1):
+        out = bytearray(end - begin)
+        client.read_verified(server.address_text, slot(), [(begin, out)], **known)
+        assert thing.view[begin:end] == out
+        receive, left = wire.BulkReceiver.receive, [place]
+
+        def hurt(self: wire.BulkReceiver, into: memoryview, receive=receive, left=left) -> None:
+            receive(self, into)
+            if 0 <= left[0] < into.nbytes:
+                into[left[0]] ^= 8
+            left[0] -= into.nbytes
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(CorruptionError, match="not match"):
+            patch.setattr(wire.BulkReceiver, "receive", hurt)
+            client.read_verified(server.address_text, slot(), [(begin, out)], **known)
+
+
+def test_buffers_of_any_sizes_are_filled_as_one_run(
+    shelf, make_thing, server: BulkServer, client: BulkClient
+) -> None:
+    """A layer's weight, its bias of some bytes, the next weight: one range, whatever it is cut into."""
+    thing = shelf.put(slot(), make_thing(6 * MIB + 11))
+    dice = random.Random(4)
+    for _ in range(30):
+        at = begin = dice.randrange(MIB)
+        pieces: list[tuple[int, bytearray]] = []
+        while at < thing.file_bytes and len(pieces) < 200:
+            size = min(dice.choice([0, 1, 64, 3000, 31_000, 33_000, CHUNK_BYTES, MIB + 5]), thing.file_bytes - at)
+            pieces.append((at, bytearray(size)))
+            at += size
+        known = {"digests": thing.digests, "file_bytes": thing.file_bytes}
+        client.read_verified(server.address_text, slot(), pieces, **known)
+        assert thing.view[begin:at] == b"".join(out for _, out in pieces)
+
+
+def test_a_server_may_be_asked_for_exact_ranges_that_cannot_be(shelf, make_thing, server: BulkServer) -> None:
+    thing = shelf.put(slot(), make_thing(100))
+    with socket.create_connection(server.address) as sock:
+        for begin, end in ((50, 101), (7, 5), (2**63, 2**63)):
+            wire.send_frame(
+                sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=begin, end=end)])
+            )
+            assert wire.receive_frame(sock, BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
+        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=3)]))
+        assert wire.receive_frame(sock, BulkResponse, within_s=10).payload_bytes == 0
+        assert wire.receive_frame(sock, BulkResponse, within_s=10).ok
+        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=9)]))
+        assert wire.receive_frame(sock, BulkResponse, within_s=10).payload_bytes == 6
+        data = bytearray(6)
+        wire.receive_exactly(sock, memoryview(data))
+        assert thing.view[3:9] == data
+        assert wire.receive_frame(sock, BulkResponse, within_s=10).digests == chunk_digests(data, 6)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from snapshotd.daemon.held import held_snapshot
 from snapshotd.daemon.plans import PlanSources, read_bytes, read_layouts
-from snapshotd.daemon.source import Piece
 from snapshotd.errors import LocalProtocolError, UsageError
 from snapshotd.settings import ToolSettings, from_environment
-from snapshotd.transfer import ObjectMissing
+from snapshotd.transfer import ObjectMissing, Piece
 from snapshotd.universal.places import Job
 from snapshotd.universal.readers import snapshot
 from snapshotd.universal.state import State
