@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import stat
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -74,7 +75,7 @@ class _MappedFile:
         self.outcome: Outcome = "delete"
         self.key: KeyId | None = None
 
-    @property
+    @cached_property
     def record_path(self) -> Path:
         """Where the seal record of this file is, if it has one."""
         return self.path.with_suffix(".rec")

@@ -65,16 +65,20 @@ def read_folder(folder: Path, kind: str) -> tuple[list[Found], list[tuple[str, s
 
 def write_record(path: Path, data: bytes) -> None:
     """Let ``path`` appear whole, by rename. Syncing means nothing on tmpfs. BudgetError when it is full."""
-    temporary = path.with_suffix(".tmp")
+    temporary = f"{path}.tmp"
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(data)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)
         failpoint("arena.before_seal_record")
-        temporary.rename(path)
+        os.rename(temporary, path)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise BudgetError(f"no memory for a record of {len(data)} bytes in {path.parent}") from error
         raise

@@ -45,7 +45,10 @@ def parity_key(ref: ParityRef) -> ObjectKey:
 
 def ref_key(ref: SlotRef | ParityRef) -> KeyId:
     """Return the hashable key under which the file of ``ref`` is found."""
-    return key_id(slot_key(ref) if isinstance(ref, SlotRef) else parity_key(ref))
+    if isinstance(ref, SlotRef):
+        return KeyId(ref.job, ref.epoch, ref.step, "slot", (ref.rank,))
+    of = ref.set
+    return KeyId(of.job, of.epoch, of.step, "parity", (of.group, of.lane, ref.position))
 
 
 def describe(key: ObjectKey) -> str:

@@ -95,7 +95,6 @@ class Orders:
         return seal_slot(self._arena, slot, ref, self.cancel)
 
     def build_parity(self, protect: control.Protect, cancel: threading.Event) -> list[control.ParityRef]:
-        self._sources.learn(protect.peers)
         return build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)
 
     def delete_parity(self, ref: control.ParityRef) -> None:

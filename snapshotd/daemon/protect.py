@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, closing
+from functools import lru_cache
 
 from snapshotd.arena import Arena, ParityFile, parity_key
 from snapshotd.daemon.cancel import check_cancel
@@ -63,7 +64,13 @@ def build_parity(
 
 def geometry_of(stripe_set: control.StripeSet) -> StripeGeometry:
     """Return the geometry of a stripe set. LayoutError where there is none with these members and this m."""
-    return StripeGeometry([member.slot.file_bytes for member in stripe_set.members], stripe_set.m)
+    return _geometry(tuple(member.slot.file_bytes for member in stripe_set.members), stripe_set.m)
+
+
+@lru_cache(maxsize=64)
+def _geometry(lengths: tuple[int, ...], m: int) -> StripeGeometry:
+    """Sizes are stable from step to step."""
+    return StripeGeometry(lengths, m)
 
 
 def check_stripe_set(stripe_set: control.StripeSet) -> None:
