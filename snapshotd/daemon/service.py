@@ -28,6 +28,7 @@ from snapshotd.daemon.orders import Orders
 from snapshotd.daemon.workers import WorkerSocket
 from snapshotd.errors import SnapshotdError
 from snapshotd.failpoints import failpoint
+from snapshotd.layout import CHUNK_BYTES
 from snapshotd.v1 import worker_pb2 as worker
 
 __all__ = ["DaemonService"]
@@ -36,6 +37,9 @@ log = logging.getLogger("snapshotd.daemon")
 
 TICK_S = 0.2
 WORK_THREADS = 8
+SEALED_AT_ONCE_BYTES = CHUNK_BYTES
+"""So little is hashed faster than a thread is woken up."""
+
 LEASE_RETRY_S = 0.005
 LEASE_RETRY_MAX_S = 0.1
 
@@ -149,10 +153,14 @@ class DaemonService:
             await self._in_thread(self._scrubbing, self._orders.scrub, self._scrub_rate)
 
     def _handle(self, event: events.Event) -> None:
+        """One event, and the endings of what was worked off at once, in turn."""
+        happened = [event]
         try:
-            effects = self._core.handle(event, time.monotonic())
-            for effect in effects:
-                self._obey(effect)
+            for event in happened:
+                for effect in self._core.handle(event, time.monotonic()):
+                    ending = self._obey(effect)
+                    if ending is not None:
+                        happened.append(ending)
         except Exception as error:
             # A bug of ours. The slots outlive this process: the next daemon re-attaches and verifies them.
             log.critical("the node core failed on %s", event, exc_info=True)
@@ -161,7 +169,8 @@ class DaemonService:
 
     # ---------------------------------------------------------------- effects
 
-    def _obey(self, effect: events.Effect) -> None:
+    def _obey(self, effect: events.Effect) -> events.Event | None:
+        """Work an effect off, or begin to; the ending of an order that is over already."""
         match effect:
             case events.ToWorker(conn=conn, frame=frame):
                 self._socket.send(conn, frame)
@@ -187,8 +196,13 @@ class DaemonService:
                     cancel.set()
             case events.ReleaseRestore(conn=conn, batch_id=batch_id):
                 self._orders.release_restore(conn, batch_id)
+            case events.VoidSlot(slot=slot) if self._arena.invalidate(self._slots[slot]):
+                return events.SlotReady(slot=slot)
+            case events.SealSlot(slot=slot) if self._slots[slot].file_bytes <= SEALED_AT_ONCE_BYTES:
+                return self._seal(effect)
             case _:
                 self._spawn(self._work(effect))
+        return None
 
     def _report(self, message: Any) -> None:
         if message.HasField("heartbeat"):
@@ -213,7 +227,7 @@ class DaemonService:
                     pause = min(pause * 1.1, LEASE_RETRY_MAX_S)  # a tool may hold it for an hour
                 ending = events.SlotReady(slot=slot)
             case events.SealSlot():
-                ending = await self._seal(order)
+                ending = await self._in_thread(self._sealing, self._seal, order)
             case events.BuildParity():
                 ending = await self._build_parity(order)
             case events.RebuildObject():
@@ -247,9 +261,9 @@ class DaemonService:
         self._slots[order.slot] = file
         return events.SlotCreated(slot=order.slot, path=str(file.path))
 
-    async def _seal(self, order: events.SealSlot) -> events.Event:
+    def _seal(self, order: events.SealSlot) -> events.Event:
         try:
-            sealed = await self._in_thread(self._sealing, self._orders.seal, self._slots[order.slot], order.ref)
+            sealed = self._orders.seal(self._slots[order.slot], order.ref)
         except (SnapshotdError, OSError) as error:
             return events.SlotSealFailed(slot=order.slot, reason=str(error))
         return events.SlotSealed(
