@@ -33,7 +33,8 @@ FAMILIES = {
 """Family to the module that it needs."""
 
 TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
-OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "bare background copy"
+OURS, UNDIGESTED = "snapshotd", "snapshotd without digests"
+HELD = ", training held"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
 _OURS_S = 20.0
@@ -52,6 +53,7 @@ def rows(run: Run) -> Iterator[Row]:
         two = measure(run, "ours", 2, _bytes(run), _OURS_S)
         yield from _families(run, 2, TWO_RANKS, two)
         yield from _compare(two, "two ranks", "survives the node", "node")
+    yield from _compare_held(one)
 
 
 def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> Iterator[Row]:
@@ -68,17 +70,30 @@ def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> 
 
 
 def _compare(found: Found, ranks: str, survives: str, level: str) -> Iterator[Row]:
-    peers = {name: system for name, system in found.items() if name not in (OURS, UNDIGESTED, BARE)}
-    for ours in (OURS, UNDIGESTED):
-        if ours not in found:
-            continue
-        label = "" if ours == OURS else ", without digests"
-        yield _row(f"stall per step, {ranks}{label}", "s", found[ours], peers, _stall)
-        yield _row(f"added to a step, {ranks}{label}", "%", found[ours], peers, _inflation, whole_run_only=True)
-        lasting = {name: system for name, system in peers.items() if system["outlives"] == level}
-        yield _row(f"{survives} after{label}", "s", found[ours], lasting, _complete)
+    peers = {name: system for name, system in found.items() if not _is_ours(name)}
+    yield from _rows(found, peers, "", ranks, survives, level)
     lacking = [f"{name}: {system['lacks']}" for name, system in found.items() if system["lacks"]]
     yield Row.note(f"what they do not do, {ranks}", "; ".join(lacking))
+
+
+def _compare_held(found: Found) -> Iterator[Row]:
+    """The same of ours where training is held for the copy, as others hold it: beside those that do, and no others."""
+    peers = {name: system for name, system in found.items() if system["holds"] and not _is_ours(name)}
+    yield from _rows(found, peers, HELD, "one rank", "survives the worker", "worker")
+
+
+def _rows(found: Found, peers: Found, way: str, ranks: str, survives: str, level: str) -> Iterator[Row]:
+    lasting = {name: system for name, system in peers.items() if system["outlives"] == level}
+    for name, label in ((OURS, way), (UNDIGESTED, f", without digests{way}")):
+        ours = found.get(f"{name}{way}")
+        if ours is not None:
+            yield _row(f"stall per step, {ranks}{label}", "s", ours, peers, _stall)
+            yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True)
+            yield _row(f"{survives} after{label}", "s", ours, lasting, _complete)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(OURS)
 
 
 def _row(what: str, unit: str, ours: Mapping[str, Any], peers: Found, of: Any, **more: Any) -> Row:
@@ -162,11 +177,13 @@ def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) ->
 
     def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
         home = run.directory / f"{name.replace(' ', '-')}-{world}"
-        budget = str(5 * nbytes // world + (64 << 20))  # two slots and two parities, and some more
+        # Two slots and two parities, and some more; with one rank no parity, but slots of two jobs.
+        budget = str(5 * nbytes // world + (64 << 20))
         cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
         sockets = [str(node.socket) for node in cluster.nodes]
         pids.extend(cluster.pids)
-        return {"name": name, "sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
+        found = {"sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
+        return {"name": name, "held": False, **found}
 
     if world > 1:
         found = [place(OURS, "protected", "")]
@@ -175,6 +192,7 @@ def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) ->
         if not run.short:
             program = f"{__package__.rpartition('.')[0]}.peers.undigested"
             found.append(place(UNDIGESTED, "sealed", "digests, redundancy", program=program))
+        found += [{**one, "name": f"{one['name']}{HELD}", "held": True} for one in found]
     return {"clusters": found, "pids": pids}
 
 

@@ -54,6 +54,7 @@ class _Files(System):
 
 class TorchSave(_Files):
     name = "torch.save"
+    holds = True
 
     def save(self, step: int) -> None:
         path = self._path(step)
@@ -64,6 +65,7 @@ class TorchSave(_Files):
 
 class DcpSave(_Files):
     name = "DCP save"
+    holds = True
 
     def save(self, step: int) -> None:
         path = self._path(step)

@@ -47,7 +47,10 @@ def main(spec_path: str) -> None:
     answer = {
         "nbytes": training.nbytes,
         "systems": {
-            system.name: {"outlives": system.outlives, "lacks": system.lacks, "samples": samples[system.name]}
+            system.name: {
+                **{key: getattr(system, key) for key in ("outlives", "lacks", "holds")},
+                "samples": samples[system.name],
+            }
             for system in systems
         },
         PLAIN: samples[PLAIN],
@@ -58,13 +61,14 @@ def main(spec_path: str) -> None:
 
 
 def _measure(training: Training, systems: list[System], spec: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Samples by system: one round that does not count, then as many as fit into the time (rank 0 decides)."""
+    """Samples by system: after a step of each that does not count as many as fit into the time (rank 0 decides)."""
     samples: dict[str, list[dict[str, float]]] = {PLAIN: [], **{system.name: [] for system in systems}}
-    step = FIRST_STEP
+    for step, system in enumerate(systems, FIRST_STEP):
+        dist.barrier()
+        _kept_step(training, system, step, watched=True)
+    step = FIRST_STEP + len(systems)
     began = time.monotonic()
-    for count in range(spec["rounds"] + 1):
-        if count == 1:
-            began = time.monotonic()
+    for count in range(1, spec["rounds"] + 1):
         for system in systems if count % 2 == 0 else list(reversed(systems)):
             dist.barrier()
             plain = _plain_step(training)
@@ -72,18 +76,16 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
             services = cpu_seconds(spec["places"].get("pids", ()))
             found = _kept_step(training, system, step, watched=not system.polls)
             found["services_cpu_s"] = cpu_seconds(spec["places"].get("pids", ())) - services
-            if count:
-                samples[PLAIN].append(plain)
-                samples[system.name].append({**found, "plain_s": plain["step_s"]})
+            samples[PLAIN].append(plain)
+            samples[system.name].append({**found, "plain_s": plain["step_s"]})
             step += 1
             if system.polls:
                 dist.barrier()
                 watched = _kept_step(training, system, step, watched=True)
                 step += 1
-                if count:
-                    samples[system.name][-1]["complete_s"] = watched["complete_s"]
+                samples[system.name][-1]["complete_s"] = watched["complete_s"]
         elapsed = time.monotonic() - began
-        if _agreed(count > 2 and elapsed > spec["within_s"] or count > 0 and elapsed > _SLOW * spec["within_s"]):
+        if _agreed(count > 2 and elapsed > spec["within_s"] or elapsed > _SLOW * spec["within_s"]):
             break
     return samples
 
