@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from snapshotd_client.direct import DirectReader
 from snapshotd_client.fetch import Entry, Want
-from snapshotd_client.peers import PeerReader
 from snapshotd_client.placement import Piece
 
 from snapshotd.arena import Arena
@@ -37,7 +37,7 @@ from ..processes import BenchError, wait_for
 
 GOAL = 8
 
-_THREADS = 1  # as a worker has, of two cores
+_THREADS = 2  # as a worker has, of two cores
 _WINDOW_BYTES = 1 << 20
 _STATE_BYTES = 592 * (4 << 20)
 """592 tensors of 4 MB: of four ranks, 0.6 GB each."""
@@ -164,9 +164,9 @@ class _Scene:
             peers=self._peers,
         )
         with Restore(plan, ranks, self._arena, self._sources) as restore, _Daemon(restore) as daemon:
-            reader = PeerReader(daemon, time.monotonic() + 60.0, _THREADS)
+            reader = DirectReader(daemon, time.monotonic() + 60.0, _THREADS)
             left = reader.run(self._wants(ranks))
-            self.fetched_bytes = reader.read_bytes
+            self.fetched_bytes = reader.peer_bytes
         if left:
             raise BenchError(f"{len(left)} boxes were not read from peers")
 

@@ -68,7 +68,7 @@ class _Ways:
             facts = snapshotter.last_restore
         if self._digest() != self._expected:
             raise BenchError("what was restored is not what was captured")
-        if (facts["remote_bytes"] > 0, facts["peer_bytes"] > 0) != (node == 1, node == 1):
+        if facts["remote_bytes" if node == 1 else "local_bytes"] != facts["direct_bytes"]:
             raise BenchError(f"restored from the wrong place: {facts}")
         return Sample(facts["fetch_s"] + facts["load_s"], cpu_s)
 

@@ -166,14 +166,13 @@ class Restorer:
         loader = Loader(self._inventory, manifest)
         order = {name: place for place, name in enumerate(manifest.tensors)}
         wants = sorted(loader.wants(), key=lambda want: order[want.entry.name])
-        read_s, read_bytes = 0.0, 0
-        if decision.peers:
-            from snapshotd_client.peers import PeerReader  # what reads sockets is loaded by those who do
+        read_s, own_bytes, peer_bytes = 0.0, 0, 0
+        if decision.direct:
+            from snapshotd_client.direct import DirectReader  # what reads sockets is loaded by those who do
 
-            # One thread that receives keeps a core busy, and so does the kernel that brings it the bytes.
-            reader = PeerReader(self._link, deadline, max(1, self._threads() // 2))
+            reader = DirectReader(self._link, deadline, self._threads())
             wants = reader.run(wants)
-            read_s, read_bytes = reader.read_s, reader.read_bytes
+            read_s, own_bytes, peer_bytes = reader.read_s, reader.own_bytes, reader.peer_bytes
         fetcher.run(wants)
         fetch_s = read_s + fetcher.fetch_s
         missing = loader.apply()
@@ -183,7 +182,7 @@ class Restorer:
         failpoint("client.after_restore")
         total_s = time.monotonic() - begun
         load_s = max(0.0, total_s - fetch_s)
-        self._done(True, "", fetch_s, load_s, decision.source_step, read_bytes)
+        self._done(True, "", fetch_s, load_s, decision.source_step, own_bytes, peer_bytes)
         if missing:
             logger.warning("snapshotd: the snapshot has no extra %s: left as they are", ", ".join(missing))
         return {
@@ -196,9 +195,9 @@ class Restorer:
             "lost_steps": decision.lost_steps,
             "fetch_s": fetch_s,
             "load_s": load_s,
-            "local_bytes": fetcher.local_bytes,
-            "remote_bytes": fetcher.remote_bytes + read_bytes,
-            "peer_bytes": read_bytes,
+            "local_bytes": fetcher.local_bytes + own_bytes,
+            "remote_bytes": fetcher.remote_bytes + peer_bytes,
+            "direct_bytes": own_bytes + peer_bytes,
             "decoded_bytes": fetcher.decoded_bytes,
         }
 
@@ -215,9 +214,24 @@ class Restorer:
                 f"{_Decision.Kind.Name(now.kind).removeprefix('KIND_')}: {now.reason}"
             )
 
-    def _done(self, ok: bool, error: str, fetch_s: float, load_s: float, step: int, peer_bytes: int = 0) -> None:
+    def _done(
+        self,
+        ok: bool,
+        error: str,
+        fetch_s: float,
+        load_s: float,
+        step: int,
+        own_bytes: int = 0,
+        peer_bytes: int = 0,
+    ) -> None:
         done = pb.RestoreDone(
-            ok=ok, error=error[:2000], fetch_s=fetch_s, load_s=load_s, step=step, peer_bytes=peer_bytes
+            ok=ok,
+            error=error[:2000],
+            fetch_s=fetch_s,
+            load_s=load_s,
+            step=step,
+            own_bytes=own_bytes,
+            peer_bytes=peer_bytes,
         )
         self._link.post(pb.Frame(restore_done=done), self._link.session)
 

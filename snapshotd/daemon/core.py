@@ -345,6 +345,7 @@ class NodeCore:
         if one.restoring:
             self.state.do(ReleaseRestore(conn=one.conn, batch_id=None))
         one.restoring = False
+        one.local_bytes += done.own_bytes
         one.remote_bytes += done.peer_bytes
         one.first_step_due = done.ok
         if not done.ok:

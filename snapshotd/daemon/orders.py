@@ -215,7 +215,7 @@ class Orders:
             batch = restore.assemble(rank, frame.restore_want.wants, self.cancel)
             return worker.Frame(request_id=frame.request_id, restore_ready=batch.frame())
         if frame.HasField("restore_locate"):
-            found = restore.locate(rank, frame.restore_locate.wants, self.cancel)
+            found = restore.locate(rank, frame.restore_locate.wants, set(frame.restore_locate.known), self.cancel)
             return worker.Frame(request_id=frame.request_id, restore_sources=found)
         batch_id, path = restore.write_manifest(rank)
         with self._lock:
@@ -223,7 +223,7 @@ class Orders:
         decision = _decision(plan)
         decision.kind = worker.RestoreDecision.KIND_SNAPSHOT
         decision.manifest_path = path
-        decision.peers = restore.has_peers
+        decision.direct = restore.is_direct
         return worker.Frame(request_id=frame.request_id, restore_decision=decision)
 
     def _open(self, conn: events.WorkerConn, world_size: int, plan: control.RestorePlan) -> Restore:

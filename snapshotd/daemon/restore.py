@@ -7,8 +7,8 @@ Rule 1: what lies in one piece in a slot of this node is answered in place, unde
 goes into one buffer per request: from local slots by memory copy, from peers and durable files by verified ranges.
 Rule 2: a corrupt source is reported and refused. The slot can be decoded; wrong bytes cannot be taken back. Whoever
 asks again gets the slot that is there by then; batches that were answered before stay as they are.
-Rule 3: a worker may read from peers itself, and is told where: then no byte of that passes through this process. What
-it fails to get that way it asks for here, where a failed source is waited for.
+Rule 3: a worker may read slots itself, here and on peers, and is told where: then no byte of that passes through this
+process. What it fails to get that way it asks for here, where a failed source is waited for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,9 @@ from typing import Final, TypeAlias
 from snapshotd.arena import Arena, BufferFile, Lease, SealableFile
 from snapshotd.daemon.boxes import Boxes
 from snapshotd.daemon.cancel import check_cancel
-from snapshotd.daemon.locate import located
+from snapshotd.daemon.locate import is_direct, located
 from snapshotd.daemon.plans import PlanSources, read_bytes, read_layouts
-from snapshotd.daemon.sources import DurableSource, LocalSource, PeerSource, Source, Sources
+from snapshotd.daemon.sources import DurableSource, LocalSource, Source, Sources
 from snapshotd.errors import LayoutError, LocalProtocolError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import TensorBox
@@ -123,10 +123,10 @@ class Restore:
     # ------------------------------------------------------------------------------------------ the manifest
 
     @property
-    def has_peers(self) -> bool:
-        """Whether a worker can read some of it from peers itself."""
+    def is_direct(self) -> bool:
+        """Whether a worker can read some of it itself."""
         with self._plan.use() as sources:
-            return any(isinstance(source, PeerSource) and source.is_plain for source in sources)
+            return any(map(is_direct, sources))
 
     def manifest(self, rank: int) -> bytes:
         """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/restore-manifest."""
@@ -206,13 +206,21 @@ class Restore:
             raise
 
     def locate(
-        self, rank: int, wants: Sequence[worker.RestoreWant.Want], cancel: threading.Event | None = None
+        self,
+        rank: int,
+        wants: Sequence[worker.RestoreWant.Want],
+        known: Collection[str] = (),
+        cancel: threading.Event | None = None,
     ) -> worker.RestoreSources:
-        """Return where on peers the wanted boxes are, for a worker that reads them itself. The errors of assemble."""
+        """
+        Return in which slots the wanted boxes are, for a worker that reads them itself. The errors of assemble.
+
+        ``known``: root digests of slots of this node whose digests it has.
+        """
         targets = self._boxes.targets(wants, rank)
         with self._plan.use() as sources:
             by_target = self._boxes.copies(targets, rank, sources, cancel)
-            found = located(by_target, len(targets), sources)
+            found = located(by_target, len(targets), sources, known)
         failpoint("daemon.mid_assemble")
         return found
 

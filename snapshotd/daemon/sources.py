@@ -28,7 +28,7 @@ from snapshotd.daemon.source import (
 )
 from snapshotd.durable.reader import RankFile
 from snapshotd.errors import CorruptionError, PeerUnreachable
-from snapshotd.layout import CHUNK_BYTES, verify
+from snapshotd.layout import CHUNK_BYTES, root_digest, verify
 from snapshotd.reshard import Copy, apply_copy
 from snapshotd.transfer import BulkClient, Piece, whole_inside
 from snapshotd.v1 import control_pb2 as control
@@ -74,6 +74,7 @@ class LocalSource:
         if self.file_bytes != file_bytes:
             raise CorruptionError(f"{name} on {node_id} has {self.file_bytes} bytes, expected {file_bytes}")
         check_root(self, self._digests, root)
+        self.root = root or root_digest(self._digests)
 
     def digests(self) -> bytes:
         return self._digests

@@ -2,8 +2,9 @@
 
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX, whole_inside
 from snapshotd.transfer.client import BulkClient, ObjectInfo
+from snapshotd.transfer.exact import Exact, Run, runs_of
 from snapshotd.transfer.gather import Piece, Read, gather
-from snapshotd.transfer.incoming import Incoming
+from snapshotd.transfer.incoming import Incoming, Steering
 from snapshotd.transfer.objects import Lookup, Servable
 from snapshotd.transfer.pacing import Pacer
 from snapshotd.transfer.server import BulkServer
@@ -24,6 +25,7 @@ __all__ = [
     "BulkClient",
     "BulkServer",
     "CorruptChunk",
+    "Exact",
     "Incoming",
     "Lookup",
     "ObjectInfo",
@@ -32,10 +34,13 @@ __all__ = [
     "PeerBusy",
     "Piece",
     "Read",
+    "Run",
     "Servable",
+    "Steering",
     "TransferCancelled",
     "format_address",
     "gather",
     "parse_address",
+    "runs_of",
     "whole_inside",
 ]

@@ -193,7 +193,7 @@ class RestoreQuery(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreDecision(_message.Message):
-    __slots__ = ("kind", "epoch", "source_epoch", "source_step", "source_world_size", "source", "reason", "lost_steps", "manifest_path", "peers")
+    __slots__ = ("kind", "epoch", "source_epoch", "source_step", "source_world_size", "source", "reason", "lost_steps", "manifest_path", "direct")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[RestoreDecision.Kind]
@@ -215,7 +215,7 @@ class RestoreDecision(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     LOST_STEPS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_PATH_FIELD_NUMBER: _ClassVar[int]
-    PEERS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     kind: RestoreDecision.Kind
     epoch: int
     source_epoch: int
@@ -225,8 +225,8 @@ class RestoreDecision(_message.Message):
     reason: str
     lost_steps: int
     manifest_path: str
-    peers: bool
-    def __init__(self, kind: _Optional[_Union[RestoreDecision.Kind, str]] = ..., epoch: _Optional[int] = ..., source_epoch: _Optional[int] = ..., source_step: _Optional[int] = ..., source_world_size: _Optional[int] = ..., source: _Optional[str] = ..., reason: _Optional[str] = ..., lost_steps: _Optional[int] = ..., manifest_path: _Optional[str] = ..., peers: _Optional[bool] = ...) -> None: ...
+    direct: bool
+    def __init__(self, kind: _Optional[_Union[RestoreDecision.Kind, str]] = ..., epoch: _Optional[int] = ..., source_epoch: _Optional[int] = ..., source_step: _Optional[int] = ..., source_world_size: _Optional[int] = ..., source: _Optional[str] = ..., reason: _Optional[str] = ..., lost_steps: _Optional[int] = ..., manifest_path: _Optional[str] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class RestoreWant(_message.Message):
     __slots__ = ("wants",)
@@ -272,13 +272,15 @@ class RestoreRelease(_message.Message):
     def __init__(self, batch_id: _Optional[int] = ...) -> None: ...
 
 class RestoreLocate(_message.Message):
-    __slots__ = ("wants",)
+    __slots__ = ("wants", "known")
     WANTS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
     wants: _containers.RepeatedCompositeFieldContainer[RestoreWant.Want]
-    def __init__(self, wants: _Optional[_Iterable[_Union[RestoreWant.Want, _Mapping]]] = ...) -> None: ...
+    known: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, wants: _Optional[_Iterable[_Union[RestoreWant.Want, _Mapping]]] = ..., known: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RestoreSources(_message.Message):
-    __slots__ = ("peers", "others", "error")
+    __slots__ = ("slots", "others", "error")
     class Copy(_message.Message):
         __slots__ = ("want", "src_begin", "dst_begin", "run_bytes", "repeats")
         class Repeat(_message.Message):
@@ -301,28 +303,32 @@ class RestoreSources(_message.Message):
         run_bytes: int
         repeats: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy.Repeat]
         def __init__(self, want: _Optional[int] = ..., src_begin: _Optional[int] = ..., dst_begin: _Optional[int] = ..., run_bytes: _Optional[int] = ..., repeats: _Optional[_Iterable[_Union[RestoreSources.Copy.Repeat, _Mapping]]] = ...) -> None: ...
-    class Peer(_message.Message):
-        __slots__ = ("node_id", "address", "object", "file_bytes", "root_digest", "copies")
+    class Slot(_message.Message):
+        __slots__ = ("node_id", "path", "digests", "address", "object", "file_bytes", "root_digest", "copies")
         NODE_ID_FIELD_NUMBER: _ClassVar[int]
+        PATH_FIELD_NUMBER: _ClassVar[int]
+        DIGESTS_FIELD_NUMBER: _ClassVar[int]
         ADDRESS_FIELD_NUMBER: _ClassVar[int]
         OBJECT_FIELD_NUMBER: _ClassVar[int]
         FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
         ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
         COPIES_FIELD_NUMBER: _ClassVar[int]
         node_id: str
+        path: str
+        digests: bytes
         address: str
         object: _bulk_pb2.ObjectKey
         file_bytes: int
         root_digest: str
         copies: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy]
-        def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., object: _Optional[_Union[_bulk_pb2.ObjectKey, _Mapping]] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[RestoreSources.Copy, _Mapping]]] = ...) -> None: ...
-    PEERS_FIELD_NUMBER: _ClassVar[int]
+        def __init__(self, node_id: _Optional[str] = ..., path: _Optional[str] = ..., digests: _Optional[bytes] = ..., address: _Optional[str] = ..., object: _Optional[_Union[_bulk_pb2.ObjectKey, _Mapping]] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[RestoreSources.Copy, _Mapping]]] = ...) -> None: ...
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    peers: _containers.RepeatedCompositeFieldContainer[RestoreSources.Peer]
+    slots: _containers.RepeatedCompositeFieldContainer[RestoreSources.Slot]
     others: _containers.RepeatedScalarFieldContainer[int]
     error: str
-    def __init__(self, peers: _Optional[_Iterable[_Union[RestoreSources.Peer, _Mapping]]] = ..., others: _Optional[_Iterable[int]] = ..., error: _Optional[str] = ...) -> None: ...
+    def __init__(self, slots: _Optional[_Iterable[_Union[RestoreSources.Slot, _Mapping]]] = ..., others: _Optional[_Iterable[int]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class RestoreFault(_message.Message):
     __slots__ = ("node_id", "detail")
@@ -333,20 +339,22 @@ class RestoreFault(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RestoreDone(_message.Message):
-    __slots__ = ("ok", "error", "fetch_s", "load_s", "step", "peer_bytes")
+    __slots__ = ("ok", "error", "fetch_s", "load_s", "step", "own_bytes", "peer_bytes")
     OK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    OWN_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     error: str
     fetch_s: float
     load_s: float
     step: int
+    own_bytes: int
     peer_bytes: int
-    def __init__(self, ok: _Optional[bool] = ..., error: _Optional[str] = ..., fetch_s: _Optional[float] = ..., load_s: _Optional[float] = ..., step: _Optional[int] = ..., peer_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, ok: _Optional[bool] = ..., error: _Optional[str] = ..., fetch_s: _Optional[float] = ..., load_s: _Optional[float] = ..., step: _Optional[int] = ..., own_bytes: _Optional[int] = ..., peer_bytes: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("finished",)

@@ -1,7 +1,8 @@
-"""A worker that reads from peers itself: right bytes in its tensors, or left to the daemon and told."""
+"""A worker that reads slots itself: right bytes in its tensors, or left to the daemon and told."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -9,9 +10,9 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from snapshotd_client.direct import DirectReader
 from snapshotd_client.errors import RestoreError
 from snapshotd_client.fetch import Entry, Want
-from snapshotd_client.peers import PeerReader
 from snapshotd_client.placement import Piece
 
 from snapshotd import failpoints
@@ -39,7 +40,7 @@ class DirectLink:
 
     def begin(self, frame: worker.Frame) -> worker.RestoreSources:
         self.num_asked += 1
-        return self._restore.locate(self._rank, frame.restore_locate.wants)
+        return self._restore.locate(self._rank, frame.restore_locate.wants, set(frame.restore_locate.known))
 
     def finish(self, question: worker.RestoreSources, timeout_s: float) -> worker.Frame | None:
         assert timeout_s >= 0
@@ -78,8 +79,8 @@ def names(wants: Sequence[Want]) -> set[str]:
     return {item.entry.name for item in wants}
 
 
-def read(link: object, wants: Sequence[Want], threads: int = 2) -> tuple[PeerReader, list[Want]]:
-    reader = PeerReader(link, time.monotonic() + 30.0, threads)  # type: ignore[arg-type]
+def read(link: object, wants: Sequence[Want], threads: int = 2) -> tuple[DirectReader, list[Want]]:
+    reader = DirectReader(link, time.monotonic() + 30.0, threads)  # type: ignore[arg-type]
     return reader, reader.run(wants)
 
 
@@ -102,13 +103,13 @@ def test_any_layout_comes_whole_and_exactly_once(
     plan = sealed_state(cluster, before, ranks_per_node=2, dim_of=lambda name: source_dim)
     (node,) = cluster.add("reader")
     with Restore(plan, after, node.arena, node.sources) as restore:
-        assert restore.has_peers
+        assert restore.is_direct
         for rank in range(after):
             wants = [item for item in wanted(wants_of(rank, after, target_dim)) if item.nbytes]
             reader, left = read(DirectLink(restore, rank), wants)
             assert [] == left
             assert all(map(is_right, wants))
-            assert sum(item.nbytes for item in wants) == reader.read_bytes
+            assert sum(item.nbytes for item in wants) == reader.peer_bytes
     assert node.arena.used_bytes == 0  # no byte of it passed through the daemon
     assert node.corruptions == []
 
@@ -134,11 +135,10 @@ def test_many_tensors_are_located_while_others_are_read(cluster) -> None:
     assert 3 == link.num_asked
 
 
-def test_what_is_here_and_what_is_not_host_memory_is_left_to_the_daemon(cluster) -> None:
+def test_scattered_boxes_of_this_node_and_other_memory_are_left_to_the_daemon(cluster) -> None:
     plan = sealed_state(cluster, 3)
     node = cluster.nodes["n1"]
     with Restore(plan, 3, node.arena, node.sources) as restore:
-        assert restore.has_peers
         wants = [item for rank in range(3) for item in wanted(wants_of(rank, 3)) if item.nbytes]
         base = torch.ones(wants[0].target.shape[0], 600)
         strided = Want(wants[0].entry, wants[0].piece, base[:, ::2])
@@ -151,6 +151,75 @@ def test_what_is_here_and_what_is_not_host_memory_is_left_to_the_daemon(cluster)
         assert bool((base == 1).all())
 
 
+@pytest.fixture
+def own(cluster) -> Iterator[tuple[Restore, object, list[Want], list[bytes]]]:
+    """A rank's whole state in a slot of its own node: long runs, with many small tensors among them."""
+    (node,) = cluster.add("n0")
+    dice = np.random.default_rng(3)
+    values = {f"w{i}": dice.random(int(dice.choice([1, 77, 3000, 90_000, 700_001])), np.float32) for i in range(60)}
+    ref = cluster.seal(node, [(whole(name, value), value) for name, value in values.items()])
+    wants = [
+        Want(
+            Entry(name, "float32", value.shape, "global", "param"),
+            Piece(Box.whole(value.shape), (0,)),
+            torch.zeros(value.shape),
+        )
+        for name, value in values.items()
+    ]
+    with Restore(plan_of(cluster, [ref], ["n0"]), 1, node.arena, node.sources) as restore:
+        yield restore, node.arena.find(slot_key(ref)), wants, [value.tobytes() for value in values.values()]
+
+
+def filled(wants: Sequence[Want]) -> list[bytes]:
+    return [item.target.numpy().tobytes() for item in wants]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_slot_of_this_node_is_read_as_a_file(own, threads: int) -> None:
+    restore, _, wants, expected = own
+    link = DirectLink(restore)
+    reader, left = read(link, wants, threads)
+    assert [] == left
+    assert expected == filled(wants)
+    assert (sum(map(len, expected)), 0) == (reader.own_bytes, reader.peer_bytes)
+    assert [] == link.told
+    found = restore.locate(0, [want("w0", (0,), wants[0].piece.box.lengths)] * 2, {"other"})
+    assert not found.slots or found.slots[0].digests
+
+
+@pytest.mark.parametrize("place", [0.3, 0.999])
+def test_rot_in_a_slot_of_this_node(own, place: float) -> None:
+    restore, obj, wants, expected = own
+    obj.view[int(restore._layouts[0].meta[0] * place)] ^= 1
+    link = DirectLink(restore)
+    _, left = read(link, wants, threads=1)
+    assert ["n0"] == link.faults
+    assert "does not match its digest" in link.told[0].restore_fault.detail
+    assert left
+    right = dict(zip(map(id, wants), expected, strict=True))
+    assert all(right[id(item)] == item.target.numpy().tobytes() for item in wants if item not in left)
+
+
+def test_a_slot_that_is_gone_or_not_ours_is_left_to_the_daemon(own) -> None:
+    restore, obj, wants, _ = own
+    os.rename(obj.path, f"{obj.path}.real")
+    assert wants == read(DirectLink(restore), wants)[1]
+    os.symlink(f"{obj.path}.real", obj.path)
+    assert wants == read(DirectLink(restore), wants)[1]
+    os.replace(f"{obj.path}.real", obj.path)
+
+    def change(found: worker.RestoreSources) -> None:
+        found.slots[0].digests = found.slots[0].digests[:-8] + bytes(8)
+
+    link = DirectLink(restore, change=change)
+    assert wants == read(link, wants)[1]
+    assert ["n0"] == link.faults
+    os.truncate(obj.path, 100_000)
+    link = DirectLink(restore)
+    assert wants == read(link, wants)[1]
+    assert all(bool((item.target == 0).all()) for item in wants[1:])
+
+
 def test_durable_and_encrypted_sources_are_left_to_the_daemon(scene, tmp_path) -> None:
     restore, cluster = scene
     node = cluster.nodes["reader"]
@@ -160,12 +229,12 @@ def test_durable_and_encrypted_sources_are_left_to_the_daemon(scene, tmp_path) -
     durable.CopyFrom(order)
     durable.kind, durable.durable_path = control.RESTORE_KIND_DURABLE, ref.path
     with Restore(durable, 1, node.arena, node.sources) as other:
-        assert not other.has_peers
+        assert not other.is_direct
         assert list(range(7)) == list(other.locate(0, wants_of(0, 1)).others)
     node.client.is_plain = False
-    assert not restore.has_peers
+    assert not restore.is_direct
     found = restore.locate(0, wants_of(0, 1))
-    assert (list(range(7)), 0) == (list(found.others), len(found.peers))
+    assert (list(range(7)), 0) == (list(found.others), len(found.slots))
 
 
 def test_rot_on_a_peer_is_told_and_left_to_the_daemon(scene) -> None:
@@ -212,15 +281,15 @@ def test_a_dead_peer_costs_one_try_and_nobody_else_anything(scene, caplog) -> No
 
 
 def _other_want(found: worker.RestoreSources) -> None:
-    found.peers[0].copies[0].want = 99
+    found.slots[0].copies[0].want = 99
 
 
 def _beyond(found: worker.RestoreSources) -> None:
-    found.peers[-1].copies[0].dst_begin += 1
+    found.slots[-1].copies[0].dst_begin += 1
 
 
 def _hole(found: worker.RestoreSources) -> None:
-    del found.peers[1].copies[:]
+    del found.slots[1].copies[:]
 
 
 def _twice(found: worker.RestoreSources) -> None:
@@ -246,7 +315,7 @@ def test_another_slot_than_the_daemon_means_is_refused(scene) -> None:
     restore, _ = scene
 
     def change(found: worker.RestoreSources) -> None:
-        found.peers[0].root_digest = "f" * 32
+        found.slots[0].root_digest = "f" * 32
 
     wants = [item for item in wanted(wants_of(0, 1)) if item.nbytes]
     link = DirectLink(restore, change=change)
@@ -274,14 +343,14 @@ def test_a_daemon_that_is_gone_or_has_an_error(scene) -> None:
 def test_the_deadline_ends_it(scene) -> None:
     restore, _ = scene
     wants = [item for item in wanted(wants_of(0, 1)) if item.nbytes]
-    reader = PeerReader(DirectLink(restore), time.monotonic() - 1.0, 1)  # type: ignore[arg-type]
+    reader = DirectReader(DirectLink(restore), time.monotonic() - 1.0, 1)  # type: ignore[arg-type]
     assert names(wants) == names(reader.run(wants))
 
 
 def test_what_is_wrong_is_said_as_for_other_requests(scene) -> None:
     restore, _ = scene
     assert prod(TENSORS["emb"].shape) * 4 == sum(
-        copy.run_bytes for peer in restore.locate(0, [want("emb", (0, 0), (1031, 300))]).peers for copy in peer.copies
+        copy.run_bytes for slot in restore.locate(0, [want("emb", (0, 0), (1031, 300))]).slots for copy in slot.copies
     )
     for wrong, match in (
         (want("nobody", (0,), (1,)), "no tensor 'nobody'"),

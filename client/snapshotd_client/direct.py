@@ -1,0 +1,259 @@
+"""
+Boxes of a snapshot straight out of slots into tensors, past the daemon, which only says where they are.
+
+Rule 1: only what fills contiguous host memory is read so.
+Rule 2: an answer is checked before a byte of it is used; each byte is compared with a digest, and the digests with the
+root that the daemon names.
+Rule 3: this is a shortcut, and may fail: what cannot be read, or is not right, is left to the daemon, which reports it
+and waits for what is being rebuilt. A slot or peer that failed is not tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from snapshotd.errors import CorruptionError, PeerUnreachable, SnapshotdError
+from snapshotd.failpoints import failpoint
+from snapshotd.reshard import Copy, cut_copy
+from snapshotd.transfer import BulkClient, ObjectInfo, Piece, Read, Steering, gather
+from snapshotd.v1 import worker_pb2 as pb
+from snapshotd_client.arrays import view_of
+from snapshotd_client.counters import logger
+from snapshotd_client.errors import RestoreError
+from snapshotd_client.fetch import Want, asked_for
+from snapshotd_client.link import Link, Question
+from snapshotd_client.slotfile import SlotFile
+
+__all__ = ["DirectReader"]
+
+_BATCH_BYTES: Final = 64 * 1024 * 1024
+"""Located at once: small enough that the first bytes come soon, large enough that the question costs nothing."""
+
+_MAX_WANTS: Final = 500
+_SHARE_BYTES: Final = 4 * 1024 * 1024
+_PEER_S: Final = 5.0
+"""A peer that is silent for so long is left to the daemon, which has more patience."""
+
+
+class _Spot(NamedTuple):
+    """A want, and the memory that it is to fill."""
+
+    want: Want
+    room: memoryview
+
+
+class DirectReader:
+    """
+    Reads what it can itself, until ``deadline`` (of time.monotonic), with so many ``threads``.
+
+    From one peer half as many at once: each keeps a core busy, and so does the kernel that brings it the bytes.
+    """
+
+    def __init__(self, link: Link, deadline: float, threads: int) -> None:
+        self._link = link
+        self._threads = threads
+        self._steering = Steering(cancel=None, pace=partial(_check_time, deadline))
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self._failed: set[str] = set()
+        self._digests: dict[str, bytes] = {}  # of all chunks of a peer's slot, by their root
+        self._files: dict[str, SlotFile] = {}  # of this node, by their root
+        self.read_s = 0.0
+        self.own_bytes = self.peer_bytes = 0
+
+    def run(self, wants: Iterable[Want]) -> list[Want]:
+        """Fill those of ``wants`` that can be, and return the others."""
+        begun = time.monotonic()
+        left: list[Want] = []
+        batches = _batches(_spots(wants, left))
+        try:
+            with (
+                ThreadPoolExecutor(self._threads, "snapshotd-direct") as pool,
+                BulkClient(timeout_s=_PEER_S, connections_per_peer=max(1, self._threads // 2)) as client,
+            ):
+                batch = next(batches, None)
+                question = self._ask(batch) if batch else None
+                while batch and question:
+                    following = next(batches, None)
+                    # The daemon looks for these while those before are read.
+                    next_question = self._ask(following) if following else None
+                    left += self._read(batch, self._answer(question), client, pool)
+                    failpoint("client.mid_restore")
+                    batch, question = following, next_question
+        finally:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+        self.read_s = time.monotonic() - begun
+        return left
+
+    def _ask(self, batch: Sequence[_Spot]) -> Question:
+        locate = pb.RestoreLocate(wants=[asked_for(spot.want) for spot in batch], known=self._files)
+        return self._link.begin(pb.Frame(restore_locate=locate))
+
+    def _answer(self, question: Question) -> pb.RestoreSources:
+        answer = self._link.finish(question, max(0.0, self._deadline - time.monotonic()))
+        if answer is None or answer.WhichOneof("body") != "restore_sources":
+            return pb.RestoreSources(error="the daemon does not answer")
+        return answer.restore_sources
+
+    def _read(
+        self, batch: Sequence[_Spot], sources: pb.RestoreSources, client: BulkClient, pool: ThreadPoolExecutor
+    ) -> list[Want]:
+        """Read what can be of a batch, and return the wants that are not whole afterwards."""
+        if sources.error:
+            return [spot.want for spot in batch]  # the daemon says why again, or has waited by then
+        wanted = [(slot, _copies_of(slot)) for slot in sources.slots]
+        others = set(sources.others)
+        _check(batch, [copies for _, copies in wanted], others)
+        rooms = [spot.room for spot in batch]
+        jobs = [
+            (slot, share, pool.submit(self._read_slot, slot, share, rooms, client))
+            for slot, copies in wanted
+            for share in (_shares(copies, self._threads) if slot.path else (copies,))
+        ]
+        for slot, share, job in jobs:
+            nbytes = job.result()
+            if nbytes is None:
+                others.update(copy.target for copy in share)
+            elif slot.path:
+                self.own_bytes += nbytes
+            else:
+                self.peer_bytes += nbytes
+        return [batch[number].want for number in sorted(others)]
+
+    def _read_slot(
+        self, slot: pb.RestoreSources.Slot, copies: Sequence[Copy], rooms: Sequence[memoryview], client: BulkClient
+    ) -> int | None:
+        """Carry out copies out of one slot, and return the bytes read; None when that failed, which is told."""
+        place = slot.path or slot.address
+        if place in self._failed:
+            return None
+        try:
+            return gather(self._read_file(slot) if slot.path else self._read_peer(slot, client), copies, rooms)
+        except (SnapshotdError, OSError) as error:
+            self._failed.add(place)
+            logger.warning("snapshotd: a slot on %s is read by the daemon instead: %s", slot.node_id, error)
+            if isinstance(error, CorruptionError):
+                if slot.address:
+                    with contextlib.suppress(SnapshotdError):
+                        client.suspect(slot.address, slot.object)
+                fault = pb.RestoreFault(node_id=slot.node_id, detail=str(error)[:2000])
+                self._link.post(pb.Frame(restore_fault=fault), self._link.session)
+            return None
+
+    def _read_file(self, slot: pb.RestoreSources.Slot) -> Read:
+        with self._lock:
+            file = self._files.get(slot.root_digest)
+            if file is None:
+                file = SlotFile(slot.path, slot.file_bytes, slot.digests, slot.root_digest)
+                self._files[slot.root_digest] = file
+        return partial(file.read, steering=self._steering)
+
+    def _read_peer(self, slot: pb.RestoreSources.Slot, client: BulkClient) -> Read:
+        def learn(info: ObjectInfo) -> None:
+            if info.root != slot.root_digest:
+                raise CorruptionError(f"{slot.node_id} has the root digest {info.root}, expected {slot.root_digest}")
+            self._digests[info.root] = info.digests
+
+        def read(pieces: Sequence[Piece], parts: Sequence[Copy], rooms: Sequence[memoryview]) -> int:
+            client.read_verified(
+                slot.address,
+                slot.object,
+                pieces,
+                parts,
+                rooms,
+                digests=self._digests.get(slot.root_digest),
+                file_bytes=slot.file_bytes,
+                learned=learn,
+                pace=self._steering.pace,
+            )
+            return sum(piece.into.nbytes for piece in pieces) + sum(part.nbytes for part in parts)
+
+        return read
+
+
+def _check_time(deadline: float, nbytes: int) -> None:
+    if time.monotonic() > deadline:
+        raise PeerUnreachable("the restore took too long (SNAPSHOTD_RESTORE_TIMEOUT_S)")
+
+
+def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
+    """Yield the wants that fill contiguous host memory; the others go to ``left``."""
+    for want in wants:
+        room = _room_of(want)
+        if room is None:
+            left.append(want)
+        else:
+            yield _Spot(want, room)
+
+
+def _room_of(want: Want) -> memoryview | None:
+    if want.target.device.type != "cpu" or want.target.is_conj() or want.target.is_neg() or not want.nbytes:
+        return None
+    whole, slices = view_of(want.target), want.piece.slices()
+    part = whole[slices] if slices else whole
+    return part.reshape(-1).view(np.uint8).data if part.flags.c_contiguous else None
+
+
+def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:
+    batch: list[_Spot] = []
+    size = 0
+    for spot in spots:
+        if batch and (size + spot.room.nbytes > _BATCH_BYTES or len(batch) == _MAX_WANTS):
+            yield batch
+            batch, size = [], 0
+        batch.append(spot)
+        size += spot.room.nbytes
+    if batch:
+        yield batch
+
+
+def _shares(copies: Sequence[Copy], threads: int) -> Iterator[list[Copy]]:
+    """Yield copies of a file in order of their places, as many lists of about the same size as there are threads."""
+    limit = max(_SHARE_BYTES, -(-sum(copy.nbytes for copy in copies) // threads))
+    share: list[Copy] = []
+    size = 0
+    for copy in sorted(copies, key=lambda copy: copy.src_begin):
+        for part in cut_copy(copy, limit):
+            if share and size + part.nbytes > limit:
+                yield share
+                share, size = [], 0
+            share.append(part)
+            size += part.nbytes
+    if share:
+        yield share
+
+
+def _copies_of(slot: pb.RestoreSources.Slot) -> list[Copy]:
+    return [
+        Copy(
+            source=0,
+            target=copy.want,
+            src_begin=copy.src_begin,
+            dst_begin=copy.dst_begin,
+            run_bytes=copy.run_bytes,
+            dims=tuple((repeat.count, repeat.src_stride, repeat.dst_stride) for repeat in copy.repeats),
+        )
+        for copy in slot.copies
+    ]
+
+
+def _check(batch: Sequence[_Spot], copies: Sequence[Sequence[Copy]], others: set[int]) -> None:
+    """RestoreError unless each want is filled whole, or is one of the others, and nothing goes beside it."""
+    filled = dict.fromkeys(range(len(batch)), 0)
+    for copy in (copy for some in copies for copy in some):
+        if copy.target not in filled or copy.dst_range[1] > batch[copy.target].room.nbytes:
+            raise RestoreError("the daemon's answer does not fit what it was asked for")
+        filled[copy.target] += copy.nbytes
+    wrong = [n for n, nbytes in filled.items() if nbytes != (0 if n in others else batch[n].room.nbytes)]
+    if wrong or not filled.keys() >= others:
+        raise RestoreError(f"the daemon's answer does not say where {len(wrong)} of {len(batch)} boxes are")
