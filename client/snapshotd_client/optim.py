@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -35,7 +33,6 @@ class _Entry:
     """The state of one parameter, or the hyperparameters of one group."""
 
     path: str
-    container: Any
     param: Param | None
     key: Any = None
     keys: tuple[Any, ...] = ()
@@ -60,7 +57,7 @@ class _Entry:
             self.names[path] = name = names(path)
             return name
 
-        self.container, self.names = container, {}
+        self.names = {}
         sink = LeafSink("optim", self.param, inline_bytes=0, name=take)
         value = container if skip is None else {k: v for k, v in container.items() if k != skip}
         data = encode(value, self.path, sink)
@@ -85,7 +82,7 @@ class _Entry:
         changed = [(key, old, new) for key, old, new in pairs if old is not new]
         if any(type(old) not in _SCALARS or type(new) not in _SCALARS for _, old, new in changed):
             return False
-        self.container, self.values = container, values
+        self.values = values
         for key, _, new in changed:
             self.texts[key] = f"{dumps(key)}:{dumps(encode(new, self.path))}"
         self.text = f"{{{','.join(self.texts.values())}}}"
@@ -102,10 +99,10 @@ class OptimizerView:
         self.strays: list[Param] = []  # parameters that are in no model
         self._names: Names = Names()
         self._groups: list[_Entry] = []
-        self._members: list[Any] = []
+        self._members: list[list[Any]] = []  # by group
         self._member_texts: list[str] = []
         self._entries: list[_Entry] = []
-        self._held: tuple[list[Any], list[Any], Held] | None = None  # keys of the state, its dicts, what is in them
+        self._held: tuple[Any, Held] | None = None  # the state, and what is in it and in its dicts
         self._moving: list[_Entry] = []
         self._leaves: list[Leaf] | None = None
         self._text: bytes | None = None
@@ -128,17 +125,17 @@ class OptimizerView:
                 members.append(param)
             self.params += members
             self._member_texts.append(dumps([param.name for param in members]))
-        self._members = self._found_members()
+        self._members = [list(group["params"]) for group in self.optimizer.param_groups]
         self._groups = []
         for g, group in enumerate(self.optimizer.param_groups):
-            entry = _Entry(f"{self.key}.group{g}", group, None)
+            entry = _Entry(f"{self.key}.group{g}", None)
             entry.scan(group, self._names.take, "params")
             self._groups.append(entry)
         self._entries = []
         for key, value in self.optimizer.state.items():
             param = self._owner(key, by_id, tree)
             path = f"{self.key}.state.{key!s:.80}" if param is None else self.state_path(param.name)
-            entry = _Entry(path, value, param, key)
+            entry = _Entry(path, param, key)
             entry.key_text = self._key_text(entry)
             entry.scan(value, self._names.take)
             self._entries.append(entry)
@@ -148,9 +145,11 @@ class OptimizerView:
     def refresh(self) -> bool:
         """Take in what is other than at the last scan; False where that needs a new scan: another layout."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if not is_same(self._found_members(), self._members) or len(groups) != len(self._groups):
+        if len(groups) != len(self._groups):
             return False
-        for entry, group in zip(self._groups, groups, strict=True):
+        for entry, group, members in zip(self._groups, groups, self._members, strict=True):
+            if not is_same(group["params"], members):
+                return False
             if not entry.is_same(group) and not self._take_in(entry, group, "params"):
                 return False
         if self._holds(state):
@@ -200,15 +199,15 @@ class OptimizerView:
         """Remember what the state is made of, where one look can tell that it still is."""
         self._moving = [entry for entry in self._entries if entry.moves]
         self._held = None
-        if all(entry.flat for entry in self._entries):
-            containers = [entry.container for entry in self._entries]
-            self._held = ([entry.key for entry in self._entries], containers, Held(containers))
+        state = self.optimizer.state
+        if type(state) in _MAPPINGS and all(entry.flat for entry in self._entries):
+            self._held = (state, Held([state, *state.values()]))
 
     def _holds(self, state: Mapping[Any, Any]) -> bool:
         if self._held is None:
             return False
-        keys, containers, values = self._held
-        return is_same(list(state), keys) and is_same(list(state.values()), containers) and values.unchanged()
+        held, values = self._held
+        return state is held and values.unchanged()
 
     def _take_in(self, entry: _Entry, container: Any, skip: str | None) -> bool:
         """Look at one entry anew; False where its leaves are not what they were, but for being other objects."""
@@ -223,9 +222,6 @@ class OptimizerView:
             entry.moves = entry.moves or bool(kept)
             self._leaves = None
         return before == entry.signature
-
-    def _found_members(self) -> list[Any]:
-        return list(chain.from_iterable(map(itemgetter("params"), self.optimizer.param_groups)))
 
     def _owner(self, key: Any, by_id: dict[int, Param], tree: ModelTree) -> Param | None:
         if not isinstance(key, torch.Tensor):
