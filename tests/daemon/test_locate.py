@@ -116,7 +116,7 @@ def test_any_layout_comes_whole_and_exactly_once(
 
 def test_many_tensors_are_located_while_others_are_read(cluster) -> None:
     (there, node) = cluster.add("n0", "reader")
-    values = {f"w{i}": np.random.default_rng(i).random(100 + i, np.float32) for i in range(1200)}
+    values = {f"w{i}": np.random.default_rng(i).random(100 + i, np.float32) for i in range(2500)}
     ref = cluster.seal(there, [(whole(name, value), value) for name, value in values.items()])
     plan = plan_of(cluster, [ref], ["n0"])
     wants = [
@@ -132,7 +132,7 @@ def test_many_tensors_are_located_while_others_are_read(cluster) -> None:
         _, left = read(link, wants)
     assert [] == left
     assert all(item.target.numpy().tobytes() == values[item.entry.name].tobytes() for item in wants)
-    assert 3 == link.num_asked
+    assert 1 < link.num_asked
 
 
 def test_scattered_boxes_of_this_node_and_other_memory_are_left_to_the_daemon(cluster) -> None:

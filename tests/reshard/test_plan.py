@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout import Box, TensorBox
-from snapshotd.reshard import Plan, SourceShard, TargetShard, apply_copy, coverage, plan
+from snapshotd.reshard import Copy, Plan, SourceShard, TargetShard, apply_copy, coverage, plan
 
 NUMPY = {"float32": np.uint32, "bfloat16": np.uint16, "int64": np.uint64, "uint8": np.uint8}
 
@@ -228,6 +228,37 @@ def test_same_world_is_one_copy_per_file() -> None:
     assert len(plan(sources, targets).copies) == 3
     (copy,) = plan(sources, targets, merge_files=True).copies
     assert (copy.src_begin, copy.dst_begin, copy.run_bytes, copy.dims) == (0, 0, 40, ())
+
+
+def test_many_tensors_at_once_are_planned_as_each_alone() -> None:
+    """What is planned once for tensors alike must differ where they do: element size, sources, order, places, holes."""
+    dice = random.Random(8)
+    sources: list[SourceShard] = []
+    targets: list[TargetShard] = []
+    for number in range(300):
+        shape = dice.choice([(8, 4), (8, 4), (12,), (6, 2, 2)])
+        dtype, scope = dice.choice(["float32", "float32", "int64", "uint8"]), dice.choice(["global", "global", "rank"])
+        cuts = dice.choice([(0, 1.0), (0, 0.5, 1.0), (0, 0.25, 0.5, 1.0)])
+        ranks = dice.sample(range(4), len(cuts) - 1) + [dice.randrange(4)]
+        for rank, low, high in zip(ranks, cuts, cuts[1:], strict=False):
+            begin, end = int(low * shape[0]), int(high * shape[0])
+            box = Box((begin, *(0 for _ in shape[1:])), (end - begin, *shape[1:]))
+            part = tensor(f"t{number}", shape, box, dtype=dtype, scope=scope)
+            sources.append(source(rank, part, dice.randrange(1000) * 8))
+            if dice.random() < 0.3:
+                sources.append(source(dice.randrange(4), part, dice.randrange(1000) * 8))  # a replica
+            if dice.random() < 0.8:
+                targets.append(target(rank, part, dice.randrange(1000) * 8))
+        if scope == "global":
+            middle = Box((shape[0] // 3, *(0 for _ in shape[1:])), (shape[0] // 2, *shape[1:]))
+            targets.append(target(5, tensor(f"t{number}", shape, middle, dtype=dtype), dice.randrange(1000) * 8))
+    dice.shuffle(sources)
+
+    def made(some: list[TargetShard]) -> tuple[Copy, ...]:
+        return plan(sources, some, prefer=lambda rank: int(rank == 2)).copies
+
+    assert len(targets) > 500
+    assert made(targets) == tuple(copy for one in targets for copy in made([one]))
 
 
 def test_rank_private_tensors_come_from_their_own_rank() -> None:
