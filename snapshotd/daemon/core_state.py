@@ -191,7 +191,10 @@ class NodeState:
         self._effects: list[Effect] = []
 
     def job(self, name: str) -> JobState:
-        return self.jobs.setdefault(name, JobState(name=name))
+        job = self.jobs.get(name)
+        if job is None:
+            job = self.jobs[name] = JobState(name=name)
+        return job
 
     def new_slot_id(self) -> SlotId:
         self.next_slot += 1

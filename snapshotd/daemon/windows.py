@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +34,9 @@ MAX_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 _PART_BYTES: Final = 32 * WINDOW_BYTES
 """Less is not worth another thread, and another connection to each peer."""
+
+_ERASURES: Final = (AccessDenied, CorruptionError, PeerError)
+"""What goes wrong with a source is the source's failure."""
 
 Consume = Callable[[int, int, list[memoryview]], None]
 
@@ -161,8 +164,10 @@ class _Part:
     def _open(self, item: Input, stack: ExitStack) -> Stream | None:
         if item.source is None or item.begin == item.end:
             return None
-        with _failing(item.source):
+        try:
             return stack.enter_context(item.source.stream(item.begin, item.end))
+        except _ERASURES as error:
+            raise SourceFailed(item.source, error) from error
 
 
 def _is_remote(item: Input) -> bool:
@@ -172,14 +177,7 @@ def _is_remote(item: Input) -> bool:
 def _take(item: Input, stream: Stream | None, nbytes: int, room: memoryview) -> memoryview:
     if stream is None or item.source is None or not nbytes:
         return memoryview(b"")
-    with _failing(item.source):
-        return stream.take(nbytes, room)
-
-
-@contextmanager
-def _failing(source: Source) -> Iterator[None]:
-    """What goes wrong with a source is the source's failure."""
     try:
-        yield
-    except (AccessDenied, CorruptionError, PeerError) as error:
-        raise SourceFailed(source, error) from error
+        return stream.take(nbytes, room)
+    except _ERASURES as error:
+        raise SourceFailed(item.source, error) from error
