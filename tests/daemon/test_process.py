@@ -87,12 +87,13 @@ import sys, warnings, logging
 import torch
 from snapshotd_client import Snapshotter
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
-model = torch.nn.Linear(200, 200)
+width = int(sys.argv[1])
+model = torch.nn.Linear(width, width)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 snap = Snapshotter(model=model, optimizer=optimizer)
 first = snap.restore()
 for step in range(first, 5):
-    model(torch.ones(1, 200)).sum().backward()
+    model(torch.ones(1, width)).sum().backward()
     optimizer.step()
     snap.capture(step)
     snap.wait(30)
@@ -112,7 +113,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_numbers_and_training_goe
     }
     try:
         ended = subprocess.run(
-            [sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=100, env=environment
+            [sys.executable, "-c", TRAINING, "200"], capture_output=True, text=True, timeout=100, env=environment
         )
         assert (0, True) == (ended.returncode, "refused 5 of 5" in ended.stdout), ended.stdout + ended.stderr
         said = ended.stdout + ended.stderr
@@ -121,3 +122,21 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_numbers_and_training_goe
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("width", [20, 400])
+def test_slots_below_and_above_a_chunk_are_committed(shared_memory: Path, width: int) -> None:
+    """Small ones are sealed where the frame is read, larger ones in a thread: each must come to its commit."""
+    process = daemon(shared_memory, "--budget", "64MiB")
+    assert process.stdout is not None
+    process.stdout.readline()
+    environment = {**os.environ, "SNAPSHOTD_SOCKET": str(shared_memory / "run" / "d.sock")}
+    try:
+        command = [sys.executable, "-c", TRAINING, str(width)]
+        subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
+        (job,) = status(shared_memory)["jobs"]
+        assert 4 == job["committed"]["step"]
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (0, False) == (process.returncode, "Traceback" in errors), errors
