@@ -1,7 +1,7 @@
 """
 Boxes of a snapshot straight out of slots into tensors, past the daemon, which only says where they are.
 
-Rule 1: only what fills contiguous host memory is read so.
+Rule 1: what does not fill contiguous host memory (of a device, or strided) is read into some that is copied from.
 Rule 2: an answer is checked before a byte of it is used; each byte is compared with a digest, and the digests with the
 root that the daemon names.
 Rule 3: this is a shortcut, and may fail: what cannot be read, or is not right, is left to the daemon, which reports it
@@ -19,16 +19,17 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 
 from snapshotd.errors import CorruptionError, PeerUnreachable, SnapshotdError
 from snapshotd.failpoints import failpoint
 from snapshotd.reshard import Copy, cut_copy
 from snapshotd.transfer import BulkClient, ObjectInfo, Piece, Read, Steering, gather
 from snapshotd.v1 import worker_pb2 as pb
-from snapshotd_client.arrays import view_of
+from snapshotd_client.arrays import carrier_dtype, view_of
 from snapshotd_client.counters import logger
 from snapshotd_client.errors import RestoreError
-from snapshotd_client.fetch import Want, asked_for
+from snapshotd_client.fetch import Want, asked_for, cut
 from snapshotd_client.link import Link, Question
 from snapshotd_client.slotfile import SlotFile
 
@@ -39,6 +40,7 @@ _BATCH_BYTES: Final = 16 * 1024 * 1024
 
 _BATCH_GROWTH: Final = 4
 _MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
+_STAGED_BYTES: Final = 64 * 1024 * 1024  # of memory that is copied from, in one batch
 _MAX_WANTS: Final = 2000
 _SHARE_BYTES: Final = 4 * 1024 * 1024
 _PEER_S: Final = 5.0
@@ -46,10 +48,11 @@ _PEER_S: Final = 5.0
 
 
 class _Spot(NamedTuple):
-    """A want, and the memory that it is to fill."""
+    """A want, and the memory that is to be filled for it: the target's own, or else that of ``staged``."""
 
     want: Want
     room: memoryview
+    staged: torch.Tensor | None
 
 
 class DirectReader:
@@ -130,6 +133,9 @@ class DirectReader:
                 self.own_bytes += nbytes
             else:
                 self.peer_bytes += nbytes
+        for number, spot in enumerate(batch):
+            if spot.staged is not None and number not in others:
+                _place(spot.want, spot.staged)
         return [batch[number].want for number in sorted(others)]
 
     def _read_slot(
@@ -189,32 +195,44 @@ def _check_time(deadline: float, nbytes: int) -> None:
 
 
 def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
-    """Yield the wants that fill contiguous host memory; the others go to ``left``."""
+    """Yield what is to be read; what has no bytes, or waits for a conjugation, goes to ``left``."""
     for want in wants:
-        room = _room_of(want)
-        if room is None:
+        if not want.nbytes or want.target.is_conj() or want.target.is_neg():
             left.append(want)
+        elif (room := _room_of(want)) is not None:
+            yield _Spot(want, room, None)
         else:
-            yield _Spot(want, room)
+            for part in cut(want):
+                staged = torch.empty(part.piece.box.lengths, dtype=carrier_dtype(want.target.element_size()))
+                yield _Spot(part, view_of(staged).reshape(-1).view(np.uint8).data, staged)
 
 
 def _room_of(want: Want) -> memoryview | None:
-    if want.target.device.type != "cpu" or want.target.is_conj() or want.target.is_neg() or not want.nbytes:
+    """Return the memory that a want fills, if it is contiguous host memory."""
+    if want.target.device.type != "cpu":
         return None
     whole, slices = view_of(want.target), want.piece.slices()
     part = whole[slices] if slices else whole
     return part.reshape(-1).view(np.uint8).data if part.flags.c_contiguous else None
 
 
+def _place(want: Want, staged: torch.Tensor) -> None:
+    target, slices = want.target.detach().view(staged.dtype), want.piece.slices()
+    with torch.no_grad():
+        (target[slices] if slices else target).copy_(staged)
+
+
 def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:
     batch: list[_Spot] = []
-    size, limit = 0, _BATCH_BYTES
+    size = staged = 0
+    limit = _BATCH_BYTES
     for spot in spots:
-        if batch and (size + spot.room.nbytes > limit or len(batch) == _MAX_WANTS):
+        if batch and (size >= limit or staged >= _STAGED_BYTES or len(batch) == _MAX_WANTS):
             yield batch
-            batch, size, limit = [], 0, min(limit * _BATCH_GROWTH, _MAX_BATCH_BYTES)
+            batch, size, staged, limit = [], 0, 0, min(limit * _BATCH_GROWTH, _MAX_BATCH_BYTES)
         batch.append(spot)
         size += spot.room.nbytes
+        staged += spot.room.nbytes if spot.staged is not None else 0
     if batch:
         yield batch
 

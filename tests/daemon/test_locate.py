@@ -135,20 +135,46 @@ def test_many_tensors_are_located_while_others_are_read(cluster) -> None:
     assert 1 < link.num_asked
 
 
-def test_scattered_boxes_of_this_node_and_other_memory_are_left_to_the_daemon(cluster) -> None:
+def test_scattered_boxes_of_this_node_are_left_to_the_daemon(cluster) -> None:
     plan = sealed_state(cluster, 3)
     node = cluster.nodes["n1"]
     with Restore(plan, 3, node.arena, node.sources) as restore:
         wants = [item for rank in range(3) for item in wanted(wants_of(rank, 3)) if item.nbytes]
-        base = torch.ones(wants[0].target.shape[0], 600)
-        strided = Want(wants[0].entry, wants[0].piece, base[:, ::2])
-        _, left = read(DirectLink(restore), [strided, *wants])
+        _, left = read(DirectLink(restore), wants)
         own = [item for item in wants if item.piece.box.offsets[:1] == split(TENSORS[item.entry.name], 1, 3)[0][:1]]
         own = [item for item in own if item.target.ndim]
         assert len(own) >= 4
-        assert {id(strided), *map(id, own)} == set(map(id, left))
+        assert set(map(id, own)) == set(map(id, left))
         assert all(is_right(item) for item in wants if item not in own)
-        assert bool((base == 1).all())
+
+
+def test_strided_memory_is_filled_and_nothing_beside_it(scene) -> None:
+    restore, _ = scene
+    (plain,) = wanted([want("emb", (0, 0), (1031, 300))])
+    base = torch.ones(1031, 600)
+    _, left = read(DirectLink(restore), [Want(plain.entry, plain.piece, base[:, ::2])])
+    assert [] == left
+    assert TENSORS["emb"].tobytes() == base[:, ::2].contiguous().numpy().tobytes()
+    assert bool((base[:, 1::2] == 1).all())
+
+
+def test_memory_that_is_not_the_hosts_is_filled_by_way_of_some_that_is(scene, monkeypatch) -> None:
+    """As on a device: nothing is received straight into it, and a large tensor comes in parts."""
+    restore, cluster = scene
+    monkeypatch.setattr("snapshotd_client.direct._room_of", lambda item: None)
+    monkeypatch.setattr("snapshotd_client.fetch.BATCH_BYTES", 100_000)
+    wants = [item for item in wanted(wants_of(0, 1)) if item.nbytes]
+    link = DirectLink(restore)
+    reader, left = read(link, wants)
+    assert [] == left
+    assert all(map(is_right, wants))
+    assert sum(item.nbytes for item in wants) == reader.peer_bytes
+    cluster.nodes["n1"].kill()
+    wants = [item for item in wanted(wants_of(0, 1)) if item.nbytes]
+    _, left = read(link, wants)
+    assert "emb" in names(left)
+    assert not any(bool((part.target == 1).all()) for part in wants if part.entry.name == "scalar")
+    assert all(bool((part.target == 1).all()) for part in wants if part.entry.name == "w")
 
 
 @pytest.fixture
@@ -278,6 +304,24 @@ def test_a_dead_peer_costs_one_try_and_nobody_else_anything(scene, caplog) -> No
     assert all(map(is_right, mine))
     assert [] == link.faults
     assert 1 == sum("n2" in record.message for record in caplog.records)
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_tensor(cluster) -> None:
+    there, node = cluster.add("n0", "reader")
+    value = np.random.default_rng(1).random(1_500_000, np.float32)
+    plan = plan_of(cluster, [cluster.seal(there, [(whole("w", value), value)])], ["n0"])
+    entry, piece = Entry("w", "float32", value.shape, "global", "param"), Piece(Box.whole(value.shape), (0,))
+    with Restore(plan, 1, node.arena, node.sources) as restore:
+        item = Want(entry, piece, torch.zeros(value.shape))
+        link = DirectLink(restore)
+        failpoints.configure("transfer.mid_send=raise@2")
+        reader, left = read(link, [item])
+        assert ([item], [], 0) == (left, link.faults, reader.peer_bytes)
+        assert item.target[:100_000].numpy().tobytes() == value[:100_000].tobytes()  # it did come so far
+        batch = restore.assemble(0, [want("w", (0,), value.shape)])
+        with open(batch.paths[0], "rb") as file:
+            file.seek(batch.offsets[0])
+            assert value.tobytes() == file.read(value.nbytes)
 
 
 def _other_want(found: worker.RestoreSources) -> None:
