@@ -61,7 +61,7 @@ SITES: Final[dict[str, str]] = {
     "daemon.before_encode": "The daemon was told to protect a step and has read nothing yet.",
     "daemon.before_hash": "The worker has sealed a slot and it is not hashed yet.",
     "daemon.before_report": "Sealed or protected here, the coordinator does not know yet.",
-    "daemon.mid_assemble": "A restoring rank's state is partly assembled.",
+    "daemon.mid_assemble": "A restoring rank's state is partly assembled, or found for it.",
     "daemon.mid_encode": "Some windows of parity are computed, others are not.",
     "daemon.mid_rebuild": "A lost part is partly decoded.",
     "persist.after_rename": "A durable file has its name, the snapshot has no marker.",

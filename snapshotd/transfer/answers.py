@@ -60,7 +60,7 @@ class Answers:
             ranges, copies = _checked(request, size)
             digests = (obj.digests or b"") if request.digests else b""
             nbytes = len(digests) + sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
-            _send_head(sock, obj, nbytes)
+            _send_head(sock, obj, nbytes, exact=request.exact)
             with memoryview(digests) as piece:
                 self._send_piece(sock, piece, 0, piece.nbytes)
             verified = _Verified(obj, view, request.object)
@@ -161,8 +161,10 @@ class _Verified:
         return room[:held]
 
 
-def _send_head(sock: socket.socket, obj: Servable, payload_bytes: int) -> None:
-    head = BulkResponse(ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, payload_bytes=payload_bytes)
+def _send_head(sock: socket.socket, obj: Servable, payload_bytes: int, *, exact: bool) -> None:
+    head = BulkResponse(
+        ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, payload_bytes=payload_bytes, exact=exact
+    )
     wire.send_frame(sock, head)
 
 

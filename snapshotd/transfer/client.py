@@ -139,9 +139,7 @@ class BulkClient:
             answer = stack.enter_context(self._sending(address, request, cancel))
             exact = Exact(
                 _Answer(answer, address),
-                digests=_begin(
-                    answer, address, key, digests, file_bytes, expected, learned, owned=request.exact or bool(parts)
-                ),
+                digests=_begin(answer, address, request, digests, file_bytes, expected, learned),
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
                 name=describe(key),
@@ -188,7 +186,7 @@ class BulkClient:
             incoming = Incoming(
                 _Answer(answer, address),
                 spans,
-                begin=lambda: _begin(answer, address, key, digests, file_bytes, expected, learned, owned=False),
+                begin=lambda: _begin(answer, address, request, digests, file_bytes, expected, learned),
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
                 name=describe(key),
@@ -269,24 +267,25 @@ def _head(answer: Borrowed, address: str) -> BulkResponse:
 def _begin(
     answer: Borrowed,
     address: str,
-    key: ObjectKey,
+    request: BulkRequest,
     digests: bytes | None,
     file_bytes: int,
     expected: int,
     learned: Callable[[ObjectInfo], None],
-    *,
-    owned: bool,
 ) -> bytes:
     """
     Await the head of an answer with ``expected`` bytes of data, and return the digests of all chunks: those that are
-    known, or that come with it. ``owned``: its owner verifies some of it, and must mean the same object by its name.
+    known, or that come with it. An owner that verifies some of it must mean the same object by its name.
     """
     response = _head(answer, address)
+    key = request.object
+    if request.exact and not response.exact:
+        raise RemoteProtocolError(f"{address} cannot send ranges that end inside chunks: update its daemon")
     if response.file_bytes != file_bytes:
         raise CorruptionError(f"{describe(key)} has {response.file_bytes} bytes at {address}, {file_bytes} were sealed")
     if digests is not None:
         _check_payload(address, key, response, expected)
-        if owned and response.root_digest != root_digest(digests):
+        if (request.exact or request.blocks) and response.root_digest != root_digest(digests):
             raise CorruptionError(
                 f"{describe(key)} has another root digest at {address} by now: {response.root_digest}"
             )

@@ -82,7 +82,7 @@ class BulkRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., hold: _Optional[bool] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
-    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held", "digests")
+    __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held", "digests", "exact")
     OK_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class BulkResponse(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     code: str
     message: str
@@ -99,4 +100,5 @@ class BulkResponse(_message.Message):
     payload_bytes: int
     held: bool
     digests: bytes
-    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., held: _Optional[bool] = ..., digests: _Optional[bytes] = ...) -> None: ...
+    exact: bool
+    def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., held: _Optional[bool] = ..., digests: _Optional[bytes] = ..., exact: _Optional[bool] = ...) -> None: ...

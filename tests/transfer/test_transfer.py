@@ -356,6 +356,16 @@ def _frame(**fields: object) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
+def test_a_server_of_before_exact_ranges_is_told_apart(client: BulkClient) -> None:
+    """It would send the bytes, and nothing behind them: the reader must not wait for that."""
+    answer = _frame(ok=True, file_bytes=100, payload_bytes=50) + bytes(50)
+    with (
+        _fake(answer, hold=True) as address,
+        pytest.raises(RemoteProtocolError, match="update its daemon"),
+    ):
+        client.read_verified(address, slot(), [(0, bytearray(50))], digests=bytes(8), file_bytes=100)
+
+
 def test_nobody_listens(client: BulkClient) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = wire.format_address(*listener.getsockname())
