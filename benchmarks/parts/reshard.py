@@ -1,18 +1,16 @@
 """
 Reshard: a snapshot of 4 ranks read by 2, 3 and 8; a lost rank decoded out of 3 others; all of it verified.
 
-The reader is a worker's, with the tensors that it fills; its daemon says where the bytes are from a thread beside it.
+The reader is a worker's, with the tensors that it fills; its daemon, beside it, says where the bytes are.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import socket
 import time
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,11 @@ from typing import Any
 import torch
 from snapshotd_client.direct import DirectReader
 from snapshotd_client.fetch import Entry, Want
+from snapshotd_client.link import Link
 from snapshotd_client.placement import Piece
 
 from snapshotd.arena import Arena
 from snapshotd.daemon.rebuild import rebuild
-from snapshotd.daemon.restore import Restore
 from snapshotd.daemon.sources import Sources
 from snapshotd.erasure import load_codec
 from snapshotd.transfer import BulkClient
@@ -52,20 +50,22 @@ def rows(run: Run) -> Iterator[Row]:
     text = wait_for(lambda: out.read_text(encoding="ascii") if out.exists() else "", "the holder", 120.0, of=[holder])
     found_there = json.loads(text)
     target = run.memory(3 * int(found_there["plain_bytes"]), fill=False)
-    scene = _Scene(run, found_there, nbytes, target)
+    path = run.directory / "reader.sock"
+    module = f"{__package__.rpartition('.')[0]}.locator"
+    locator = run.start("locator", ["-m", module, str(path), str(out)])
+    wait_for(path.exists, "the reader's daemon", 30.0, of=[locator])
+    scene = _Scene(run, path, found_there, nbytes, target)
     run.finally_do(scene.close)
-    gc.freeze()  # the daemon's half has no torch, and its collections do not look at what that brought along
-    run.finally_do(gc.unfreeze)
     for ranks in (2, 3, 8):
-        wanted, wants = scene.wanted_bytes(ranks), scene.wants(ranks)
+        wanted, wants, link = scene.wanted_bytes(ranks), scene.wants(ranks), scene.link(ranks)
         found = run.rounds(
             {
-                "ours": lambda ranks=ranks, wants=wants: scene.read(ranks, wants),
+                "ours": lambda link=link, wants=wants: scene.read(link, wants),
                 "floor": lambda wanted=wanted: scene.receive(target, wanted),
             },
             rounds=5,
             within_s=12.0,
-            pids=[holder.pid],
+            pids=[holder.pid, locator.pid],
         )
         yield Row.speed(
             f"{RANKS} ranks' state read by rank 1 of {ranks}",
@@ -99,27 +99,16 @@ def rows(run: Run) -> Iterator[Row]:
     )
 
 
-class _Daemon:
-    """A link to a daemon that has this one restore."""
+class _Silent:
+    """A worker that only restores hears nothing else of its daemon."""
 
-    def __init__(self, restore: Restore) -> None:
-        self.session = 1
-        self._restore = restore
-        self._thread = ThreadPoolExecutor(1)
+    def on_welcome(self, welcome: worker.WorkerWelcome, session: int) -> None: ...
 
-    def begin(self, frame: worker.Frame) -> Future[worker.RestoreSources]:
-        wants = worker.RestoreLocate.FromString(frame.restore_locate.SerializeToString()).wants
-        return self._thread.submit(self._restore.locate, 1, wants)
+    def on_frame(self, frame: worker.Frame, session: int) -> None: ...
 
-    def finish(self, question: Future[worker.RestoreSources], timeout_s: float) -> worker.Frame:
-        answer = question.result(timeout_s).SerializeToString()
-        return worker.Frame(restore_sources=worker.RestoreSources.FromString(answer))
+    def on_lost(self, reason: str, was_welcome: bool) -> None: ...
 
-    def __enter__(self) -> _Daemon:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown()
+    def on_refused(self, error: worker.WorkerError) -> None: ...
 
 
 @dataclass
@@ -132,7 +121,7 @@ class _Held:
 class _Scene:
     """A node that has nothing yet, and the holder that has it all."""
 
-    def __init__(self, run: Run, found: dict[str, Any], nbytes: int, memory: memoryview) -> None:
+    def __init__(self, run: Run, path: Path, found: dict[str, Any], nbytes: int, memory: memoryview) -> None:
         self._nbytes = nbytes
         self._held = _Held(
             found["address"], list(found["plain"]), control.StripeSet.FromString(b64decode(found["set"]))
@@ -144,32 +133,38 @@ class _Scene:
         self._sources = Sources("reader", self._arena, self._client)
         self._codec, _ = load_codec()
         self._memory = memory
+        self._socket = path
+        self._links: list[Link] = []
         self._peers = [control.PeerAddress(node_id=f"n{rank}", bulk=self._held.address) for rank in range(RANKS)]
 
     def close(self) -> None:
+        for link in self._links:
+            link.close(None)
         self._client.close()
         self._arena.close()
 
     def wanted_bytes(self, ranks: int) -> int:
         return sum(boxes_of(shape, 1, ranks).numel * 4 for _, shape in tensors(self._nbytes))
 
-    def read(self, ranks: int, wants: Sequence[Want]) -> None:
-        slots = [member.slot for member in self._held.stripe_set.members]
-        plan = control.RestorePlan(
-            job=JOB,
-            epoch=2,
-            kind=control.RESTORE_KIND_MEMORY,
-            source_epoch=1,
-            source_step=1,
-            source_world_size=RANKS,
-            nodes=[f"n{rank}" for rank in range(RANKS)],
-            slots=slots,
-            peers=self._peers,
-        )
-        with Restore(plan, ranks, self._arena, self._sources) as restore, _Daemon(restore) as daemon:
-            reader = DirectReader(daemon, time.monotonic() + 60.0, _THREADS)
-            left = reader.run(wants)
-            self.fetched_bytes = reader.peer_bytes
+    def link(self, ranks: int) -> Link:
+        """As rank 1 of so many."""
+        hello = worker.WorkerHello(protocol=1, job=JOB, rank=1, world_size=ranks)
+        link = Link(str(self._socket), hello, _Silent())
+        link.start()
+        self._links.append(link)
+        if not link.wait_session(30.0):
+            raise BenchError("the reader's daemon does not answer")
+        return link
+
+    def read(self, link: Link, wants: Sequence[Want]) -> None:
+        """From the question what there is to the last byte in its tensor."""
+        decision = link.ask(worker.Frame(restore_query=worker.RestoreQuery()), 60.0)
+        if decision is None:
+            raise BenchError("the reader's daemon does not say what there is")
+        reader = DirectReader(link, time.monotonic() + 60.0, _THREADS)
+        left = reader.run(wants)
+        link.post(worker.Frame(restore_done=worker.RestoreDone(ok=True)), link.session)
+        self.fetched_bytes = reader.peer_bytes
         if left:
             raise BenchError(f"{len(left)} boxes were not read from peers")
 
