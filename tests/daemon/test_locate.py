@@ -69,6 +69,13 @@ def wanted(wants: Sequence[worker.RestoreWant.Want]) -> list[Want]:
     return made
 
 
+def vector(name: str, size: int) -> Want:
+    """All of a tensor of float32, with zeros that are to be filled."""
+    return Want(
+        Entry(name, "float32", (size,), "global", "param"), Piece(Box.whole((size,)), (0,)), torch.zeros(size)
+    )
+
+
 def is_right(item: Want) -> bool:
     box = item.piece.box
     cut = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.lengths, strict=True))
@@ -119,14 +126,7 @@ def test_many_tensors_are_located_while_others_are_read(cluster) -> None:
     values = {f"w{i}": np.random.default_rng(i).random(100 + i, np.float32) for i in range(2500)}
     ref = cluster.seal(there, [(whole(name, value), value) for name, value in values.items()])
     plan = plan_of(cluster, [ref], ["n0"])
-    wants = [
-        Want(
-            Entry(name, "float32", value.shape, "global", "param"),
-            Piece(Box.whole(value.shape), (0,)),
-            torch.zeros(value.shape),
-        )
-        for name, value in values.items()
-    ]
+    wants = [vector(name, len(value)) for name, value in values.items()]
     with Restore(plan, 1, node.arena, node.sources) as restore:
         link = DirectLink(restore)
         _, left = read(link, wants)
@@ -184,14 +184,7 @@ def own(cluster) -> Iterator[tuple[Restore, object, list[Want], list[bytes]]]:
     dice = np.random.default_rng(3)
     values = {f"w{i}": dice.random(int(dice.choice([1, 77, 3000, 90_000, 700_001])), np.float32) for i in range(60)}
     ref = cluster.seal(node, [(whole(name, value), value) for name, value in values.items()])
-    wants = [
-        Want(
-            Entry(name, "float32", value.shape, "global", "param"),
-            Piece(Box.whole(value.shape), (0,)),
-            torch.zeros(value.shape),
-        )
-        for name, value in values.items()
-    ]
+    wants = [vector(name, len(value)) for name, value in values.items()]
     with Restore(plan_of(cluster, [ref], ["n0"]), 1, node.arena, node.sources) as restore:
         yield restore, node.arena.find(slot_key(ref)), wants, [value.tobytes() for value in values.values()]
 
@@ -310,9 +303,8 @@ def test_a_peer_that_dies_in_the_middle_of_a_tensor(cluster) -> None:
     there, node = cluster.add("n0", "reader")
     value = np.random.default_rng(1).random(1_500_000, np.float32)
     plan = plan_of(cluster, [cluster.seal(there, [(whole("w", value), value)])], ["n0"])
-    entry, piece = Entry("w", "float32", value.shape, "global", "param"), Piece(Box.whole(value.shape), (0,))
     with Restore(plan, 1, node.arena, node.sources) as restore:
-        item = Want(entry, piece, torch.zeros(value.shape))
+        item = vector("w", len(value))
         link = DirectLink(restore)
         failpoints.configure("transfer.mid_send=raise@2")
         reader, left = read(link, [item])
