@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
+from snapshotd.batches import batches
 from snapshotd.errors import CorruptionError, PeerUnreachable, SnapshotdError
 from snapshotd.failpoints import failpoint
 from snapshotd.reshard import Copy, cut_copy
@@ -78,16 +79,16 @@ class DirectReader:
         """Fill those of ``wants`` that can be, and return the others."""
         begun = time.monotonic()
         left: list[Want] = []
-        batches = _batches(_spots(wants, left))
+        todo = _batches(_spots(wants, left))
         try:
             with (
                 ThreadPoolExecutor(self._threads, "snapshotd-direct") as pool,
                 BulkClient(timeout_s=_PEER_S, connections_per_peer=max(1, self._threads // 2)) as client,
             ):
-                batch = next(batches, None)
+                batch = next(todo, None)
                 question = self._ask(batch) if batch else None
                 while batch and question:
-                    following = next(batches, None)
+                    following = next(todo, None)
                     # The daemon looks for these while those before are read.
                     next_question = self._ask(following) if following else None
                     left += self._read(batch, self._answer(question), client, pool)
@@ -238,19 +239,10 @@ def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:
 
 
 def _shares(copies: Sequence[Copy], threads: int) -> Iterator[list[Copy]]:
-    """Yield copies of a file in order of their places, as many lists of about the same size as there are threads."""
+    """Yield copies of a file in order of their places, as lists of about the same size for so many threads."""
     limit = max(_SHARE_BYTES, -(-sum(copy.nbytes for copy in copies) // threads))
-    share: list[Copy] = []
-    size = 0
-    for copy in sorted(copies, key=lambda copy: copy.src_begin):
-        for part in cut_copy(copy, limit):
-            if share and size + part.nbytes > limit:
-                yield share
-                share, size = [], 0
-            share.append(part)
-            size += part.nbytes
-    if share:
-        yield share
+    ordered = sorted(copies, key=lambda copy: copy.src_begin)
+    return batches((part for copy in ordered for part in cut_copy(copy, limit)), limit)
 
 
 def _copies_of(slot: pb.RestoreSources.Slot) -> list[Copy]:

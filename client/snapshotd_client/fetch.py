@@ -1,5 +1,6 @@
 """
-Boxes of a snapshot into tensors: what is wanted is asked for in batches, and copied from the daemon's files.
+Boxes of a snapshot into tensors by way of the daemon, for what is not read past it (see direct): it is asked for in
+batches, and copied from the daemon's files.
 
 Rule 1: a batch has at most 16 MiB; a larger box is cut along its first dimension > 1. While one is copied, the daemon
 gets the next ones ready; no thread waits for the others between two of them.
@@ -20,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from snapshotd.batches import batches
 from snapshotd.errors import SnapshotdError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import DTYPES
@@ -123,12 +125,12 @@ class Fetcher:
         asked: deque[tuple[list[Want], Question]] = deque()
         filling: deque[_Filling] = deque()
         with ThreadPoolExecutor(self._threads, "snapshotd-fill") as copiers:
-            batches = _batches(wants)
-            batch = next(batches, None)
+            left = batches((part for want in wants for part in cut(want)), BATCH_BYTES, _MAX_WANTS)
+            batch = next(left, None)
             while batch or asked or filling:
                 if batch and len(asked) <= _AHEAD:
                     asked.append((batch, self._begin(batch)))
-                    batch = next(batches, None)
+                    batch = next(left, None)
                 elif asked and len(filling) < _AT_ONCE:
                     filling.append(self._take(*asked.popleft(), copiers))
                 else:
@@ -193,20 +195,6 @@ def asked_for(want: Want) -> pb.RestoreWant.Want:
     return pb.RestoreWant.Want(
         name=want.entry.name, scope=want.entry.scope, offsets=box.offsets, lengths=box.lengths
     )
-
-
-def _batches(wants: Iterable[Want]) -> Iterator[list[Want]]:
-    batch: list[Want] = []
-    size = 0
-    for want in wants:
-        for part in cut(want):
-            if batch and (size + part.nbytes > BATCH_BYTES or len(batch) >= _MAX_WANTS):
-                yield batch
-                batch, size = [], 0
-            batch.append(part)
-            size += part.nbytes
-    if batch:
-        yield batch
 
 
 def cut(want: Want) -> Iterator[Want]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
+from snapshotd.batches import batches
 from snapshotd.layout import CHUNK_BYTES
 from snapshotd.reshard import Copy, cut_copy
 from snapshotd.transfer.blocks import BLOCK_BYTES_MAX, BLOCKS_MAX
@@ -72,13 +73,13 @@ def gather(read: Read, copies: Iterable[Copy], targets: Sequence[memoryview]) ->
         pieces += (Piece(copy.src_begin, targets[copy.target][slice(*copy.dst_range)]) for copy in run)
     requests.append(pieces)
     parts = [part for copy in small for part in cut_copy(copy, BLOCK_BYTES_MAX)]
-    batches = list(_batches(sorted(parts, key=lambda copy: copy.src_begin)))
+    behind = list(batches(sorted(parts, key=lambda copy: copy.src_begin), BATCH_BYTES, BLOCKS_MAX))
     fetched = 0
     for pieces in requests:
-        batch = batches.pop() if batches else []
+        batch = behind.pop() if behind else []
         if pieces or batch:
             fetched += read(pieces, batch, targets)
-    for batch in batches:
+    for batch in behind:
         fetched += read([], batch, targets)
     return fetched
 
@@ -93,16 +94,3 @@ def _joined(runs: Sequence[Copy]) -> Iterator[list[Copy]]:
         joined.append(run)
     if joined:
         yield joined
-
-
-def _batches(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    batch: list[Copy] = []
-    size = 0
-    for copy in copies:
-        if batch and (size + copy.nbytes > BATCH_BYTES or len(batch) == BLOCKS_MAX):
-            yield batch
-            batch, size = [], 0
-        batch.append(copy)
-        size += copy.nbytes
-    if batch:
-        yield batch

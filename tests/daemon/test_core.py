@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
 from snapshotd.layout import Box, Layout, TensorBox
@@ -487,57 +485,7 @@ def test_what_was_found_at_the_start_is_not_overwritten_before_the_coordinator_i
     assert 5 not in bench.steps()
 
 
-# ---------------------------------------------------------------- restore, rebuild, corruption
-
-
-def plan(kind: int, epoch: int = 2, step: int = 5) -> control.RestorePlan:
-    return control.RestorePlan(
-        job=JOB, epoch=epoch, kind=control.RestoreKind.ValueType(kind), source_epoch=1, source_step=step, reason="why"
-    )
-
-
-def test_a_query_waits_for_the_plan_of_its_epoch() -> None:
-    bench = Bench()
-    bench.hello(1, 0, epoch=2)
-    bench.frame(1, 3, restore_query=worker.RestoreQuery())
-    assert [asked.epoch for asked in bench.reports("restore_asked")] == [2]
-    bench.said(restore_plan=plan(control.RESTORE_KIND_MEMORY))
-    (serve,) = bench.done(events.ServeRestore)
-    assert (serve.rank, serve.world_size, serve.frame.request_id) == (0, 2, 3)
-
-
-@pytest.mark.parametrize(
-    ("kind", "decision"),
-    [
-        (control.RESTORE_KIND_FRESH, worker.RestoreDecision.KIND_FRESH),
-        (control.RESTORE_KIND_REFUSED, worker.RestoreDecision.KIND_REFUSED),
-    ],
-)
-def test_fresh_and_refused_are_answered_at_once(kind: int, decision: int) -> None:
-    bench = Bench()
-    bench.hello(1, 0, epoch=2)
-    bench.said(restore_plan=plan(kind))
-    bench.frame(1, 3, restore_query=worker.RestoreQuery())
-    assert [(one.kind, one.reason) for one in bench.to_worker(1, "restore_decision")] == [(decision, "why")]
-
-
-def test_a_query_without_a_decision_is_answered_in_time() -> None:
-    bench = Bench(connected=False)
-    bench.hello(1, 0, epoch=2)
-    bench.frame(1, 3, restore_query=worker.RestoreQuery())
-    bench.now = SETTINGS.restore_wait_s
-    bench.handle(events.Ticked())
-    (decision,) = bench.to_worker(1, "restore_decision")
-    assert decision.kind == worker.RestoreDecision.KIND_UNDECIDED
-    assert "coordinator is away" in decision.reason
-
-
-def test_a_plan_that_contradicts_the_first_is_ignored() -> None:
-    bench = Bench()
-    bench.hello(1, 0, epoch=2)
-    bench.said(restore_plan=plan(control.RESTORE_KIND_MEMORY, step=5))
-    bench.said(restore_plan=plan(control.RESTORE_KIND_MEMORY, step=4))
-    assert bench.core.state.counters["contradicting_plans"] == 1
+# ---------------------------------------------------------------- drop, rebuild, corruption
 
 
 def test_dropping_frees_older_epochs_but_what_is_kept() -> None:
