@@ -1,8 +1,9 @@
 """
-The daemon of a node that has nothing yet, as far as a restore needs it: `python -m benchmarks.locator SOCKET FOUND`.
+The daemon of a node without a slot, as far as a restore needs it: `python -m benchmarks.locator SOCKET FOUND`.
 
-A worker that asks what to restore gets the state that the holder has (FOUND is what it wrote), read anew for each
-question, and then where its boxes are. Its world is that of its hello.
+A worker that asks what to restore gets the state that the holder has (FOUND is what it wrote), and then where its boxes
+are. Its world is that of its hello. The daemon has protected this state, and so knows its layouts, as one does whose
+own rank is gone; for a worker whose hello says NEW it is one that never saw them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from snapshotd.arena import Arena
 from snapshotd.daemon.events import WorkerConn
+from snapshotd.daemon.layouts import Layouts
 from snapshotd.daemon.restore import Restore
 from snapshotd.daemon.sources import Sources
 from snapshotd.daemon.workers import WorkerSocket
@@ -25,21 +27,35 @@ from snapshotd.v1 import worker_pb2 as worker
 
 from .holder import JOB, RANKS
 
+NEW = "new"
+"""The formation of a worker whose daemon has just been started."""
+
 
 class _Locator:
     def __init__(self, found: Path, arena: Arena, client: BulkClient) -> None:
         self._found = json.loads(found.read_text(encoding="ascii"))
         self._arena = arena
         self._sources = Sources("reader", arena, client)
+        self._layouts = Layouts()
         self._hellos: dict[WorkerConn, worker.WorkerHello] = {}
         self._restores: dict[WorkerConn, Restore] = {}
+
+    def learn(self) -> None:
+        """As behind the first step that it protects."""
+        self._sources.learn(self._plan().peers)
+        stripe_set = control.StripeSet.FromString(b64decode(self._found["set"]))
+        learning = self._layouts.learn([stripe_set], self._sources)
+        assert learning is not None
+        learning.result()
 
     def serve(self, conn: WorkerConn, frame: worker.Frame) -> worker.Frame | None:
         if frame.HasField("hello"):
             self._hellos[conn] = frame.hello
             return worker.Frame(welcome=worker.WorkerWelcome(node_id="reader"))
         if frame.HasField("restore_query"):
-            self._restores[conn] = Restore(self._plan(), self._hellos[conn].world_size, self._arena, self._sources)
+            hello = self._hellos[conn]
+            layouts = Layouts() if hello.formation == NEW else self._layouts
+            self._restores[conn] = Restore(self._plan(), hello.world_size, self._arena, self._sources, layouts)
             decision = worker.RestoreDecision(kind=worker.RestoreDecision.KIND_SNAPSHOT, direct=True)
             return worker.Frame(request_id=frame.request_id, restore_decision=decision)
         if frame.HasField("restore_locate"):
@@ -70,6 +86,7 @@ async def main(path: str, found: str) -> None:
     arena = Arena(Path(f"{path}.arena"), budget_bytes=1 << 30)
     with BulkClient() as client, ThreadPoolExecutor(1) as thread:
         locator = _Locator(Path(found), arena, client)
+        locator.learn()
 
         def hear(conn: WorkerConn, frame: worker.Frame) -> None:
             answered = loop.run_in_executor(thread, locator.serve, conn, frame)

@@ -1,7 +1,8 @@
 """
 Reshard: a snapshot of 4 ranks read by 2, 3 and 8; a lost rank decoded out of 3 others; all of it verified.
 
-The reader is a worker's, with the tensors that it fills; its daemon, beside it, says where the bytes are.
+The reader is a worker's, with the tensors that it fills; its daemon, beside it, says where the bytes are. It is one of
+the group that protected the state; a new one, which has to read the layouts first, stands beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from snapshotd.v1 import worker_pb2 as worker
 
 from .. import Row, Run, Series
 from ..holder import JOB, RANKS, boxes_of, tensors
+from ..locator import NEW
 from ..owner import PIECE_BYTES, RANGE
 from ..processes import BenchError, wait_for
 
@@ -57,10 +59,12 @@ def rows(run: Run) -> Iterator[Row]:
     scene = _Scene(run, path, found_there, nbytes, target)
     run.finally_do(scene.close)
     for ranks in (2, 3, 8):
-        wanted, wants, link = scene.wanted_bytes(ranks), scene.wants(ranks), scene.link(ranks)
+        wanted, wants = scene.wanted_bytes(ranks), scene.wants(ranks)
+        link, new = scene.link(ranks), scene.link(ranks, NEW)
         found = run.rounds(
             {
                 "ours": lambda link=link, wants=wants: scene.read(link, wants),
+                "new": lambda link=new, wants=wants: scene.read(link, wants),
                 "floor": lambda wanted=wanted: scene.receive(target, wanted),
             },
             rounds=5,
@@ -72,6 +76,14 @@ def rows(run: Run) -> Iterator[Row]:
             found["ours"],
             found["floor"],
             at_least=None if run.short else 0.8,
+            against="plain TCP recv_into of the bytes wanted",
+            nbytes=wanted,
+        )
+        yield Row.speed(
+            f"{RANKS} ranks' state read by rank 1 of {ranks}, on a new node",
+            found["new"],
+            found["floor"],
+            at_least=None,
             against="plain TCP recv_into of the bytes wanted",
             nbytes=wanted,
         )
@@ -146,9 +158,9 @@ class _Scene:
     def wanted_bytes(self, ranks: int) -> int:
         return sum(boxes_of(shape, 1, ranks).numel * 4 for _, shape in tensors(self._nbytes))
 
-    def link(self, ranks: int) -> Link:
-        """As rank 1 of so many."""
-        hello = worker.WorkerHello(protocol=1, job=JOB, rank=1, world_size=ranks)
+    def link(self, ranks: int, formation: str = "") -> Link:
+        """As rank 1 of so many; of a NEW formation on a node that has just been added."""
+        hello = worker.WorkerHello(protocol=1, job=JOB, rank=1, world_size=ranks, formation=formation)
         link = Link(str(self._socket), hello, _Silent())
         link.start()
         self._links.append(link)

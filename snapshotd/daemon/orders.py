@@ -18,6 +18,7 @@ from snapshotd.arena import Arena, Need, SlotFile, check
 from snapshotd.arena.keys import parity_key
 from snapshotd.daemon import events
 from snapshotd.daemon.cancel import Cancelled
+from snapshotd.daemon.layouts import Layouts
 from snapshotd.daemon.persist import persist_slots, seal_persisted
 from snapshotd.daemon.protect import build_parity
 from snapshotd.daemon.rebuild import rebuild
@@ -62,6 +63,7 @@ class Orders:
         self._arena = arena
         self._sources = sources
         self._codec = codec
+        self._layouts = Layouts()
         self._persist_root = persist_root
         self._persist_keep = persist_keep
         self._lock = threading.Lock()
@@ -95,7 +97,9 @@ class Orders:
         return seal_slot(self._arena, slot, ref, self.cancel)
 
     def build_parity(self, protect: control.Protect, cancel: threading.Event) -> list[control.ParityRef]:
-        return build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)
+        refs = build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)
+        self._layouts.learn(protect.sets, self._paced)
+        return refs
 
     def delete_parity(self, ref: control.ParityRef) -> None:
         file = self._arena.find(parity_key(ref))
@@ -206,6 +210,7 @@ class Orders:
             self._users.clear()
         for restore in restores:
             restore.close()
+        self._layouts.close()
 
     def _serve(
         self, conn: events.WorkerConn, rank: int, world_size: int, plan: control.RestorePlan, frame: worker.Frame
@@ -236,7 +241,7 @@ class Orders:
             plan = newest
         if restore is not None:
             return restore
-        fresh = Restore(plan, world_size, self._arena, self._sources)
+        fresh = Restore(plan, world_size, self._arena, self._sources, self._layouts)
         with self._lock:
             restore = self._restores.setdefault(key, fresh)
         if restore is not fresh:

@@ -1,7 +1,7 @@
 """
 Restore: tell a worker what its source has, and put the bytes that it wants where it can map them.
 
-One ``Restore`` serves all ranks of this node under one plan: the layouts of all source ranks are read once.
+One ``Restore`` serves all ranks of this node under one plan: the layouts of all source ranks are read once, or known.
 
 Rule 1: what lies in one piece in a slot of this node is answered in place, under lease until it is released. All else
 goes into one buffer per request: from local slots by memory copy, from peers and durable files by verified ranges.
@@ -26,8 +26,9 @@ from typing import Final, TypeAlias
 from snapshotd.arena import Arena, BufferFile, Lease, SealableFile
 from snapshotd.daemon.boxes import Boxes
 from snapshotd.daemon.cancel import check_cancel
+from snapshotd.daemon.layouts import Layouts
 from snapshotd.daemon.locate import is_direct, located
-from snapshotd.daemon.plans import PlanSources, read_bytes, read_layouts
+from snapshotd.daemon.plans import PlanSources, read_bytes, slots_of_plan
 from snapshotd.daemon.sources import DurableSource, LocalSource, Source, Sources
 from snapshotd.errors import LayoutError, LocalProtocolError, UsageError
 from snapshotd.failpoints import failpoint
@@ -93,9 +94,17 @@ class Restore:
     Args:
         world_size: of the epoch that restores.
         arena: where buffers are made.
+        layouts: those that the node knows already.
     """
 
-    def __init__(self, order: control.RestorePlan, world_size: int, arena: Arena, sources: Sources) -> None:
+    def __init__(
+        self,
+        order: control.RestorePlan,
+        world_size: int,
+        arena: Arena,
+        sources: Sources,
+        layouts: Layouts | None = None,
+    ) -> None:
         if world_size < 1:
             raise UsageError(f"there is no world of size {world_size}")
         self._order = order
@@ -109,7 +118,7 @@ class Restore:
         self._fetchers = ThreadPoolExecutor(_MAX_THREADS, "snapshotd-restore")
         try:
             with self._plan.use() as opened:
-                self._layouts = read_layouts(opened)
+                self._layouts = (layouts or Layouts()).of(slots_of_plan(order, opened), opened)
         except BaseException:
             self._fetchers.shutdown()
             self._plan.close()
