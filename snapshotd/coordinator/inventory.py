@@ -41,7 +41,11 @@ def parity_key(ref: control.ParityRef) -> ParityKey:
 
 @dataclass(slots=True)
 class Node:
-    """One daemon. connected: it has a session; alive: it has one, or its lease still runs."""
+    """
+    One daemon. connected: it has a session; alive: it has one, or its lease still runs.
+
+    sealing: slots that workers which are gone have handed over to it, and that it has not yet hashed.
+    """
 
     node_id: str
     session: SessionId | None = None
@@ -59,6 +63,7 @@ class Node:
     persist_every_steps: int = 0
     persist_every_s: float = 0.0
     slots: dict[SlotKey, control.SlotRef] = field(default_factory=dict)
+    sealing: set[SlotKey] = field(default_factory=set)
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
 
     @property
@@ -115,6 +120,7 @@ class Inventory:
         node.budget_bytes = hello.budget_bytes
         node.persist_every_steps, node.persist_every_s = hello.persist_every_steps, hello.persist_every_s
         self._lose_all(node)
+        self.promise(node, hello.sealing)
         self.add(node, hello.slots, hello.parities)
         self._sessions[session] = node
         return node, older, restarted
@@ -163,10 +169,19 @@ class Inventory:
                 found.append(control.PeerAddress(node_id=node_id, bulk=node.bulk))
         return found
 
+    def promise(self, node: Node, slots: Iterable[control.SlotRef]) -> None:
+        """These will be added, or removed, when they are hashed."""
+        node.sealing.update(map(slot_key, slots))
+
+    def sealing(self, job: str) -> list[str]:
+        """Nodes that may still add to what is known of the job."""
+        return sorted(node.node_id for node in self.connected() if any(key[0] == job for key in node.sealing))
+
     def add(self, node: Node, slots: Iterable[control.SlotRef], parities: Iterable[control.ParityRef]) -> None:
         for slot in slots:
             slot_place = slot_key(slot)
             node.slots[slot_place] = slot
+            node.sealing.discard(slot_place)
             self.settled.pop(slot_place[:3], None)
         for parity in parities:
             parity_place = parity_key(parity)
@@ -177,6 +192,7 @@ class Inventory:
         for slot in change.slots_removed:
             slot_place = slot_key(slot)
             node.slots.pop(slot_place, None)
+            node.sealing.discard(slot_place)
             self.settled.pop(slot_place[:3], None)
         for parity in change.parities_removed:
             parity_place = parity_key(parity)
@@ -188,10 +204,11 @@ class Inventory:
             self.settled.pop(slot_place[:3], None)
         for parity_place in node.parities:
             self.settled.pop(parity_place[:3], None)
-        node.slots, node.parities = {}, {}
+        node.slots, node.parities, node.sealing = {}, {}, set()
 
     def drop_job(self, job: str) -> None:
         self.settled = {key: whole for key, whole in self.settled.items() if key[0] != job}
         for node in self.nodes.values():
             node.slots = {key: ref for key, ref in node.slots.items() if key[0] != job}
             node.parities = {key: ref for key, ref in node.parities.items() if key[0] != job}
+            node.sealing = {key for key in node.sealing if key[0] != job}

@@ -5,7 +5,8 @@ Rule 1: one decision per (job, epoch). It may still change while slots are rebui
 told to anybody) it never does.
 Rule 2: the newest snapshot on the line that can be rebuilt from what living nodes hold; then the newest durable one;
 then, only if nothing was ever committed, a fresh start; else a refusal in words.
-Rule 3: nothing is decided while a node that may hold something is only away for less than its lease.
+Rule 3: nothing is decided while a node that may hold something is only away for less than its lease, nor while one
+still hashes what a worker that is gone has handed over to it.
 Rule 4: what is chosen is committed by that. An older snapshot at a better level stays until the chosen one has it too.
 """
 
@@ -126,6 +127,13 @@ class Recovery:
         if absent:
             self.waiting_reason = (
                 f"waiting for {', '.join(absent[:_NODES_IN_REASONS])}: away, perhaps only for a moment"
+            )
+            self._ctx.out.note("recovery", self._job.name, self.waiting_reason, epoch=epoch.number)
+            return
+        sealing = self._ctx.nodes.sealing(self._job.name)
+        if sealing:
+            self.waiting_reason = (
+                f"waiting for {', '.join(sealing[:_NODES_IN_REASONS])}: what its workers sealed last is being hashed"
             )
             self._ctx.out.note("recovery", self._job.name, self.waiting_reason, epoch=epoch.number)
             return

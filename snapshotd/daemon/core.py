@@ -228,9 +228,13 @@ class NodeCore:
             return
         if one.restoring:
             self.state.do(ReleaseRestore(conn=conn, batch_id=None))
-        self.slots.worker_gone(one)
         gone = control.WorkerDetached(
-            job=one.job, epoch=one.epoch, rank=one.rank, nonce=one.hello.nonce, finished=one.finished
+            job=one.job,
+            epoch=one.epoch,
+            rank=one.rank,
+            nonce=one.hello.nonce,
+            finished=one.finished,
+            sealing=self.slots.worker_gone(one),
         )
         self.state.tell(control.NodeMessage(worker_detached=gone))
         if not one.finished:
@@ -285,6 +289,8 @@ class NodeCore:
                 text = f"rank {slot.rank}: identical state as one step before; is the state captured that is trained?"
                 self.state.note("integrity", job.name, text, epoch=slot.key[0], step=slot.key[1])
             one.last_digest = event.data_digest
+        if slot.promised or slot.key[0] != job.epoch:
+            self.orders.report_late(job, slot)
         if slot.key[0] == job.epoch:
             job.progress[slot.rank] = max(job.progress.get(slot.rank, -1), slot.key[1])
             self.orders.report_sealed(job, slot.key[1])
@@ -300,6 +306,8 @@ class NodeCore:
         self.state.note("capture", slot.job, f"step {step} of rank {slot.rank} was not sealed: {reason}", step=step)
         slot.state = State.GRANTED
         one = self.state.worker_of(slot.job, slot.rank)
+        if slot.promised:
+            self.state.freed(slots=[slot.ref])
         self.slots.release(slot)
         if one is not None:
             self._skipped(self.state.job(slot.job), one, step, "ERROR")

@@ -7,7 +7,7 @@ Rule: an order that comes twice is worked off once and answered each time.
 from __future__ import annotations
 
 from snapshotd.daemon.core_slots import Slots
-from snapshotd.daemon.core_state import JobState, NodeState, SnapshotKey, State, Worker, parity_key
+from snapshotd.daemon.core_state import JobState, NodeState, Slot, SnapshotKey, State, Worker, parity_key
 from snapshotd.daemon.events import (
     BuildParity,
     DeleteParity,
@@ -131,6 +131,8 @@ class Orders:
         for slot in state.slots.values():
             if slot.state is State.SEALED and slot.ref is not None and not slot.doomed:
                 hello.slots.append(slot.ref)
+            elif slot.state is State.SEALING and slot.promised and slot.ref is not None:
+                hello.sealing.append(slot.ref)
         for job in state.jobs.values():
             hello.parities.extend(job.parities.values())
         return hello
@@ -164,6 +166,12 @@ class Orders:
             left_out = expected - sealed - pending
             if sealed and any(job.progress.get(rank, -1) >= step for rank in left_out):
                 self._send_sealed(job, step)
+
+    def report_late(self, job: JobState, slot: Slot) -> None:
+        """Say that a slot is sealed whose worker is gone, with all that its node holds of the step: none may be known."""
+        slot.promised = False
+        added = [one.ref for one in self._slots.sealed(job.name, slot.key) if one.ref is not None]
+        self._state.tell(control.NodeMessage(inventory_change=control.InventoryChange(slots_added=added)))
 
     def _send_sealed(self, job: JobState, step: int) -> None:
         slots = sorted(self._slots.sealed(job.name, (job.epoch, step)), key=lambda slot: slot.rank)

@@ -281,7 +281,7 @@ class Slots:
             return
         if slot.state is State.SEALED and slot.ref is not None:
             self._state.freed(slots=[slot.ref])
-        slot.ref, slot.shard, slot.conn, slot.doomed = None, None, None, False
+        slot.ref, slot.shard, slot.conn, slot.doomed, slot.promised = None, None, None, False, False
         one = self._state.worker_of(slot.job, slot.rank)
         wrong = one is not None and one.layout_hash not in ("", slot.layout_hash)
         if slot.rebuilt or wrong:
@@ -329,10 +329,15 @@ class Slots:
             if self._is_orphan(job, slot) and slot.layout_hash not in layouts and not waiting:
                 self._delete(slot)
 
-    def worker_gone(self, one: Worker) -> None:
+    def worker_gone(self, one: Worker) -> control.SlotRef | None:
+        """Free what it was filling. Return the name of what it had handed over and is still being hashed."""
+        handed_over = None
         for slot in list(self._state.slots.values()):
             if slot.conn == one.conn and slot.state is State.GRANTED:
                 self.release(slot)
+            elif slot.state is State.SEALING and slot.job == one.job and slot.rank == one.rank:
+                slot.promised, handed_over = True, slot.ref
+        return handed_over
 
     def lost(self, slot: Slot) -> None:
         """The bytes of a sealed slot are bad: an erasure from now on."""

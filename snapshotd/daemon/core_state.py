@@ -63,6 +63,7 @@ class Slot:
     ref: control.SlotRef | None = None
     shard: control.NodeSealed.Shard | None = None
     doomed: bool = False
+    promised: bool = False
     voided_at: float = 0.0
     rebuilt: bool = False
 

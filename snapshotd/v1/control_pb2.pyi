@@ -141,7 +141,7 @@ class NodeMessage(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., freed: _Optional[_Union[InventoryChange, _Mapping]] = ..., hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., worker_attached: _Optional[_Union[WorkerAttached, _Mapping]] = ..., worker_detached: _Optional[_Union[WorkerDetached, _Mapping]] = ..., sealed: _Optional[_Union[NodeSealed, _Mapping]] = ..., skipped: _Optional[_Union[NodeSkipped, _Mapping]] = ..., parity_built: _Optional[_Union[ParityBuilt, _Mapping]] = ..., parity_failed: _Optional[_Union[ParityFailed, _Mapping]] = ..., persist_done: _Optional[_Union[PersistDone, _Mapping]] = ..., rebuild_done: _Optional[_Union[RebuildDone, _Mapping]] = ..., inventory_change: _Optional[_Union[InventoryChange, _Mapping]] = ..., restore_asked: _Optional[_Union[RestoreAsked, _Mapping]] = ..., restore_finished: _Optional[_Union[RestoreFinished, _Mapping]] = ..., first_step: _Optional[_Union[FirstStep, _Mapping]] = ..., persist_sealed: _Optional[_Union[PersistSealed, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "nonce", "version", "bulk_address", "domain", "budget_bytes", "persist_every_steps", "persist_every_s", "slots", "parities", "durables", "workers", "epochs")
+    __slots__ = ("node_id", "nonce", "version", "bulk_address", "domain", "budget_bytes", "persist_every_steps", "persist_every_s", "slots", "parities", "durables", "workers", "epochs", "sealing")
     class EpochsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class NodeHello(_message.Message):
     DURABLES_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    SEALING_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     nonce: str
     version: str
@@ -175,7 +176,8 @@ class NodeHello(_message.Message):
     durables: _containers.RepeatedCompositeFieldContainer[DurableRef]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerAttached]
     epochs: _containers.ScalarMap[str, int]
-    def __init__(self, node_id: _Optional[str] = ..., nonce: _Optional[str] = ..., version: _Optional[str] = ..., bulk_address: _Optional[str] = ..., domain: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., persist_every_steps: _Optional[int] = ..., persist_every_s: _Optional[float] = ..., slots: _Optional[_Iterable[_Union[SlotRef, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[ParityRef, _Mapping]]] = ..., durables: _Optional[_Iterable[_Union[DurableRef, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerAttached, _Mapping]]] = ..., epochs: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    sealing: _containers.RepeatedCompositeFieldContainer[SlotRef]
+    def __init__(self, node_id: _Optional[str] = ..., nonce: _Optional[str] = ..., version: _Optional[str] = ..., bulk_address: _Optional[str] = ..., domain: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., persist_every_steps: _Optional[int] = ..., persist_every_s: _Optional[float] = ..., slots: _Optional[_Iterable[_Union[SlotRef, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[ParityRef, _Mapping]]] = ..., durables: _Optional[_Iterable[_Union[DurableRef, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerAttached, _Mapping]]] = ..., epochs: _Optional[_Mapping[str, int]] = ..., sealing: _Optional[_Iterable[_Union[SlotRef, _Mapping]]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("counters", "arena_bytes", "budget_bytes", "resident_bytes")
@@ -217,18 +219,20 @@ class WorkerAttached(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., formation: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., nonce: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class WorkerDetached(_message.Message):
-    __slots__ = ("job", "epoch", "rank", "nonce", "finished")
+    __slots__ = ("job", "epoch", "rank", "nonce", "finished", "sealing")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    SEALING_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     rank: int
     nonce: str
     finished: bool
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., finished: _Optional[bool] = ...) -> None: ...
+    sealing: SlotRef
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., finished: _Optional[bool] = ..., sealing: _Optional[_Union[SlotRef, _Mapping]] = ...) -> None: ...
 
 class NodeSealed(_message.Message):
     __slots__ = ("job", "epoch", "step", "shards")

@@ -53,6 +53,52 @@ def test_a_restarted_worker_goes_on_from_the_newest_sealed_step_even_if_it_is_no
     assert [(keep.epoch, keep.step) for keep in bench.to_node("n0", "drop").keep] == [(1, 5), (1, 6)]
 
 
+def still_hashing(bench: Bench) -> None:
+    """All ranks have handed over step 6; n1 hashes it when its worker dies, and epoch 2 begins."""
+    bench.commit(5)
+    bench.sealed("n0", 6, 0)
+    gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=slot_ref(6, 1))
+    bench.node("n1", worker_detached=gone)
+    broken(bench)
+    bench.attach("n0", 0, epoch=2)
+    bench.attach("n1", 1, epoch=2)
+    bench.tick(1.0)
+    assert bench.to_node("n0", "restore_plan") is None
+    assert "waiting for n1: what its workers sealed last is being hashed" in bench.notes
+
+
+def test_a_decision_waits_for_what_a_dead_worker_handed_over_and_is_still_being_hashed() -> None:
+    bench = running()
+    still_hashing(bench)
+    bench.node("n1", inventory_change=control.InventoryChange(slots_added=[slot_ref(6, 1)]))
+    plan = bench.to_node("n0", "restore_plan")
+    assert (plan.kind, plan.source_step, plan.lost_steps) == (control.RESTORE_KIND_MEMORY, 6, 0)
+
+
+def test_a_decision_does_not_wait_for_a_slot_that_was_not_sealed_after_all() -> None:
+    bench = running()
+    still_hashing(bench)
+    bench.node("n1", freed=control.InventoryChange(slots_removed=[slot_ref(6, 1)]))
+    bench.tick(0.1)
+    assert bench.to_node("n0", "restore_plan").source_step == 5
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_new_hello_says_what_is_still_being_hashed(restarted: bool) -> None:
+    bench = running()
+    still_hashing(bench)
+    bench.handle(NodeSessionEnded(session=SessionId("n1")))
+    bench.now += 1.0
+    worker = control.WorkerAttached(job=JOB, epoch=2, rank=1, world_size=2, nonce="w2.1")
+    sealing = [] if restarted else [slot_ref(6, 1)]
+    nonce = "n1#2" if restarted else "n1#1"
+    bench.hello("n1", nonce=nonce, slots=[slot_ref(5, 1)], sealing=sealing, workers=[worker], epochs={JOB: 2})
+    if restarted:
+        assert bench.to_node("n0", "restore_plan").source_step == 5
+    else:
+        assert bench.to_node("n0", "restore_plan") is None
+
+
 def test_a_lost_node_is_decoded_onto_the_spare_before_the_plan_goes_out() -> None:
     bench = running()
     bench.commit(5)

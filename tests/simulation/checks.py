@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapshotd.coordinator.events import Output, Put, ToAgent, ToNode
+from snapshotd.coordinator.job import Job
 from snapshotd.daemon.core_state import State
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
@@ -21,8 +22,32 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+_KNOWN_S = 1.0
+"""How long a message may be under way over a connection that holds."""
+
+
 class InvariantBroken(AssertionError):
     """Something that must never happen has happened."""
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """A slot that a worker has sealed: when, and to which run of which daemon, over which of its connections."""
+
+    at: float
+    node: SimNode
+    incarnation: int
+    link: object
+
+    def is_there(self, key: tuple[int, int], rank: int) -> bool:
+        """Whether it is sealed, or will be although its worker is gone, and the coordinator can know of it."""
+        node = self.node
+        if node.lost or node.core is None or (node.incarnation, node.link) != (self.incarnation, self.link):
+            return False
+        for slot_id, slot in node.core.state.slots.items():
+            if slot.ref is not None and not slot.doomed and (slot.key, slot.rank) == (key, rank):
+                return slot.promised or (slot.state is State.SEALED and node.arena[slot_id].good())
+        return False
 
 
 @dataclass
@@ -48,6 +73,8 @@ class Checks:
         self.ever_committed = False
         self._world = world
         self._sealed: dict[tuple[int, int], dict[int, str]] = {}
+        self._world_sizes: dict[tuple[int, int], int] = {}
+        self._handed_over: dict[tuple[int, int], dict[int, HandedOver]] = {}
         self._built: dict[tuple[int, int], set[str]] = {}
         self._formed: dict[int, control.EpochFormed] = {}
         self._decided: dict[str, tuple[int, int, int]] = {}
@@ -58,6 +85,11 @@ class Checks:
         raise InvariantBroken(f"seed {self._world.plan.seed} at {self._world.clock.now:.3f}: {text}")
 
     # ------------------------------------------------------------ what nodes do
+
+    def on_handed_over(self, node: SimNode, ref: control.SlotRef) -> None:
+        handed = HandedOver(self._world.clock.now, node, node.incarnation, node.link)
+        self._handed_over.setdefault((ref.epoch, ref.step), {})[ref.rank] = handed
+        self._world_sizes[(ref.epoch, ref.step)] = ref.world_size
 
     def on_slot_sealed(self, node: SimNode, ref: control.SlotRef, content: str) -> None:
         known = self._sealed.setdefault((ref.epoch, ref.step), {})
@@ -194,6 +226,8 @@ class Checks:
             older = source is None or source < one.key
             if older and kind and truth(connected, one.key).rebuildable() and not self._was_tried(one.key):
                 self.fail(f"epoch {choice['epoch']} goes on from {source}, though {one.key} can be rebuilt")
+        if kind:
+            self._check_handed_over(source)
         if kind == control.RESTORE_KIND_FRESH:
             probe("fresh")
             if self.ever_committed:
@@ -231,6 +265,24 @@ class Checks:
                 kept = one.key in self.relied or one.key <= newest
                 if one.key < self.committed and not kept and truth(connected, one.key).rebuildable():
                     self.fail(f"the protected {one.key} is given up for {self.committed}, which is only sealed")
+
+    def _check_handed_over(self, source: tuple[int, ...] | None) -> None:
+        """A step that all ranks have handed over in time survives them, hashed or not."""
+        core = self._world.coordinator.core
+        assert core is not None
+        job = core.jobs[self._world.job].job
+        before = Job(name=job.name, lineage=dict(job.lineage))
+        before.lineage.pop(job.head, None)
+        before.head = max(before.lineage, default=0)
+        known = {node.node_id for node in core.ctx.nodes.connected()}
+        for key, ranks in self._handed_over.items():
+            if (source is not None and key <= source) or not before.counts_on_line(key) or self._was_tried(key):
+                continue
+            if len(ranks) == self._world_sizes[key] and all(
+                one.node.node_id in known and one.at + _KNOWN_S <= self._world.clock.now and one.is_there(key, rank)
+                for rank, one in ranks.items()
+            ):
+                self.fail(f"the job goes on from {source}, though all ranks have handed over {key}")
 
     def _was_tried(self, key: tuple[int, int]) -> bool:
         """Whether the coordinator knows of failed rebuilds of it (sources that went away while it was decoded)."""

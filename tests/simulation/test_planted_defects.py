@@ -10,7 +10,7 @@ import pytest
 from snapshotd.coordinator.commits import Commits
 from snapshotd.coordinator.core import CoordinatorCore
 from snapshotd.coordinator.events import SessionId
-from snapshotd.coordinator.inventory import Node
+from snapshotd.coordinator.inventory import Inventory, Node
 from snapshotd.daemon.core_orders import Orders
 from snapshotd.daemon.events import ParityFinished
 from snapshotd.v1 import control_pb2 as control
@@ -68,10 +68,15 @@ def free_the_committed_too_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Orders, "on_parity_finished", hasty)
 
 
+def decide_while_slots_are_hashed(patch: pytest.MonkeyPatch) -> None:
+    """What workers that are gone have handed over is not waited for."""
+    patch.setattr(Inventory, "sealing", lambda self, job: [])
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "plant",
-    [accept_old_epochs, commit_with_a_node_missing, free_the_committed_too_early],
+    [accept_old_epochs, commit_with_a_node_missing, decide_while_slots_are_hashed, free_the_committed_too_early],
     ids=lambda plant: plant.__name__,
 )
 def test_a_planted_defect_is_found(
