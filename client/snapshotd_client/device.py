@@ -55,6 +55,8 @@ class DeviceStream:
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device=device)
         self._bounce: torch.Tensor | None = None
+        # Who waits for the end of the copies shall sleep; by default CUDA's events spin.
+        self._asleep = {"blocking": True} if hasattr(self._module, "cudart") else {}
 
     def mark_compute(self) -> Any:
         event = self._module.Event()
@@ -73,7 +75,7 @@ class DeviceStream:
                 self._copy_by_bounce(target, source)
 
     def mark_copied(self) -> Any:
-        event = self._module.Event()
+        event = self._module.Event(**self._asleep)
         event.record(self._stream)
         return event
 

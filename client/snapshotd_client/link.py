@@ -77,6 +77,7 @@ class Link:
         self._seen = threading.Event()
         self._refused: pb.WorkerError | None = None
         self._flushed = threading.Event()
+        self._flushed.set()
         self._socket: socket.socket | None = None
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -143,10 +144,14 @@ class Link:
             self._next_request += 1
             return self._next_request - 1
 
+    def flush(self, timeout_s: float | None) -> bool:
+        """Wait until all that was posted is sent, or void because its connection broke; False when time ran out."""
+        return self._flushed.wait(timeout_s)
+
     def close(self, goodbye: pb.Frame | None, timeout_s: float = 2.0) -> None:
         """Send what is queued, then ``goodbye``, and end the thread."""
         if goodbye is not None and self.post(goodbye, self.session):
-            self._flushed.wait(timeout_s)
+            self.flush(timeout_s)
         with self._lock:
             self._stopping = True
         self._wake()
@@ -287,6 +292,7 @@ class Link:
         with self._lock:
             self.session = 0
             self._outbox.clear()
+            self._flushed.set()
             questions = list(self._questions.values())
             self._questions.clear()
         for question in questions:

@@ -27,6 +27,7 @@ from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.binding import Binding
 from snapshotd_client.copier import Copier, Marks
+from snapshotd_client.copying import go_first
 from snapshotd_client.counters import Counters, Warner, logger
 from snapshotd_client.device import CopyStream
 from snapshotd_client.link import Link
@@ -172,9 +173,12 @@ class Pipeline:
             self._link.post(skip, job.session)
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Wait until the last capture is sealed or skipped; says whether it is."""
+        """Wait until the last capture is skipped, or the daemon has it and it outlives us; says whether that is so."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(lambda: self._job is None, timeout_s)
+            if not self._changed.wait_for(lambda: self._job is None, timeout_s):
+                return False
+        return self._link.flush(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:
         """Finish a copy that has begun, give up one that has not, end the threads and unmap the slots."""
@@ -227,6 +231,7 @@ class Pipeline:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        go_first()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())

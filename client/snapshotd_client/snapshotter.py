@@ -169,7 +169,11 @@ class Snapshotter:
             binding.forget()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the last capture is sealed or skipped; False when time ran out. Training needs not call this."""
+        """
+        Wait until the last capture is skipped, or is the daemon's and outlives this process; False when time ran out.
+
+        Training needs not call this.
+        """
         return True if self._inert else self._pipeline.wait(timeout_s)
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ class Orders:
                 self._send_sealed(job, step)
 
     def report_late(self, job: JobState, slot: Slot) -> None:
-        """Say that a slot is sealed whose worker is gone, with all that its node holds of the step: none may be known."""
+        """Say that a slot is sealed whose worker is gone; with all of the step here, none of which may be known."""
         slot.promised = False
         added = [one.ref for one in self._slots.sealed(job.name, slot.key) if one.ref is not None]
         self._state.tell(control.NodeMessage(inventory_change=control.InventoryChange(slots_added=added)))

@@ -145,7 +145,11 @@ class FakeDaemon:
         file = peer.sock.makefile("rb")
         try:
             while head := file.read(4):
-                frame = pb.Frame.FromString(file.read(struct.unpack("<I", head)[0]))
+                length = struct.unpack("<I", head)[0]
+                body = file.read(length)
+                if len(body) < length:
+                    break
+                frame = pb.Frame.FromString(body)
                 with self.changed:
                     self._hear(peer, frame)
                     self.changed.notify_all()

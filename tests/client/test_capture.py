@@ -121,6 +121,64 @@ def test_no_slot_means_skip_and_not_wait(daemon, snapshotter):
     daemon.wait_for(lambda: 3 in daemon.sealed)
 
 
+def niceness(thread):
+    return os.getpriority(os.PRIO_PROCESS, thread.native_id)
+
+
+def test_copying_goes_before_training_where_it_may(daemon, snapshotter):
+    """Breaks: a step can be lost for twice as long, because its copy gets half of the cores that training wants."""
+    allowed = []
+
+    def ask():
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness(threading.main_thread()) - 1)
+        except OSError:
+            return
+        allowed.append(True)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    model, opt = job()
+    snap = snapshotter(model, opt, settings={"copy_threads": 3})
+    train(model, opt)
+    snap.capture(0)
+    assert snap.wait(20)
+    mine = niceness(threading.main_thread())
+    copying = [thread for thread in threading.enumerate() if thread.name.startswith("snapshotd-copy")]
+    assert [max(-20, mine - 10) if allowed else mine] * 3 == [niceness(thread) for thread in copying]
+
+
+def test_wait_returns_when_the_daemon_has_the_seal_and_not_before(daemon, snapshotter):
+    """Breaks: a worker that is killed after wait() takes the step with it, which it was told was kept."""
+    model, opt = job()
+    snap = snapshotter(model, opt)
+    train(model, opt)
+    snap.capture(0)
+    assert snap.wait(20)
+    daemon.wait_for(lambda: 0 in daemon.sealed)
+    with daemon.changed:  # it reads nothing
+        for _ in range(4):  # more than the socket takes
+            snap._link.post(pb.Frame(skip=pb.Skip(step=1, detail="x" * (1 << 20))), snap._link.session)
+        train(model, opt)
+        snap.capture(2)
+        assert not snap.wait(0.5)
+    assert snap.wait(20)
+    daemon.wait_for(lambda: 2 in daemon.sealed)
+
+
+def test_wait_does_not_wait_for_a_daemon_that_is_gone(daemon, snapshotter):
+    """Breaks: a script that waits after each step hangs with its daemon."""
+    model, opt = job()
+    snap = snapshotter(model, opt)
+    train(model, opt)
+    with daemon.changed:
+        snap._link.post(pb.Frame(skip=pb.Skip(step=0, detail="x" * (4 << 20))), snap._link.session)
+        snap.capture(1)
+        daemon.stop()
+    assert snap.wait(20)
+
+
 def test_steps_below_the_common_start_are_left_out(daemon, snapshotter):
     """Breaks: ranks fill their slots with different steps, and no snapshot is ever whole."""
     daemon.min_step = 2

@@ -152,6 +152,9 @@ class FakeModule:
         module = self
 
         class Event:
+            def __init__(self, blocking=False):
+                self.blocking = blocking
+
             def record(self, stream):
                 module.log.append(f"record {stream}")
 
@@ -219,6 +222,15 @@ def test_all_copies_are_issued_on_the_side_stream_and_no_host_waits(device_strea
     assert [
         *("record compute", "side waits", "in side", "out of side", "record side", "compute waits"),
     ] == fake.log
+
+
+def test_the_copy_thread_sleeps_until_the_copies_are_there(monkeypatch):
+    """Breaks: it spins on a core of training's for as long as the transfer takes."""
+    fake = FakeModule()
+    fake.cudart = None
+    monkeypatch.setattr(torch, "get_device_module", lambda _: fake)
+    stream = module.stream_for(torch.device("cpu"))
+    assert (False, True) == (stream.mark_compute().blocking, stream.mark_copied().blocking)
 
 
 def test_memory_that_cannot_be_pinned_is_reached_by_a_bounce_buffer(device_stream):
