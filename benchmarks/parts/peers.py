@@ -34,7 +34,6 @@ FAMILIES = {
 
 TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
 OURS, UNDIGESTED = "snapshotd", "snapshotd without digests"
-HELD = ", training held"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
 _OURS_S = 20.0
@@ -53,7 +52,6 @@ def rows(run: Run) -> Iterator[Row]:
         two = measure(run, "ours", 2, _bytes(run), _OURS_S)
         yield from _families(run, 2, TWO_RANKS, two)
         yield from _compare(two, "two ranks", "survives the node", "node")
-    yield from _compare_held(one)
 
 
 def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> Iterator[Row]:
@@ -71,21 +69,15 @@ def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> 
 
 def _compare(found: Found, ranks: str, survives: str, level: str) -> Iterator[Row]:
     peers = {name: system for name, system in found.items() if not _is_ours(name)}
-    yield from _rows(found, peers, "", ranks, survives, level)
+    yield from _rows(found, peers, ranks, survives, level)
     lacking = [f"{name}: {system['lacks']}" for name, system in found.items() if system["lacks"]]
     yield Row.note(f"what they do not do, {ranks}", "; ".join(lacking))
 
 
-def _compare_held(found: Found) -> Iterator[Row]:
-    """The same of ours where training is held for the copy, as others hold it: beside those that do, and no others."""
-    peers = {name: system for name, system in found.items() if system["holds"] and not _is_ours(name)}
-    yield from _rows(found, peers, HELD, "one rank", "survives the worker", "worker")
-
-
-def _rows(found: Found, peers: Found, way: str, ranks: str, survives: str, level: str) -> Iterator[Row]:
+def _rows(found: Found, peers: Found, ranks: str, survives: str, level: str) -> Iterator[Row]:
     lasting = {name: system for name, system in peers.items() if system["outlives"] == level}
-    for name, label in ((OURS, way), (UNDIGESTED, f", without digests{way}")):
-        ours = found.get(f"{name}{way}")
+    for name, label in ((OURS, ""), (UNDIGESTED, ", without digests")):
+        ours = found.get(name)
         if ours is not None:
             yield _row(f"stall per step, {ranks}{label}", "s", ours, peers, _stall)
             yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True)
@@ -177,13 +169,12 @@ def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) ->
 
     def place(name: str, level: str, lacks: str, **options: Any) -> dict[str, Any]:
         home = run.directory / f"{name.replace(' ', '-')}-{world}"
-        # Two slots and two parities, and some more; with one rank no parity, but slots of two jobs.
+        # Two slots and two parities, and some more.
         budget = str(5 * nbytes // world + (64 << 20))
         cluster = stack.enter_context(Cluster(home, world, m=world - 1, budget=budget, **options))
         sockets = [str(node.socket) for node in cluster.nodes]
         pids.extend(cluster.pids)
-        found = {"sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
-        return {"name": name, "held": False, **found}
+        return {"name": name, "sockets": sockets, "coordinator": cluster.address, "level": level, "lacks": lacks}
 
     if world > 1:
         found = [place(OURS, "protected", "")]
@@ -192,7 +183,6 @@ def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) ->
         if not run.short:
             program = f"{__package__.rpartition('.')[0]}.peers.undigested"
             found.append(place(UNDIGESTED, "sealed", "digests, redundancy", program=program))
-        found += [{**one, "name": f"{one['name']}{HELD}", "held": True} for one in found]
     return {"clusters": found, "pids": pids}
 
 

@@ -30,8 +30,6 @@ def systems(setting: Setting) -> list[System]:
 
 
 class Flash(System):
-    holds = True
-
     def __init__(self, setting: Setting) -> None:
         from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
         from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer

@@ -17,8 +17,6 @@ def systems(setting: Setting) -> list[System]:
 class Gemini(System):
     """On CUDA its copy runs beside training; on host tensors it is synchronous."""
 
-    holds = True
-
     def __init__(self, setting: Setting) -> None:
         from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
 

@@ -28,8 +28,6 @@ def systems(setting: Setting) -> list[System]:
 
 
 class Local(System):
-    holds = True
-
     def __init__(self, setting: Setting, name: str) -> None:
         from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
         from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
@@ -59,8 +57,6 @@ class Local(System):
 
 
 class LocalAsync(Local):
-    holds = False
-
     def __init__(self, setting: Setting, name: str) -> None:
         super().__init__(setting, name)
         from nvidia_resiliency_ext.checkpointing.async_ckpt.core import TemporalAsyncCaller

@@ -1,4 +1,9 @@
-"""snapshotd itself, whole and with parts switched off; behind training, and holding it as others do."""
+"""
+snapshotd itself, whole and with parts switched off.
+
+A state outlives the worker when `wait` has returned: the daemon has it, and recovery waits until it is hashed
+(tests/daemon/test_handed_over.py kills a worker at that moment). It outlives the node when it is protected.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,8 @@ from .system import Setting, System
 
 __all__ = ["systems"]
 
-_POLL_S, _HELD_POLL_S = 0.01, 0.002
-"""Of the latter there are few: all that is left to do then is to seal."""
-
+_JOB = "bench"
+_POLL_S = 0.01
 _WARM_STEPS, _WARM_STEP_S = 40, 2.0
 
 
@@ -24,38 +28,32 @@ def systems(setting: Setting) -> list[System]:
 
 
 class Snapshots(System):
-    """
-    The hook, on a daemon that is there; complete when the coordinator has committed at `level`.
-
-    held: training waits until the state is copied, by as many threads as it has itself, as it does for others.
-    """
+    """The hook, on a daemon that is there, copying with as many threads as training has; `level`: what is committed."""
 
     waits = False
 
     def __init__(
-        self, setting: Setting, *, name: str, held: bool, sockets: list[str], coordinator: str, level: str, lacks: str
+        self, setting: Setting, *, name: str, sockets: list[str], coordinator: str, level: str, lacks: str
     ) -> None:
         from snapshotd_client import Snapshotter
         from snapshotd_client.settings import Settings
 
         self.name, self.lacks = name, lacks
         self.outlives = "node" if level == "protected" else "worker"
-        self.holds, self.polls = held, not held  # so few questions cost a step next to nothing
-        self._poll_s = _HELD_POLL_S if held else _POLL_S
-        job = "held" if held else "bench"
+        self.polls = self.outlives == "node"
         self._level = level
         self._step = -1
-        self._status = _Status(coordinator, job)
+        self._status = _Status(coordinator)
         self._snapshots = Snapshotter(
             setting.training.model,
             setting.training.optimizer,
             settings=Settings(
                 socket=sockets[setting.rank],
-                job=job,
+                job=_JOB,
                 rank=setting.rank,
                 world_size=setting.world,
                 formation="bench",
-                copy_threads=torch.get_num_threads() if held else 1,
+                copy_threads=torch.get_num_threads(),
             ),
         )
         self._snapshots.restore()
@@ -64,21 +62,25 @@ class Snapshots(System):
     def save(self, step: int) -> None:
         self._step = step
         self._snapshots.capture(step)
-        if self.holds:
-            self._snapshots.wait()
 
     def fence(self) -> None:
         self._snapshots.fence()
 
     def drain(self) -> None:
-        self.complete()
+        self._await_commit()
 
     def complete(self) -> None:
+        if self.outlives == "node":
+            self._await_commit()
+        else:
+            self._snapshots.wait()
+
+    def _await_commit(self) -> None:
         deadline = time.monotonic() + 30
         while not self._status.committed(self._step, self._level):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"step {self._step} was not committed: {self._snapshots.stats}")
-            time.sleep(self._poll_s)
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         self._snapshots.close()
@@ -92,7 +94,7 @@ class Snapshots(System):
             self._snapshots.wait(_WARM_STEP_S)
             deadline = time.monotonic() + _WARM_STEP_S
             while not (committed := self._status.committed(step, self._level)) and time.monotonic() < deadline:
-                time.sleep(self._poll_s)
+                time.sleep(_POLL_S)
             everywhere = torch.tensor([int(committed)])
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             if everywhere.item():
@@ -103,18 +105,17 @@ class Snapshots(System):
 class _Status:
     """What the coordinator has committed of one job."""
 
-    def __init__(self, address: str, job: str) -> None:
+    def __init__(self, address: str) -> None:
         from snapshotd.rpc import open_channel
         from snapshotd.v1 import control_pb2, control_pb2_grpc
 
-        self._job = job
         self._channel = open_channel(address, tls=None, insecure=False)
         self._stub = control_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._request = control_pb2.GetStatusRequest()
 
     def committed(self, step: int, level: str) -> bool:
         jobs = json.loads(self._stub.GetStatus(self._request, timeout=10).json)["jobs"]
-        ours: dict[str, Any] = next((job for job in jobs if job["job"] == self._job), {})
+        ours: dict[str, Any] = next((job for job in jobs if job["job"] == _JOB), {})
         committed: dict[str, Any] = ours.get("committed") or {}
         return committed.get("step", -1) >= step and committed.get("level") in (level, "protected", "persisted")
 

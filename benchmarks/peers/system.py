@@ -34,7 +34,6 @@ class System(ABC):
     Attributes:
         outlives: what the snapshot survives once `complete` returns: "worker", "node" or "nothing".
         lacks: which of our parts it does not have ("digest", "redundancy"), for the table.
-        holds: training is held until the state is copied: `save` returns no sooner.
         waits: the next save waits for `drain`; else it would be left out, and training is not held.
         polls: `complete` asks again and again, which costs training something: steps that are watched are not timed.
     """
@@ -42,7 +41,6 @@ class System(ABC):
     name = ""
     outlives = "worker"
     lacks = ""
-    holds = False
     polls = False
     waits = True
 

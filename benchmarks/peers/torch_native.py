@@ -54,7 +54,6 @@ class _Files(System):
 
 class TorchSave(_Files):
     name = "torch.save"
-    holds = True
 
     def save(self, step: int) -> None:
         path = self._path(step)
@@ -65,7 +64,6 @@ class TorchSave(_Files):
 
 class DcpSave(_Files):
     name = "DCP save"
-    holds = True
 
     def save(self, step: int) -> None:
         path = self._path(step)

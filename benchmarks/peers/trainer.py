@@ -48,7 +48,7 @@ def main(spec_path: str) -> None:
         "nbytes": training.nbytes,
         "systems": {
             system.name: {
-                **{key: getattr(system, key) for key in ("outlives", "lacks", "holds")},
+                **{key: getattr(system, key) for key in ("outlives", "lacks")},
                 "samples": samples[system.name],
             }
             for system in systems
