@@ -85,4 +85,3 @@ def test_a_worker_that_is_killed_when_wait_returns_loses_nothing_though_nothing_
         until(lambda: "is being hashed" in job(environment)["restore"]["waiting"], 30.0, "the decision waits")
         (shared_memory / "hash").touch()
         assert [str(STEPS), last] == restarted.communicate(timeout=60)[0].split()
-
