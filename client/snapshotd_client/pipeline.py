@@ -90,6 +90,7 @@ class Pipeline:
         counters: Counters,
         warner: Warner,
         copy_threads: int,
+        hurried: bool,
         streams: dict[str, CopyStream],
         compare: bool,
     ) -> None:
@@ -97,6 +98,7 @@ class Pipeline:
         self._counters = counters
         self._warner = warner
         self._compare = compare
+        self._hurried = hurried
         self._copier = Copier(copy_threads, streams)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -231,7 +233,8 @@ class Pipeline:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        go_first()
+        if self._hurried:
+            go_first()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())

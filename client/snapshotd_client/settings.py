@@ -38,7 +38,7 @@ class Settings:
         epoch: membership epoch from the launcher's plug-in (SNAPSHOTD_EPOCH); None when another rendezvous launched us.
         formation: the same on all ranks of one launch; tells launches apart where there is no epoch.
         nonce: random, one per process.
-        copy_threads: threads that copy into a slot (SNAPSHOTD_COPY_THREADS, 1 to 16).
+        copy_threads: threads that copy into a slot (SNAPSHOTD_COPY_THREADS); 0: as many as training has, up to 4.
         connect_timeout_s: how long restore() waits for a daemon when nothing says that there is one.
         restore_timeout_s: how long restore() waits for a decision when there is one.
         debug_copy: copy before capture() returns, and compare (SNAPSHOTD_DEBUG_COPY=1).
@@ -54,7 +54,7 @@ class Settings:
     local_world_size: int = 1
     formation: str = ""
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-    copy_threads: int = 1
+    copy_threads: int = 0
     connect_timeout_s: float = 5.0
     restore_timeout_s: float = 120.0
     debug_copy: bool = False
@@ -84,9 +84,7 @@ class Settings:
             local_rank=_integer(env, "LOCAL_RANK", 0),
             local_world_size=local_world_size,
             formation=_formation(env, world_size),
-            copy_threads=_integer(
-                env, "SNAPSHOTD_COPY_THREADS", _default_threads(local_world_size), least=1, most=_MAX_THREADS
-            ),
+            copy_threads=_integer(env, "SNAPSHOTD_COPY_THREADS", 0, most=_MAX_THREADS),
             connect_timeout_s=_seconds(env, "SNAPSHOTD_CONNECT_TIMEOUT_S", 5.0),
             restore_timeout_s=_seconds(env, "SNAPSHOTD_RESTORE_TIMEOUT_S", 120.0),
             debug_copy=env.get("SNAPSHOTD_DEBUG_COPY", "0") not in ("", "0"),
@@ -117,11 +115,6 @@ def _default_socket(env: Mapping[str, str]) -> str:
     if runtime and Path(runtime).is_dir():
         return f"{runtime}/snapshotd/daemon.sock"
     return f"/tmp/snapshotd-{os.getuid()}/daemon.sock"
-
-
-def _default_threads(local_world_size: int) -> int:
-    # Training itself wants the cores: a second copier only where each rank has at least four.
-    return 2 if (os.cpu_count() or 1) >= 4 * local_world_size else 1
 
 
 def _formation(env: Mapping[str, str], world_size: int) -> str:

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.binding import Binding
@@ -32,6 +34,8 @@ from snapshotd_client.settings import Settings
 __all__ = ["Snapshotter"]
 
 _CLOSE_S = 10.0
+_COPY_THREADS = 4
+"""At most, where nobody says how many: more rarely copy faster."""
 _DEBUG_WAIT_S = 5.0
 
 
@@ -84,11 +88,13 @@ class Snapshotter:
         self._last_restore: dict[str, Any] = {}
         self._streams: dict[str, CopyStream] = {}  # by device, made when its first tensor is seen
         self._link = Link(self.settings.socket, _hello(self.settings), self)
+        threads = self.settings.copy_threads or min(_COPY_THREADS, torch.get_num_threads())
         self._pipeline = Pipeline(
             link=self._link,
             counters=self._counters,
             warner=self._warner,
-            copy_threads=self.settings.copy_threads,
+            copy_threads=threads,
+            hurried=threads >= torch.get_num_threads(),
             streams=self._streams,
             compare=self.settings.debug_copy,
         )

@@ -105,7 +105,7 @@ def test_settings_come_from_a_file_that_variables_override(tmp_path):
     [
         ({"RANK": "x"}, "RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
-        ({"SNAPSHOTD_COPY_THREADS": "0"}, "SNAPSHOTD_COPY_THREADS"),
+        ({"SNAPSHOTD_COPY_THREADS": "17"}, "SNAPSHOTD_COPY_THREADS"),
         ({"SNAPSHOTD_CONNECT_TIMEOUT_S": "soon"}, "SNAPSHOTD_CONNECT_TIMEOUT_S"),
         ({"SNAPSHOTD_RESTORE_TIMEOUT_S": "-1"}, "SNAPSHOTD_RESTORE_TIMEOUT_S"),
     ],

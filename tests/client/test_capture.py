@@ -125,8 +125,11 @@ def niceness(thread):
     return os.getpriority(os.PRIO_PROCESS, thread.native_id)
 
 
-def test_copying_goes_before_training_where_it_may(daemon, snapshotter):
-    """Breaks: a step can be lost for twice as long, because its copy gets half of the cores that training wants."""
+def test_copying_by_as_many_threads_as_training_has_goes_before_it_where_it_may(daemon, snapshotter):
+    """
+    Breaks: a step can be lost for twice as long, because its copy gets half of the cores that training wants; or all of
+    training waits for the one thread whose core a single copier has taken.
+    """
     allowed = []
 
     def ask():
@@ -139,14 +142,19 @@ def test_copying_goes_before_training_where_it_may(daemon, snapshotter):
     asking = threading.Thread(target=ask)
     asking.start()
     asking.join()
-    model, opt = job()
-    snap = snapshotter(model, opt, settings={"copy_threads": 3})
-    train(model, opt)
-    snap.capture(0)
-    assert snap.wait(20)
     mine = niceness(threading.main_thread())
-    copying = [thread for thread in threading.enumerate() if thread.name.startswith("snapshotd-copy")]
-    assert [max(-20, mine - 10) if allowed else mine] * 3 == [niceness(thread) for thread in copying]
+    training = torch.get_num_threads()
+    for threads, expected in ((training, max(-20, mine - 10) if allowed else mine), (training - 1, mine)):
+        if threads == 0:
+            continue
+        model, opt = job()
+        snap = snapshotter(model, opt, settings={"copy_threads": threads})
+        train(model, opt)
+        snap.capture(0)
+        assert snap.wait(20)
+        copying = [thread for thread in threading.enumerate() if thread.name.startswith("snapshotd-copy")]
+        assert [expected] * threads == [niceness(thread) for thread in copying]
+        snap.close()
 
 
 def test_wait_returns_when_the_daemon_has_the_seal_and_not_before(daemon, snapshotter):
