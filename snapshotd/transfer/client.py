@@ -192,9 +192,12 @@ class BulkClient:
                 name=describe(key),
                 peer=address,
             )
-            yield incoming
-            if incoming.is_whole:
-                answer.keep()
+            try:
+                yield incoming
+                if incoming.is_whole:
+                    answer.keep()
+            finally:
+                incoming.close()
 
     def suspect(self, address: str, key: ObjectKey) -> None:
         """Tell the owner that what it sent of an object did not match; returns when it has verified the object."""

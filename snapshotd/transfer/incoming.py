@@ -10,6 +10,7 @@ Rule 2: what was handed out is what was sealed. After an error the rest of the a
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -23,6 +24,9 @@ __all__ = ["Incoming", "Receiver", "Steering", "whole_chunks"]
 
 _PIECE_BYTES: Final = wire.PIECE_BYTES
 assert _PIECE_BYTES % CHUNK_BYTES == 0
+
+_spare_chunks: Final[deque[bytearray]] = deque(maxlen=16)
+"""Memory for a chunk that streams have done with: fresh memory would cost more than all else of a short one."""
 
 
 class Receiver(Protocol):
@@ -84,13 +88,20 @@ class Incoming:
         self._steering = steering
         self._name, self._peer = name, peer
         self._at = self._stop = 0
-        self._chunk = bytearray()
+        self._chunk: bytearray | None = None
         self._rest = memoryview(b"")  # of a chunk that is here, and was handed out in part
 
     @property
     def is_whole(self) -> bool:
         """Whether all of the answer was read."""
         return not self._spans and self._at == self._stop and not self._rest
+
+    def close(self) -> None:
+        """Nothing more is wanted of it."""
+        self._rest = memoryview(b"")
+        if self._chunk is not None:
+            _spare_chunks.append(self._chunk)
+            self._chunk = None
 
     def fill(self, out: memoryview) -> None:
         """
@@ -132,7 +143,8 @@ class Incoming:
             self._at = end
             return end - at
         first, last = whole_chunks((at, at + 1), self._file_bytes)
-        self._chunk = self._chunk or bytearray(CHUNK_BYTES)
+        if self._chunk is None:
+            self._chunk = _take_chunk()
         whole = memoryview(self._chunk)[: last - first]
         self._take(whole, first)
         self._at = min(stop, last)
@@ -147,3 +159,10 @@ class Incoming:
             message = f"chunk {wrong[0]} of {self._name} from {self._peer} does not match its digest"
             raise wire.CorruptChunk(message, chunk=wrong[0], peer=self._peer)
         self._steering.after(piece.nbytes)
+
+
+def _take_chunk() -> bytearray:
+    try:
+        return _spare_chunks.pop()
+    except IndexError:
+        return bytearray(CHUNK_BYTES)

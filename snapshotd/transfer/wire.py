@@ -55,6 +55,9 @@ PIECE_BYTES: Final = 1024 * 1024
 _WAKE_BYTES: Final = 512 * 1024
 """Eight packets on loopback. Who waits for as much as the window holds makes the sender wait for him: both in turns."""
 
+_SHORT_BYTES: Final = 4 * 64 * 1024
+"""Four packets on loopback: to ask to be woken up once for all of them costs more than it saves."""
+
 _LENGTH: Final = struct.Struct("<I")
 _GROWTH_BYTES: Final = 64 * 1024
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
@@ -193,10 +196,11 @@ class BulkReceiver:
         self._sock = sock
         self._left = nbytes
         self._wakes_at = 1
+        self._is_short = nbytes < _SHORT_BYTES or is_tls(sock)
 
     def receive(self, out: memoryview) -> None:
         """Fill ``out``. ConnectionResetError when the other end closes first; OSError as the socket has it."""
-        if is_tls(self._sock):
+        if self._is_short:
             receive_exactly(self._sock, out)
             self._left -= out.nbytes
             return
