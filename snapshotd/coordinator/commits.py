@@ -257,15 +257,13 @@ class Commits:
 
     def _missing_parts(self, epoch: Epoch, flight: Protecting) -> list[str]:
         """Pair assertion: what is committed must really be there, by the nodes' own inventories."""
-        missing = []
+        missing: list[str] = []
         for node_id in epoch.node_ids:
             node = self._ctx.nodes.get(node_id)
-            for rank in epoch.ranks_of(node_id):
-                if node is None or (self._job.name, epoch.number, flight.step, rank) not in node.slots:
-                    missing.append(f"slot of rank {rank} on {node_id}")
-            for key in flight.expected[node_id]:
-                if node is None or key not in node.parities:
-                    missing.append(f"parity of {node_id}")
+            slots = flight.sealed[node_id] - node.slots.keys() if node is not None else flight.sealed[node_id]
+            missing += (f"slot of rank {key[3]} on {node_id}" for key in sorted(slots))
+            if node is None or not flight.expected[node_id] <= node.parities.keys():
+                missing.append(f"parity of {node_id}")
         return missing
 
     def _commit(self, epoch: Epoch, step: int, level: control.Committed.Level) -> None:

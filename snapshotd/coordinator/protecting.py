@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from snapshotd.coordinator.inventory import Inventory, ParityKey
+from snapshotd.coordinator.inventory import Inventory, ParityKey, SlotKey
 from snapshotd.coordinator.membership import Epoch
 from snapshotd.coordinator.snapshots import parity_sizes
 from snapshotd.v1 import control_pb2 as control
@@ -25,14 +25,15 @@ class Protecting:
     """
     A step whose parity is being built.
 
-    orders: by parity group. group_of: where a node finds its order. expected: the parity that each node is to build.
-    waiting: nodes that have not said ParityBuilt.
+    orders: by parity group. group_of: where a node finds its order. sealed: the slots of each node. expected: the
+    parity that each node is to build. waiting: nodes that have not said ParityBuilt.
     """
 
     step: int
     since: float
     orders: list[control.Protect]
     group_of: dict[str, int]
+    sealed: dict[str, set[SlotKey]]
     expected: dict[str, set[ParityKey]]
     waiting: set[str]
 
@@ -47,6 +48,9 @@ def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: I
         since=now,
         orders=[],
         group_of={node_id: index for index, group in enumerate(epoch.groups) for node_id in group},
+        sealed={
+            node_id: {(job, epoch.number, step, rank) for rank in epoch.ranks_of(node_id)} for node_id in epoch.node_ids
+        },
         expected={node_id: set() for node_id in epoch.node_ids},
         waiting=set(epoch.node_ids),
     )

@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -57,6 +57,8 @@ NOTES_KEPT = 500
 KV_LIMIT_BYTES = 1 << 20
 KV_EPOCHS_KEPT = 64
 
+_SERVICE = "snapshotd.v1.CoordinatorService"
+
 
 class CoordinatorService(control_grpc.CoordinatorServiceServicer):
     """
@@ -80,7 +82,8 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
         self._guard: Callable[[str], bool] | None = None
         self._clock = clock
         self._core = CoordinatorCore(settings, store.remembered())
-        self._streams: dict[SessionId, asyncio.Queue[Any]] = {}
+        self._streams: dict[SessionId, asyncio.Queue[bytes | None]] = {}
+        self._encoded: tuple[object, bytes] = (None, b"")
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._notes: deque[dict[str, Any]] = deque(maxlen=NOTES_KEPT)
         self._sessions = 0
@@ -97,6 +100,7 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
         self.fatal = asyncio.get_running_loop().create_future()
         server = grpc.aio.server(options=CHANNEL_OPTIONS)
         control_grpc.add_CoordinatorServiceServicer_to_server(self, server)
+        server.add_registered_method_handlers(_SERVICE, _sessions(self))
         port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
         self._guard = same_user_guard(port) if self._plain else None
         await server.start()
@@ -117,45 +121,36 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
 
     # ---------------------------------------------------------------- streams
 
-    async def NodeSession(
-        self, request_iterator: AsyncIterator[control.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[control.CoordinatorMessage]:
-        async for message in self._serve(
-            request_iterator,
+    async def NodeSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await self._serve(
             context,
             arrived=lambda session, message: NodeMessageArrived(session=session, message=message),
             ended=lambda session: NodeSessionEnded(session=session),
-        ):
-            yield message
+        )
 
-    async def AgentSession(
-        self, request_iterator: AsyncIterator[control.AgentMessage], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[control.AgentUpdate]:
-        async for message in self._serve(
-            request_iterator,
+    async def AgentSession(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await self._serve(
             context,
             arrived=lambda session, message: AgentMessageArrived(session=session, message=message),
             ended=lambda session: AgentSessionEnded(session=session),
-        ):
-            yield message
+        )
 
     async def _serve(
         self,
-        incoming: AsyncIterator[Any],
         context: grpc.aio.ServicerContext[Any, Any],
         *,
         arrived: Callable[[SessionId, Any], Event],
         ended: Callable[[SessionId], Event],
-    ) -> AsyncIterator[Any]:
+    ) -> None:
         await self._admit(context)
         self._sessions += 1
         session = SessionId(f"s{self._sessions}")
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._streams[session] = queue
 
         async def read() -> None:
             try:
-                async for message in incoming:
+                while (message := await context.read()) is not grpc.aio.EOF:
                     self._dispatch(arrived(session, message))
             finally:
                 queue.put_nowait(None)
@@ -163,7 +158,7 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
         reader = asyncio.create_task(read())
         try:
             while (message := await queue.get()) is not None:
-                yield message
+                await context.write(message)
         finally:
             reader.cancel()
             with contextlib.suppress(BaseException):
@@ -241,7 +236,11 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
             self._streams.pop(outgoing.session, None)
             queue.put_nowait(None)
             return
-        queue.put_nowait(outgoing.message)
+        message, data = self._encoded
+        if message is not outgoing.message:
+            data = outgoing.message.SerializeToString()
+            self._encoded = outgoing.message, data  # very likely the next session is told the same
+        queue.put_nowait(data)
 
     async def _ask(self, event: Event, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> Answer:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -352,6 +351,14 @@ class CoordinatorService(control_grpc.CoordinatorServiceServicer):
         request_id = f"r{self._requests}"
         answer = await self._ask(ForgetWanted(request_id=request_id, job=request.job), request_id, context)
         return answer.forgotten or control.ForgetJobResponse()
+
+
+def _sessions(service: CoordinatorService) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    """The sessions, as the generated code has them, but for answers that are bytes already."""
+    return {
+        "NodeSession": grpc.stream_stream_rpc_method_handler(service.NodeSession, control.NodeMessage.FromString),
+        "AgentSession": grpc.stream_stream_rpc_method_handler(service.AgentSession, control.AgentMessage.FromString),
+    }
 
 
 _STATUS = {
