@@ -5,9 +5,8 @@ Rule 1: arrays that lie side by side on both sides become one.
 Rule 2: small ones go in a single call of torch, which holds the interpreter's lock for none of them: the training
 thread needs it. Large ones go one by one through ``np.copyto``, which is faster and lets go of the lock as well.
 Rule 3: the rest is split over the threads by bytes, not by arrays.
-Rule 4: where they are as many as training's, these threads go before those, if the system lets them. What they do is
-as much either way, but until it is done the step can be lost with its process, and the next update has to wait. Fewer
-would take some cores whole, and on the others training would wait at its barriers for the threads that lost theirs.
+Rule 4: these threads go before training's, if the system lets them. What they do is as much either way, but until it is
+done the step can be lost with its process, and the next update has to wait.
 """
 
 from __future__ import annotations

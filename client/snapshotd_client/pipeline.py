@@ -90,7 +90,6 @@ class Pipeline:
         counters: Counters,
         warner: Warner,
         copy_threads: int,
-        hurried: bool,
         streams: dict[str, CopyStream],
         compare: bool,
     ) -> None:
@@ -98,7 +97,6 @@ class Pipeline:
         self._counters = counters
         self._warner = warner
         self._compare = compare
-        self._hurried = hurried
         self._copier = Copier(copy_threads, streams)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -233,8 +231,7 @@ class Pipeline:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        if self._hurried:
-            go_first()
+        go_first()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())

@@ -88,13 +88,11 @@ class Snapshotter:
         self._last_restore: dict[str, Any] = {}
         self._streams: dict[str, CopyStream] = {}  # by device, made when its first tensor is seen
         self._link = Link(self.settings.socket, _hello(self.settings), self)
-        threads = self.settings.copy_threads or min(_COPY_THREADS, torch.get_num_threads())
         self._pipeline = Pipeline(
             link=self._link,
             counters=self._counters,
             warner=self._warner,
-            copy_threads=threads,
-            hurried=threads >= torch.get_num_threads(),
+            copy_threads=self.settings.copy_threads or min(_COPY_THREADS, torch.get_num_threads()),
             streams=self._streams,
             compare=self.settings.debug_copy,
         )
