@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -41,7 +42,9 @@ _BATCH_BYTES: Final = 16 * 1024 * 1024
 
 _BATCH_GROWTH: Final = 4
 _MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
-_STAGED_BYTES: Final = 64 * 1024 * 1024  # of memory that is copied from, in one batch
+_STAGED_BYTES: Final = 16 * 1024 * 1024  # of memory that is copied from, in one batch
+_AHEAD: Final = 1
+_AT_ONCE: Final = 2  # batches that are being read
 _MAX_WANTS: Final = 2000
 _SHARE_BYTES: Final = 4 * 1024 * 1024
 _PEER_S: Final = 5.0
@@ -54,6 +57,14 @@ class _Spot(NamedTuple):
     want: Want
     room: memoryview
     staged: torch.Tensor | None
+
+
+class _Reading(NamedTuple):
+    """A batch that is being read; ``others`` are the numbers of those of its wants that are left to the daemon."""
+
+    batch: Sequence[_Spot]
+    others: set[int]
+    jobs: Sequence[tuple[bool, Sequence[Copy], Future[int | None]]]  # whether out of a file, what, and the bytes read
 
 
 class DirectReader:
@@ -80,20 +91,23 @@ class DirectReader:
         begun = time.monotonic()
         left: list[Want] = []
         todo = _batches(_spots(wants, left))
+        asked: deque[tuple[Sequence[_Spot], Question]] = deque()
+        reading: deque[_Reading] = deque()
         try:
             with (
                 ThreadPoolExecutor(self._threads, "snapshotd-direct") as pool,
                 BulkClient(timeout_s=_PEER_S, connections_per_peer=max(1, self._threads // 2)) as client,
             ):
                 batch = next(todo, None)
-                question = self._ask(batch) if batch else None
-                while batch and question:
-                    following = next(todo, None)
-                    # The daemon looks for these while those before are read.
-                    next_question = self._ask(following) if following else None
-                    left += self._read(batch, self._answer(question), client, pool)
-                    failpoint("client.mid_restore")
-                    batch, question = following, next_question
+                while batch or asked or reading:
+                    if batch and len(asked) <= _AHEAD:
+                        asked.append((batch, self._ask(batch)))
+                        batch = next(todo, None)
+                    elif asked and len(reading) < _AT_ONCE:
+                        reading.append(self._begin(*asked.popleft(), client, pool))
+                    else:
+                        left += self._end(reading.popleft())
+                        failpoint("client.mid_restore")
         finally:
             for file in self._files.values():
                 file.close()
@@ -102,7 +116,9 @@ class DirectReader:
         return left
 
     def _ask(self, batch: Sequence[_Spot]) -> Question:
-        locate = pb.RestoreLocate(wants=[asked_for(spot.want) for spot in batch], known=self._files)
+        with self._lock:
+            known = list(self._files)
+        locate = pb.RestoreLocate(wants=[asked_for(spot.want) for spot in batch], known=known)
         return self._link.begin(pb.Frame(restore_locate=locate))
 
     def _answer(self, question: Question) -> pb.RestoreSources:
@@ -111,26 +127,32 @@ class DirectReader:
             return pb.RestoreSources(error="the daemon does not answer")
         return answer.restore_sources
 
-    def _read(
-        self, batch: Sequence[_Spot], sources: pb.RestoreSources, client: BulkClient, pool: ThreadPoolExecutor
-    ) -> list[Want]:
-        """Read what can be of a batch, and return the wants that are not whole afterwards."""
+    def _begin(
+        self, batch: Sequence[_Spot], question: Question, client: BulkClient, pool: ThreadPoolExecutor
+    ) -> _Reading:
+        """Begin to read what can be of a batch. No thread waits for the others between two batches."""
+        sources = self._answer(question)
         if sources.error:
-            return [spot.want for spot in batch]  # the daemon says why again, or has waited by then
+            return _Reading(batch, set(range(len(batch))), [])  # the daemon says why again, or has waited by then
         wanted = [(slot, _copies_of(slot)) for slot in sources.slots]
         others = set(sources.others)
         _check(batch, [copies for _, copies in wanted], others)
         rooms = [spot.room for spot in batch]
         jobs = [
-            (slot, share, pool.submit(self._read_slot, slot, share, rooms, client))
+            (bool(slot.path), share, pool.submit(self._read_slot, slot, share, rooms, client))
             for slot, copies in wanted
             for share in (_shares(copies, self._threads) if slot.path else (copies,))
         ]
-        for slot, share, job in jobs:
+        return _Reading(batch, others, jobs)
+
+    def _end(self, reading: _Reading) -> list[Want]:
+        """Wait for a batch, and return the wants that are not whole."""
+        batch, others, jobs = reading
+        for is_file, share, job in jobs:
             nbytes = job.result()
             if nbytes is None:
                 others.update(copy.target for copy in share)
-            elif slot.path:
+            elif is_file:
                 self.own_bytes += nbytes
             else:
                 self.peer_bytes += nbytes
@@ -149,7 +171,10 @@ class DirectReader:
         try:
             return gather(self._read_file(slot) if slot.path else self._read_peer(slot, client), copies, rooms)
         except (SnapshotdError, OSError) as error:
-            self._failed.add(place)
+            with self._lock:
+                if place in self._failed:
+                    return None
+                self._failed.add(place)
             logger.warning("snapshotd: a slot on %s is read by the daemon instead: %s", slot.node_id, error)
             if isinstance(error, CorruptionError):
                 if slot.address:

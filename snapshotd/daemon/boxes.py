@@ -19,7 +19,7 @@ from snapshotd.daemon.plans import read_bytes
 from snapshotd.daemon.sources import Source
 from snapshotd.errors import LayoutError, Unrecoverable, UsageError
 from snapshotd.layout import CHUNK_BYTES, Box, Layout
-from snapshotd.reshard import Copy, SourceShard, TargetShard, plan
+from snapshotd.reshard import Copy, Key, Planner, SourceShard, TargetShard
 from snapshotd.v1 import worker_pb2 as worker
 
 __all__ = ["Boxes"]
@@ -37,6 +37,7 @@ class Boxes:
         self._num_sources = len(layouts)
         self._world_size = world_size
         self._lock = threading.Lock()
+        self._planner: tuple[list[bool], Planner] | None = None  # and which sources it took for local
         self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
         self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
         for rank, layout in enumerate(layouts):
@@ -57,7 +58,8 @@ class Boxes:
         """
         if not 0 <= rank < self._world_size:
             raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
-        return [self._target(index, want, rank) for index, want in enumerate(wants)]
+        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Box] = {}  # many tensors are cut alike
+        return [self._target(index, want, rank, boxes) for index, want in enumerate(wants)]
 
     def copies(
         self, targets: Sequence[TargetShard], rank: int, sources: Sequence[Source], cancel: threading.Event | None
@@ -72,23 +74,30 @@ class Boxes:
         for name, scope in sorted(names):
             if scope == "rank":
                 self._check_private(name, source_rank, sources, cancel)
-        # Both scopes of one name may be wanted; the planner tells them apart by the scope of the target.
+        rank_source = {target.target: source_rank for target in targets if target.tensor.scope == "rank"}
+        local = [source.is_local for source in sources]
+        with self._lock:
+            if self._planner is None or self._planner[0] != local:
+                self._planner = local, Planner(self._find, lambda source: 0 if local[source] else 1)
+            copies = self._planner[1].plan(targets, rank_source)
         by_target: defaultdict[int, list[Copy]] = defaultdict(list)
-        for scope in ("global", "rank"):
-            some = [target for target in targets if target.tensor.scope == scope]
-            if not some:
-                continue
-            made = plan(
-                (shard for name, of in names if of == scope for shard in self._shards[name, of]),
-                some,
-                prefer=lambda source: 0 if sources[source].is_local else 1,
-                rank_source={target.target: source_rank for target in some},
-            )
-            for copy in made.copies:
-                by_target[copy.target].append(copy)
+        for copy in copies:
+            by_target[copy.target].append(copy)
         return by_target
 
-    def _target(self, index: int, want: worker.RestoreWant.Want, rank: int) -> TargetShard:
+    def _find(self, key: Key) -> Sequence[SourceShard]:
+        name, source = key
+        if source is None:
+            return self._shards.get((name, "global"), ())
+        return [shard for shard in self._shards.get((name, "rank"), ()) if shard.source == source]
+
+    def _target(
+        self,
+        index: int,
+        want: worker.RestoreWant.Want,
+        rank: int,
+        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Box],
+    ) -> TargetShard:
         if want.scope not in ("global", "rank"):
             raise UsageError(f"{want.name!r:.100}: the scope must be 'global' or 'rank', not {want.scope!r:.40}")
         shards = self._shards.get((want.name, want.scope), [])
@@ -96,8 +105,11 @@ class Boxes:
             shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
         if not shards:
             raise LayoutError(f"the source has no tensor {want.name!r:.200} of scope {want.scope!r}")
-        tensor = shards[0].tensor.part(Box(tuple(want.offsets), tuple(want.lengths)))
-        return TargetShard(target=index, tensor=tensor, begin=0)
+        place = tuple(want.offsets), tuple(want.lengths)
+        box = boxes.get(place)
+        if box is None:
+            box = boxes[place] = Box(*place)
+        return TargetShard(index, shards[0].tensor.part(box), 0)
 
     def _check_private(
         self, name: str, source_rank: int, sources: Sequence[Source], cancel: threading.Event | None

@@ -13,6 +13,7 @@ from snapshotd.layout.digest import (
     RunningDigests,
     chunk_count,
     chunk_digests,
+    is_right,
     root_digest,
     verify,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "chunk_digests",
     "dtype_of",
     "header_length",
+    "is_right",
     "root_digest",
     "stored_shape",
     "verify",

@@ -26,6 +26,7 @@ __all__ = [
     "RunningDigests",
     "chunk_count",
     "chunk_digests",
+    "is_right",
     "root_digest",
     "verify",
 ]
@@ -35,6 +36,8 @@ CHUNK_BYTES: Final = 256 * 1024
 
 DIGEST_BYTES: Final = 8
 """Bytes of one chunk's digest."""
+
+_DIGEST: Final = struct.Struct("<Q")
 
 
 def chunk_count(length: int) -> int:
@@ -65,6 +68,10 @@ class RunningDigests:
 
     def add(self, piece: memoryview) -> None:
         """Take the next bytes, a contiguous view of them."""
+        if piece.nbytes < self._room:
+            self._hash.update(piece)
+            self._room -= piece.nbytes
+            return
         at = 0
         while at < piece.nbytes:
             end = min(at + self._room, piece.nbytes)
@@ -93,6 +100,12 @@ class RunningDigests:
 def root_digest(digests: bytes) -> str:
     """Return the one digest that stands for all of ``digests``: 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(digests)
+
+
+def is_right(view: memoryview, digests: bytes, chunk: int) -> bool:
+    """Whether one chunk of ``view``, all bytes of a file, matches its digest: verify() for who looks at single ones."""
+    with view[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES] as part:
+        return bool(xxhash.xxh3_64_intdigest(part) == _DIGEST.unpack_from(digests, chunk * DIGEST_BYTES)[0])
 
 
 def verify(buf: Buffer, digests: bytes, begin: int, end: int, *, base: int = 0) -> list[int]:

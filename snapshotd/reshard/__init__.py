@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from snapshotd.reshard.apply import apply_copy, gather_copy, scatter_copies
 from snapshotd.reshard.copies import Copy, cut_copy, merge_neighbours
-from snapshotd.reshard.plan import Plan, Problem, SourceShard, TargetShard, coverage, plan
+from snapshotd.reshard.plan import Key, Plan, Planner, Problem, SourceShard, TargetShard, coverage, plan
 
 __all__ = [
     "Copy",
+    "Key",
     "Plan",
+    "Planner",
     "Problem",
     "SourceShard",
     "TargetShard",

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["apply_copy", "gather_copy", "scatter_copies"]
 
+_SMALL_BYTES: Final = 16 * 1024
+"""Of one run: moving it takes less than making arrays of it."""
+
 _WORDS: Final[dict[int, np.dtype[Any]]] = {
     8: np.dtype(np.uint64),
     4: np.dtype(np.uint32),
@@ -44,6 +47,9 @@ def apply_copy(copy: Copy, src: Buffer, dst: Buffer) -> None:
         if not 0 <= begin <= end <= view.nbytes:
             raise LayoutError(f"the copy needs bytes [{begin}, {end}) of the {what}, which has {view.nbytes}")
     if not copy.nbytes:
+        return
+    if not copy.dims and copy.run_bytes <= _SMALL_BYTES and source.format == target.format == "B":
+        target[slice(*copy.dst_range)] = source[slice(*copy.src_range)]
         return
     # Elements as wide as the runs allow: numpy moves runs of one word far faster than runs of some bytes.
     width = next(width for width in _WORDS if copy.run_bytes % width == 0)

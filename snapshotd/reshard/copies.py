@@ -33,16 +33,22 @@ class Copy(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes copied."""
+        if not self.dims:  # most have none, and are asked many times
+            return self.run_bytes
         return self.run_bytes * prod(dim[0] for dim in self.dims)
 
     @property
     def src_range(self) -> tuple[int, int]:
         """The smallest [begin, end) of the source file that holds all runs."""
+        if not self.dims:
+            return self.src_begin, self.src_begin + self.run_bytes
         return self.src_begin, self.src_begin + sum((n - 1) * stride for n, stride, _ in self.dims) + self.run_bytes
 
     @property
     def dst_range(self) -> tuple[int, int]:
         """The smallest [begin, end) of the target file that holds all runs."""
+        if not self.dims:
+            return self.dst_begin, self.dst_begin + self.run_bytes
         return self.dst_begin, self.dst_begin + sum((n - 1) * stride for n, _, stride in self.dims) + self.run_bytes
 
     def shifted(self, nbytes: int) -> Copy:

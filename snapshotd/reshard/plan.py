@@ -22,7 +22,7 @@ from snapshotd.layout.box import Box, TensorBox
 from snapshotd.reshard.copies import Copy, block_copy, merge_neighbours
 from snapshotd.reshard.regions import Region, RegionIndex, overlap, region_of, subtract
 
-__all__ = ["Plan", "Problem", "SourceShard", "TargetShard", "coverage", "plan"]
+__all__ = ["Key", "Plan", "Planner", "Problem", "SourceShard", "TargetShard", "coverage", "plan"]
 
 _LISTED: Final = 10
 
@@ -76,7 +76,7 @@ class Problem:
     detail: str
 
 
-_Key = tuple[str, int | None]
+Key = tuple[str, int | None]
 """(name, None) of a global tensor, (name, source) of one that is private to its rank."""
 
 
@@ -85,6 +85,14 @@ class _Part(NamedTuple):
 
     shard: int
     copy: Copy
+
+
+class _Filled(NamedTuple):
+    """What fills a box, in order, and what of it is in no source. ``may_join``: neighbours may be out of one source."""
+
+    parts: list[_Part]
+    left: list[Region]
+    may_join: bool
 
 
 class _Geometry:
@@ -98,16 +106,16 @@ class _Geometry:
     def __init__(self, ranks: Sequence[tuple[int, int]], boxes: Sequence[Box], itemsize: int) -> None:
         self._ranks, self._boxes, self._itemsize = ranks, boxes, itemsize
         self._index = RegionIndex([(region_of(box), number) for number, box in enumerate(boxes)])
-        self._made: dict[Box, tuple[list[_Part], list[Region]]] = {}
+        self._made: dict[Box, _Filled] = {}
 
-    def fill(self, wanted: Box) -> tuple[list[_Part], list[Region]]:
-        """Return what fills a box that is not empty, and what is in no source."""
+    def fill(self, wanted: Box) -> _Filled:
+        """Return what fills a box that is not empty."""
         made = self._made.get(wanted)
         if made is None:
             made = self._made[wanted] = self._fill(wanted)
         return made
 
-    def _fill(self, wanted: Box) -> tuple[list[_Part], list[Region]]:
+    def _fill(self, wanted: Box) -> _Filled:
         region = region_of(wanted)
         candidates = self._index.overlapping(region)
         if len(candidates) > 1:
@@ -127,7 +135,8 @@ class _Geometry:
             left = still_left
             if not left:
                 break
-        return parts, left
+        parts.sort(key=lambda part: part.copy.dst_begin)
+        return _Filled(parts, left, len({part.copy.source for part in parts}) < len(parts))
 
     def _copy(self, number: int, wanted: Box, region: Region) -> Copy:
         begins, ends = region
@@ -146,13 +155,20 @@ class _Geometry:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """The sources of one key. ``odd`` does not agree with ``first``; ``shards`` are those of its geometry."""
 
     first: SourceShard
     odd: SourceShard | None
     shards: Sequence[SourceShard]
+    geometry: _Geometry
+
+
+class _Family(NamedTuple):
+    """Tensors whose sources lie alike: the ``shards`` of the first of them, ``places`` of those of the geometry."""
+
+    shards: Sequence[SourceShard]
+    places: list[int]
     geometry: _Geometry
 
 
@@ -177,6 +193,62 @@ class _Failures:
             raise Unrecoverable(f"{len(self.uncovered)} wanted tensors are not whole in the sources: {listed}")
 
 
+class Planner:
+    """
+    Plans boxes as they are asked for, and looks at the sources of a tensor once. For one thread at a time.
+
+    ``find`` gives the sources of a key, and the same ones whenever it is asked; ``prefer`` is that of plan().
+    """
+
+    def __init__(self, find: Callable[[Key], Sequence[SourceShard]], prefer: Callable[[int], int]) -> None:
+        self._find = find
+        self._prefer = prefer
+        self._ranking: dict[int, tuple[int, int]] = {}
+        self._tensors: dict[Key, _Tensor | None] = {}
+        self._families: dict[tuple[object, ...], _Family] = {}
+
+    def plan(self, targets: Sequence[TargetShard], rank_source: Mapping[int, int] | None = None) -> list[Copy]:
+        """Return the copies that fill ``targets``. See plan()."""
+        failures = _Failures()
+        copies: list[Copy] = []
+        for target in targets:
+            key = _key_of(target, rank_source)
+            if key not in self._tensors:
+                self._tensors[key] = self._group(self._find(key))
+            copies += _fill(target, key, self._tensors[key], failures)
+        failures.raise_any()
+        return copies
+
+    def _group(self, shards: Sequence[SourceShard]) -> _Tensor | None:
+        if not shards:
+            return None
+        first = shards[0]
+        odd = next((shard for shard in shards if not _same_tensor(first.tensor, shard.tensor)), None)
+        if odd is not None:
+            shards = [shard for shard in shards if _same_tensor(first.tensor, shard.tensor)]
+        # A layout has one Box for all tensors that lie alike: comparing those by identity is enough, and fast.
+        likeness = (first.tensor.itemsize, *((shard.source, id(shard.tensor.box)) for shard in shards))
+        family = self._families.get(likeness)
+        if family is None:
+            family = self._families[likeness] = self._family(shards)
+        return _Tensor(first, odd, [shards[place] for place in family.places], family.geometry)
+
+    def _family(self, shards: Sequence[SourceShard]) -> _Family:
+        """Of several shards with the very same box, keep the preferred one only."""
+        best: dict[Box, tuple[tuple[int, int], int]] = {}
+        for place, shard in enumerate(shards):
+            box, source = shard.tensor.box, shard.source
+            if box.is_empty:
+                continue
+            if source not in self._ranking:
+                self._ranking[source] = (self._prefer(source), source)
+            there = best.get(box)
+            if there is None or self._ranking[source] < there[0]:
+                best[box] = (self._ranking[source], place)
+        geometry = _Geometry([rank for rank, _ in best.values()], tuple(best), shards[0].tensor.itemsize)
+        return _Family(shards, [place for _, place in best.values()], geometry)
+
+
 def plan(
     sources: Iterable[SourceShard],
     targets: Sequence[TargetShard],
@@ -197,13 +269,14 @@ def plan(
     LayoutError for wanted tensors that no source has or that differ in dtype or global shape; Unrecoverable for regions
     that no source covers. Both name up to ten of them.
     """
-    keys = [_key_of(target, rank_source) for target in targets]
-    tensors = _by_key(sources, _bounds(targets, keys), prefer or (lambda source: 0))
-    failures = _Failures()
-    copies: list[Copy] = []
-    for target, key in zip(targets, keys, strict=True):
-        copies += _fill(target, key, tensors, failures)
-    failures.raise_any()
+    wanted = {_key_of(target, rank_source) for target in targets}
+    groups: dict[Key, list[SourceShard]] = {}
+    for shard in sources:
+        key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
+        if key in wanted:
+            groups.setdefault(key, []).append(shard)
+    planner = Planner(lambda key: groups.get(key, ()), prefer or (lambda source: 0))
+    copies = planner.plan(targets, rank_source)
     return Plan(copies=tuple(merge_neighbours(copies) if merge_files else copies))
 
 
@@ -223,7 +296,7 @@ def coverage(sources: Iterable[SourceShard]) -> list[Problem]:
     return problems
 
 
-def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> _Key:
+def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> Key:
     name = target.tensor.name
     if target.tensor.scope == "global":
         return name, None
@@ -234,71 +307,9 @@ def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> _Key:
     return name, rank_source[target.target]
 
 
-def _bounds(targets: Sequence[TargetShard], keys: Sequence[_Key]) -> dict[_Key, Region]:
-    """Return the smallest region around all wanted boxes of each key: what lies outside need not be looked at."""
-    bounds: dict[_Key, Region] = {}
-    for target, key in zip(targets, keys, strict=True):
-        region = region_of(target.tensor.box)
-        there = bounds.get(key)
-        # Where targets disagree about the dimensions, one of them will be found to differ from the sources.
-        if there is not None and len(there[0]) == len(region[0]):
-            region = (tuple(map(min, there[0], region[0])), tuple(map(max, there[1], region[1])))
-        bounds[key] = region
-    return bounds
-
-
-def _touches(box: Box, bounds: Region) -> bool:
-    """Whether a box is not empty and has a part inside ``bounds``."""
-    # Not strict: where the dimensions differ, the target is refused later anyway, with a message.
-    for offset, length, begin, end in zip(box.offsets, box.lengths, *bounds, strict=False):
-        if offset >= end or offset + length <= begin or not length:
-            return False
-    return True
-
-
-def _by_key(
-    sources: Iterable[SourceShard], bounds: Mapping[_Key, Region], prefer: Callable[[int], int]
-) -> dict[_Key, _Tensor]:
-    """Group the shards that are near wanted ones; of several with the very same box, keep the preferred one only."""
-    groups: dict[_Key, list[SourceShard]] = {}
-    for shard in sources:
-        key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
-        if key in bounds:
-            groups.setdefault(key, []).append(shard)
-    ranking: dict[int, tuple[int, int]] = {}
-    geometries: dict[tuple[object, ...], _Geometry] = {}
-    tensors: dict[_Key, _Tensor] = {}
-    for key, shards in groups.items():
-        first = shards[0]
-        odd: SourceShard | None = None
-        wanted = bounds[key]
-        best: dict[Box, tuple[tuple[int, int], SourceShard]] = {}
-        for shard in shards:
-            box, source = shard.tensor.box, shard.source
-            if not _same_tensor(first.tensor, shard.tensor):
-                odd = odd or shard
-                continue
-            if not _touches(box, wanted):
-                continue
-            if source not in ranking:
-                ranking[source] = (prefer(source), source)
-            there = best.get(box)
-            if there is None or ranking[source] < there[0]:
-                best[box] = (ranking[source], shard)
-        boxes, ranks = tuple(best), tuple(rank for rank, _ in best.values())
-        likeness = (first.tensor.itemsize, boxes, ranks)
-        geometry = geometries.get(likeness)
-        if geometry is None:
-            geometry = geometries[likeness] = _Geometry(ranks, boxes, first.tensor.itemsize)
-        found = [shard for _, shard in best.values()]
-        tensors[key] = _Tensor(first=first, odd=odd, shards=found, geometry=geometry)
-    return tensors
-
-
-def _fill(target: TargetShard, key: _Key, tensors: Mapping[_Key, _Tensor], failures: _Failures) -> list[Copy]:
+def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failures) -> list[Copy]:
     """Return the copies that fill one target shard; what cannot be filled goes to ``failures``."""
     tensor = target.tensor
-    found = tensors.get(key)
     if found is None:
         # An empty box needs nothing, and a rank may have skipped capturing what has no bytes.
         if not tensor.box.is_empty:
@@ -314,7 +325,7 @@ def _fill(target: TargetShard, key: _Key, tensors: Mapping[_Key, _Tensor], failu
             return []
     if tensor.box.is_empty:
         return []
-    parts, left = found.geometry.fill(tensor.box)
+    parts, left, may_join = found.geometry.fill(tensor.box)
     if left:
         failures.uncovered[tensor.name] = (
             f"{tensor.name} {list(tensor.global_shape)} in target {target.target} lacks {_regions(left)}"
@@ -330,7 +341,7 @@ def _fill(target: TargetShard, key: _Key, tensors: Mapping[_Key, _Tensor], failu
         )
         for number, copy in parts
     ]
-    return merge_neighbours(copies) if len(copies) > 1 else copies
+    return merge_neighbours(copies) if may_join else copies
 
 
 def _tensor_problems(name: str, shards: Sequence[SourceShard]) -> list[Problem]:

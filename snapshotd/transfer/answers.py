@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from snapshotd.arena.keys import describe
 from snapshotd.errors import CorruptionError, RemoteProtocolError, UsageError
 from snapshotd.failpoints import failpoint
-from snapshotd.layout import CHUNK_BYTES, RunningDigests, verify
+from snapshotd.layout import CHUNK_BYTES, RunningDigests, is_right
 from snapshotd.reshard import Copy, gather_copy
 from snapshotd.transfer import blocks, wire
 from snapshotd.transfer.objects import Holding, Objects, Refusal, Servable
@@ -55,9 +55,8 @@ class Answers:
             wire.send_frame(sock, BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
             return
         failpoint("transfer.before_send")
-        with self._objects.leased(request.object) as obj, memoryview(obj.view) as view:
-            size = min(obj.file_bytes, view.nbytes)
-            ranges, copies = _checked(request, size)
+        with self._objects.leased(request.object) as obj, memoryview(obj.view)[: obj.file_bytes] as view:
+            ranges, copies = _checked(request, view.nbytes)
             digests = (obj.digests or b"") if request.digests else b""
             nbytes = len(digests) + sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
             _send_head(sock, obj, nbytes, exact=request.exact)
@@ -101,26 +100,27 @@ class Answers:
 
 class _Verified:
     """
-    An object of which parts of chunks are sent: chunk by chunk verified, each once, as far as it is looked at.
+    An object, ``view`` all its bytes, of which parts of chunks are sent: chunk by chunk verified, each once, as far as
+    it is looked at.
 
     What is sent of them is hashed in order, for the response behind it.
     """
 
     def __init__(self, obj: Servable, view: memoryview, key: ObjectKey) -> None:
-        self._obj, self._view, self._key = obj, view, key
-        self._size = min(obj.file_bytes, view.nbytes)
+        self._view, self._key = view, key
+        assert obj.digests is not None
+        self._digests = obj.digests
         self._known: set[int] = set()
         self._running = RunningDigests()
         self._rotten: str | None = None
 
     def add_ends(self, begin: int, end: int) -> None:
         """Verify the chunks that a range has in part, and hash what it has of them."""
-        first, last = blocks.whole_inside(begin, end, self._size)
-        for low, high in ((begin, first), (last, end)):
-            if low < high:
-                self._look(low // CHUNK_BYTES, -(-high // CHUNK_BYTES))
-                with self._view[low:high] as piece:
-                    self._running.add(piece)
+        first, last = blocks.whole_inside(begin, end, self._view.nbytes)
+        if begin < first:
+            self._add_end(begin, first)
+        if last < end:
+            self._add_end(last, end)
 
     def add(self, portion: Sequence[Copy], room: memoryview) -> memoryview:
         """
@@ -140,14 +140,17 @@ class _Verified:
             return BulkResponse(ok=True, digests=self._running.finish())
         return BulkResponse(ok=False, code=CorruptionError.code, message=self._rotten)
 
+    def _add_end(self, begin: int, end: int) -> None:
+        self._look(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+        with self._view[begin:end] as piece:
+            self._running.add(piece)
+
     def _look(self, first: int, stop: int) -> None:
-        assert self._obj.digests is not None
         for chunk in range(first, stop):
             if chunk in self._known:
                 continue
             self._known.add(chunk)
-            end = min((chunk + 1) * CHUNK_BYTES, self._obj.file_bytes)
-            if verify(self._view, self._obj.digests, chunk * CHUNK_BYTES, end) and self._rotten is None:
+            if not is_right(self._view, self._digests, chunk) and self._rotten is None:
                 self._rotten = f"chunk {chunk} of {describe(self._key)} does not match its digest"
 
     def _gather(self, portion: Sequence[Copy], room: memoryview) -> memoryview:

@@ -125,11 +125,15 @@ class Exact:
 
     def _add(self, piece: memoryview, at: int, first: int, last: int, chunks: RunningDigests) -> None:
         """Hash what was received for file offset ``at`` on, on both sides of where whole chunks begin and end."""
-        end = at + piece.nbytes
-        for begin, stop, digests in ((at, first, self._loose), (first, last, chunks), (last, end, self._loose)):
-            begin, stop = max(begin, at), min(stop, end)
-            if begin < stop:
-                with piece[begin - at : stop - at] as part:
+        head = max(0, min(first - at, piece.nbytes))
+        tail = max(head, min(last - at, piece.nbytes))
+        for begin, end, digests in (
+            (0, head, self._loose),
+            (head, tail, chunks),
+            (tail, piece.nbytes, self._loose),
+        ):
+            if begin < end:
+                with piece[begin:end] as part:
                     digests.add(part)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from snapshotd import failpoints
 from snapshotd.arena import State, slot_key
 from snapshotd.daemon import restore as restore_module
+from snapshotd.daemon.boxes import Boxes
 from snapshotd.daemon.persist import export_snapshot
 from snapshotd.daemon.restore import Restore
 from snapshotd.errors import CorruptionError, LayoutError, LocalProtocolError, PeerError, Unrecoverable, UsageError
-from snapshotd.layout import Box, TensorBox
+from snapshotd.layout import Box, Layout, TensorBox
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from tests.daemon.conftest import whole
@@ -454,3 +456,14 @@ def test_buffers_are_used_again_and_the_bytes_are_the_new_ones(cluster) -> None:
         for batch, value in zip(held, values, strict=True):  # none is taken away from under a worker
             assert bytes_at(batch, 0, value.nbytes) == value.tobytes()
     assert not list((here.arena.root / "buffers").iterdir())
+
+
+def test_a_replica_that_has_come_to_this_node_is_preferred_from_then_on() -> None:
+    value = np.zeros((4, 2), np.float32)
+    layouts = [Layout.build([whole("w", value)], meta_capacity=0) for _ in range(2)]
+    boxes = Boxes(layouts, 1)
+    targets = boxes.targets([want("w", (1, 0), (2, 2))], 0)
+    for local in ((False, False), (False, True), (True, True), (False, True)):
+        sources = [SimpleNamespace(is_local=one) for one in local]
+        ((copy,),) = boxes.copies(targets, 0, sources, None).values()
+        assert (local.index(True) if True in local else 0) == copy.source

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotd.errors import UsageError
-from snapshotd.layout import CHUNK_BYTES, RunningDigests, chunk_count, chunk_digests, root_digest, verify
+from snapshotd.layout import CHUNK_BYTES, RunningDigests, chunk_count, chunk_digests, is_right, root_digest, verify
 
 LENGTH = 3 * CHUNK_BYTES + 17
 DATA = bytes(range(256)) * (LENGTH // 256 + 1)
@@ -92,6 +92,18 @@ def test_bad_arguments_are_refused() -> None:
         verify(b"abc", b"1234567", 0, 3)
     with pytest.raises(UsageError):
         verify(DATA, chunk_digests(DATA, LENGTH), 0, CHUNK_BYTES, base=CHUNK_BYTES)
+
+
+def test_single_chunks() -> None:
+    data = bytearray(DATA[: 2 * CHUNK_BYTES + 5])
+    digests = chunk_digests(data, len(data))
+    for chunk in range(3):
+        assert is_right(memoryview(data), digests, chunk)
+        data[chunk * CHUNK_BYTES + 4] ^= 1
+        assert [other == chunk for other in range(3)] == [
+            not is_right(memoryview(data), digests, other) for other in range(3)
+        ]
+        data[chunk * CHUNK_BYTES + 4] ^= 1
 
 
 def test_bytes_that_come_in_pieces_have_the_digests_of_the_whole() -> None:

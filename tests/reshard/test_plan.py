@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout import Box, TensorBox
-from snapshotd.reshard import Copy, Plan, SourceShard, TargetShard, apply_copy, coverage, plan
+from snapshotd.reshard import Copy, Key, Plan, Planner, SourceShard, TargetShard, apply_copy, coverage, plan
 
 NUMPY = {"float32": np.uint32, "bfloat16": np.uint16, "int64": np.uint64, "uint8": np.uint8}
 
@@ -259,6 +259,15 @@ def test_many_tensors_at_once_are_planned_as_each_alone() -> None:
 
     assert len(targets) > 500
     assert made(targets) == tuple(copy for one in targets for copy in made([one]))
+
+    def find(key: Key) -> list[SourceShard]:
+        name, rank = key
+        there = [shard for shard in sources if shard.tensor.name == name]
+        return [shard for shard in there if rank in (None, shard.source)]
+
+    planner = Planner(find, lambda rank: int(rank == 2))
+    for _ in range(2):  # what is known by now gives the same
+        assert made(targets) == tuple(copy for one in targets for copy in planner.plan([one]))
 
 
 def test_rank_private_tensors_come_from_their_own_rank() -> None:
