@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from snapshotd.reshard.apply import apply_copy, gather_copy, scatter_copies
 from snapshotd.reshard.copies import Copy, cut_copy, merge_neighbours
-from snapshotd.reshard.plan import Key, Plan, Planner, Problem, SourceShard, TargetShard, coverage, plan
+from snapshotd.reshard.plan import Key, Planner, SourceShard, TargetShard
 
 __all__ = [
     "Copy",
     "Key",
-    "Plan",
     "Planner",
-    "Problem",
     "SourceShard",
     "TargetShard",
     "apply_copy",
-    "coverage",
     "cut_copy",
     "gather_copy",
     "merge_neighbours",
-    "plan",
     "scatter_copies",
 ]

@@ -1,5 +1,5 @@
 """
-Plan which bytes go where: boxes in, byte-range copies out. Live recovery and the offline converter both use it.
+Plan which bytes go where: boxes in, byte-range copies out. Restores from memory and of durable snapshots use it.
 
 Rule 1: each wanted byte is written by exactly one copy.
 Rule 2: tensors of scope "global" match by name, over all sources. Those of scope "rank" match by name in the one source
@@ -10,19 +10,18 @@ Rule 4: nothing is converted: dtype and global shape must be the same on both si
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import sub
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout.box import Box, TensorBox
 from snapshotd.reshard.copies import Copy, block_copy, merge_neighbours
 from snapshotd.reshard.regions import Region, RegionIndex, overlap, region_of, subtract
 
-__all__ = ["Key", "Plan", "Planner", "Problem", "SourceShard", "TargetShard", "coverage", "plan"]
+__all__ = ["Key", "Planner", "SourceShard", "TargetShard"]
 
 _LISTED: Final = 10
 
@@ -41,39 +40,6 @@ class TargetShard(NamedTuple):
     target: int
     tensor: TensorBox
     begin: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """All copies of a resharding, in order of the target shards they fill."""
-
-    copies: tuple[Copy, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes written."""
-        return sum(copy.nbytes for copy in self.copies)
-
-    @property
-    def sources(self) -> frozenset[int]:
-        """The sources that are read."""
-        return frozenset(copy.source for copy in self.copies)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """
-    What is wrong with one global tensor's sources.
-
-    "gap": ``region`` (as slices) is in no source. "overlap": ``region`` is in two or more, ``sources`` among them (a
-    replica: no harm, but memory). "mismatch": sources disagree about dtype or global shape.
-    """
-
-    kind: Literal["gap", "overlap", "mismatch"]
-    name: str
-    region: str
-    sources: tuple[int, ...]
-    detail: str
 
 
 Key = tuple[str, int | None]
@@ -197,7 +163,9 @@ class Planner:
     """
     Plans boxes as they are asked for, and looks at the sources of a tensor once. For one thread at a time.
 
-    ``find`` gives the sources of a key, and the same ones whenever it is asked; ``prefer`` is that of plan().
+    ``find`` gives the sources of a key, and the same ones whenever it is asked. ``prefer`` ranks sources, lower first
+    (0 for local, 1 for remote); of equal boxes in equally ranked sources the one with the lower id is taken, so that a
+    plan depends on nothing but what is given.
     """
 
     def __init__(self, find: Callable[[Key], Sequence[SourceShard]], prefer: Callable[[int], int]) -> None:
@@ -208,7 +176,13 @@ class Planner:
         self._families: dict[tuple[object, ...], _Family] = {}
 
     def plan(self, targets: Sequence[TargetShard], rank_source: Mapping[int, int] | None = None) -> list[Copy]:
-        """Return the copies that fill ``targets``. See plan()."""
+        """
+        Return the copies that fill ``targets``, in their order.
+
+        ``rank_source`` gives for each target the source of its rank-scope tensors; without it, that is the source with
+        the target's own id. LayoutError for wanted tensors that no source has or that differ in dtype or global shape;
+        Unrecoverable for regions that no source covers. Both name up to ten of them.
+        """
         failures = _Failures()
         copies: list[Copy] = []
         for target in targets:
@@ -247,53 +221,6 @@ class Planner:
                 best[box] = (self._ranking[source], place)
         geometry = _Geometry([rank for rank, _ in best.values()], tuple(best), shards[0].tensor.itemsize)
         return _Family(shards, [place for _, place in best.values()], geometry)
-
-
-def plan(
-    sources: Iterable[SourceShard],
-    targets: Sequence[TargetShard],
-    *,
-    prefer: Callable[[int], int] | None = None,
-    rank_source: Mapping[int, int] | None = None,
-    merge_files: bool = False,
-) -> Plan:
-    """
-    Return the copies that fill all ``targets`` from ``sources``.
-
-    ``prefer`` ranks sources, lower first (0 for local, 1 for remote); of equal boxes in equally ranked sources the one
-    with the lower id is taken, so that the plan depends on nothing but its arguments. ``rank_source`` gives for each
-    target the source of its rank-scope tensors; without it, that is the source with the target's own id.
-    ``merge_files`` also joins copies of different tensors that continue each other in both files: for callers to whom a
-    target is one file, not many tensors.
-
-    LayoutError for wanted tensors that no source has or that differ in dtype or global shape; Unrecoverable for regions
-    that no source covers. Both name up to ten of them.
-    """
-    wanted = {_key_of(target, rank_source) for target in targets}
-    groups: dict[Key, list[SourceShard]] = {}
-    for shard in sources:
-        key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
-        if key in wanted:
-            groups.setdefault(key, []).append(shard)
-    planner = Planner(lambda key: groups.get(key, ()), prefer or (lambda source: 0))
-    copies = planner.plan(targets, rank_source)
-    return Plan(copies=tuple(merge_neighbours(copies) if merge_files else copies))
-
-
-def coverage(sources: Iterable[SourceShard]) -> list[Problem]:
-    """
-    Return what is wrong with the global tensors of ``sources``: nothing, if each element is there exactly once.
-
-    Gaps and mismatches mean that a state is not whole. Overlaps are replicas.
-    """
-    names: defaultdict[str, list[SourceShard]] = defaultdict(list)
-    for shard in sources:
-        if shard.tensor.scope == "global":
-            names[shard.tensor.name].append(shard)
-    problems: list[Problem] = []
-    for name, shards in names.items():
-        problems += _tensor_problems(name, shards)
-    return problems
 
 
 def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> Key:
@@ -342,68 +269,6 @@ def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failu
         for number, copy in parts
     ]
     return merge_neighbours(copies) if may_join else copies
-
-
-def _tensor_problems(name: str, shards: Sequence[SourceShard]) -> list[Problem]:
-    first = shards[0].tensor
-    problems: list[Problem] = []
-    boxes: defaultdict[Box, list[int]] = defaultdict(list)
-    for shard in shards:
-        if _same_tensor(first, shard.tensor):
-            if not shard.tensor.box.is_empty:
-                boxes[shard.tensor.box].append(shard.source)
-            continue
-        detail = (
-            f"{name} is {first.dtype} {list(first.global_shape)} in source {shards[0].source}, but "
-            f"{shard.tensor.dtype} {list(shard.tensor.global_shape)} in source {shard.source}"
-        )
-        where = (shards[0].source, shard.source)
-        problems.append(Problem(kind="mismatch", name=name, region=str(shard.tensor.box), sources=where, detail=detail))
-    left = [region_of(Box.whole(first.global_shape))] if 0 not in first.global_shape else []
-    for box in sorted(boxes, key=lambda box: box.offsets):
-        left = _without(left, region_of(box))
-    for piece in left:
-        region = _slices(piece)
-        problems.append(
-            Problem(kind="gap", name=name, region=region, sources=(), detail=f"{name}{region} is in no source")
-        )
-    for box, sources in boxes.items():
-        if len(sources) > 1:
-            problems.append(_overlap_problem(name, str(box), sources))
-    present = prod(first.global_shape) - sum(map(_numel, left))
-    if sum(box.numel for box in boxes) > present:
-        problems += _partial_overlaps(name, boxes)
-    return problems
-
-
-def _partial_overlaps(name: str, boxes: Mapping[Box, Sequence[int]]) -> list[Problem]:
-    """Return the pairs of different boxes that share elements: only the first few, since one is enough to act on."""
-    problems: list[Problem] = []
-    index = RegionIndex([(region_of(box), box) for box in boxes])
-    seen: set[Box] = set()
-    for box in boxes:
-        seen.add(box)
-        for region, other in index.overlapping(region_of(box)):
-            common = overlap(region, region_of(box))
-            if other not in seen and common is not None:
-                problems.append(_overlap_problem(name, _slices(common), [*boxes[box], *boxes[other]]))
-                if len(problems) == _LISTED:
-                    return problems
-    return problems
-
-
-def _overlap_problem(name: str, region: str, sources: Sequence[int]) -> Problem:
-    listed = _listed([str(source) for source in sources])
-    detail = f"{name}{region} is in {len(sources)} sources: {listed}"
-    return Problem(kind="overlap", name=name, region=region, sources=tuple(sources), detail=detail)
-
-
-def _without(pieces: Iterable[Region], hole: Region) -> list[Region]:
-    left: list[Region] = []
-    for piece in pieces:
-        common = overlap(piece, hole)
-        left += [piece] if common is None else subtract(piece, common)
-    return left
 
 
 def _same_tensor(one: TensorBox, other: TensorBox) -> bool:

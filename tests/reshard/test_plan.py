@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout import Box, TensorBox
-from snapshotd.reshard import Copy, Key, Plan, Planner, SourceShard, TargetShard, apply_copy, coverage, plan
+from snapshotd.reshard import Copy, Key, Planner, SourceShard, TargetShard, apply_copy, merge_neighbours
 
 NUMPY = {"float32": np.uint32, "bfloat16": np.uint16, "int64": np.uint64, "uint8": np.uint8}
 
@@ -41,6 +41,27 @@ def target(rank: int, box: TensorBox, begin: int = 0) -> TargetShard:
 
 def rows(name: str, size: int, begin: int, end: int) -> TensorBox:
     return tensor(name, (size, 2), Box((begin, 0), (end - begin, 2)))
+
+
+def plan(
+    sources: Iterable[SourceShard],
+    targets: Sequence[TargetShard],
+    *,
+    prefer: Callable[[int], int] | None = None,
+    rank_source: Mapping[int, int] | None = None,
+) -> list[Copy]:
+    """All at once, by a planner of its own."""
+    groups: dict[Key, list[SourceShard]] = {}
+    for shard in sources:
+        key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
+        groups.setdefault(key, []).append(shard)
+    planner = Planner(lambda key: groups.get(key, ()), prefer or (lambda source: 0))
+    return planner.plan(targets, rank_source)
+
+
+def read(copies: Iterable[Copy]) -> set[int]:
+    """The sources that are read."""
+    return {copy.source for copy in copies}
 
 
 # --- brute force ---
@@ -74,9 +95,9 @@ class World:
             ends[rank] = begin + shards[-1].tensor.nbytes
         return shards, {rank: bytearray(b"\xee" * end) for rank, end in ends.items()}
 
-    def check(self, made: Plan, targets: list[TargetShard], files: dict[int, bytearray]) -> None:
+    def check(self, made: list[Copy], targets: list[TargetShard], files: dict[int, bytearray]) -> None:
         written = {rank: np.zeros(len(file), np.uint8) for rank, file in files.items()}
-        for copy in made.copies:
+        for copy in made:
             for _, dst, size in copy.runs():
                 written[copy.target][dst : dst + size] += 1
             apply_copy(copy, self.files[copy.source], files[copy.target])
@@ -150,11 +171,11 @@ def test_random_meshes(seed: int) -> None:
             sources,
             targets,
             prefer=random_.choice([None, lambda rank, local=local: int(rank != local)]),
-            merge_files=random_.random() < 0.5,
         )
+        if random_.random() < 0.5:  # as if each target were one file
+            made = merge_neighbours(made)
         world.check(made, targets, files)
-        assert made.nbytes == sum(shard.tensor.nbytes for shard in targets)
-        assert [problem for problem in coverage(sources) if problem.kind != "overlap"] == []
+        assert sum(copy.nbytes for copy in made) == sum(shard.tensor.nbytes for shard in targets)
 
 
 @settings(max_examples=300, deadline=None)
@@ -183,9 +204,6 @@ def test_any_heap_of_boxes(data: st.DataObject) -> None:
         there[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.lengths, strict=True))].all()
         for box in (shard.tensor.box for shard in targets)
     )
-    problems = {problem.kind for problem in coverage(sources)}
-    assert ("gap" in problems) == (not there.all())
-    assert ("overlap" in problems) == bool((there > 1).any())
     try:
         made = plan(sources, targets, prefer=lambda rank: rank % 3)
     except Unrecoverable:
@@ -202,22 +220,22 @@ def test_local_bytes_are_preferred_and_the_rest_is_split() -> None:
     """Each byte that is taken from a peer without need delays the restart."""
     sources = [source(0, rows("w", 8, 0, 8)), source(1, rows("w", 8, 2, 5), 100)]
     made = plan(sources, [target(1, rows("w", 8, 0, 8))], prefer=lambda rank: int(rank != 1))
-    assert [(copy.source, copy.src_begin, copy.dst_begin, copy.run_bytes) for copy in made.copies] == [
+    assert [(copy.source, copy.src_begin, copy.dst_begin, copy.run_bytes) for copy in made] == [
         (0, 0, 0, 16), (1, 100, 16, 24), (0, 40, 40, 24)
     ]  # fmt: skip
-    assert made.sources == {0, 1}
-    assert plan(sources, [target(1, rows("w", 8, 0, 8))]).sources == {0}
+    assert read(made) == {0, 1}
+    assert read(plan(sources, [target(1, rows("w", 8, 0, 8))])) == {0}
 
 
 def test_equal_replicas_do_not_depend_on_order() -> None:
     sources = [source(rank, rows("w", 4, 0, 4)) for rank in (3, 1, 2)]
-    assert plan(sources, [target(9, rows("w", 4, 0, 4))]).sources == {1}
-    assert plan(sources[::-1], [target(9, rows("w", 4, 0, 4))]).sources == {1}
+    assert read(plan(sources, [target(9, rows("w", 4, 0, 4))])) == {1}
+    assert read(plan(sources[::-1], [target(9, rows("w", 4, 0, 4))])) == {1}
 
 
 def test_pieces_of_one_source_are_joined_again() -> None:
     sources = [source(0, rows("w", 8, 0, 3), 0), source(0, rows("w", 8, 3, 8), 24)]
-    assert len(plan(sources, [target(0, rows("w", 8, 1, 7))]).copies) == 1
+    assert len(plan(sources, [target(0, rows("w", 8, 1, 7))])) == 1
 
 
 def test_same_world_is_one_copy_per_file() -> None:
@@ -225,8 +243,8 @@ def test_same_world_is_one_copy_per_file() -> None:
     begins = [0, 16, 32]
     sources = [source(0, shard, begin) for shard, begin in zip(shards, begins, strict=True)]
     targets = [target(5, shard, begin) for shard, begin in zip(shards, begins, strict=True)]
-    assert len(plan(sources, targets).copies) == 3
-    (copy,) = plan(sources, targets, merge_files=True).copies
+    assert len(plan(sources, targets)) == 3
+    (copy,) = merge_neighbours(plan(sources, targets))
     assert (copy.src_begin, copy.dst_begin, copy.run_bytes, copy.dims) == (0, 0, 40, ())
 
 
@@ -254,11 +272,11 @@ def test_many_tensors_at_once_are_planned_as_each_alone() -> None:
             targets.append(target(5, tensor(f"t{number}", shape, middle, dtype=dtype), dice.randrange(1000) * 8))
     dice.shuffle(sources)
 
-    def made(some: list[TargetShard]) -> tuple[Copy, ...]:
-        return plan(sources, some, prefer=lambda rank: int(rank == 2)).copies
+    def made(some: list[TargetShard]) -> list[Copy]:
+        return plan(sources, some, prefer=lambda rank: int(rank == 2))
 
     assert len(targets) > 500
-    assert made(targets) == tuple(copy for one in targets for copy in made([one]))
+    assert made(targets) == [copy for one in targets for copy in made([one])]
 
     def find(key: Key) -> list[SourceShard]:
         name, rank = key
@@ -267,7 +285,7 @@ def test_many_tensors_at_once_are_planned_as_each_alone() -> None:
 
     planner = Planner(find, lambda rank: int(rank == 2))
     for _ in range(2):  # what is known by now gives the same
-        assert made(targets) == tuple(copy for one in targets for copy in planner.plan([one]))
+        assert made(targets) == [copy for one in targets for copy in planner.plan([one])]
 
 
 def test_rank_private_tensors_come_from_their_own_rank() -> None:
@@ -276,9 +294,9 @@ def test_rank_private_tensors_come_from_their_own_rank() -> None:
         source(rank, tensor("rng", (4 + rank, *[1] * rank), dtype="uint8", scope="rank"), rank) for rank in range(4)
     ]
     targets = [target(rank, replace(sources[rank].tensor)) for rank in (2, 3)]
-    assert [(copy.source, copy.target) for copy in plan(sources, targets).copies] == [(2, 2), (3, 3)]
+    assert [(copy.source, copy.target) for copy in plan(sources, targets)] == [(2, 2), (3, 3)]
     moved = [target(10, sources[1].tensor), target(11, sources[0].tensor)]
-    assert [copy.source for copy in plan(sources, moved, rank_source={10: 1, 11: 0}).copies] == [1, 0]
+    assert [copy.source for copy in plan(sources, moved, rank_source={10: 1, 11: 0})] == [1, 0]
     with pytest.raises(LayoutError, match="rank_source names no source for target 11, which wants rng"):
         plan(sources, moved, rank_source={10: 1})
     with pytest.raises(LayoutError, match=r"rng \(private to source 7\)"):
@@ -289,10 +307,10 @@ def test_rank_private_tensors_come_from_their_own_rank() -> None:
 
 def test_nothing_wanted_needs_nothing() -> None:
     """Uneven sharding leaves ranks without a part, and a capture may leave out what has no bytes."""
-    assert plan([], []).copies == ()
-    assert plan([], [target(0, rows("w", 4, 4, 4))]).copies == ()
-    assert plan([source(0, rows("w", 4, 0, 4))], [target(0, rows("w", 4, 4, 4))]).copies == ()
-    assert plan([source(0, tensor("e", (0, 3)))], [target(0, tensor("e", (0, 3)))]).copies == ()
+    assert plan([], []) == []
+    assert plan([], [target(0, rows("w", 4, 4, 4))]) == []
+    assert plan([source(0, rows("w", 4, 0, 4))], [target(0, rows("w", 4, 4, 4))]) == []
+    assert plan([source(0, tensor("e", (0, 3)))], [target(0, tensor("e", (0, 3)))]) == []
 
 
 # --- refusals ---
@@ -331,39 +349,12 @@ def test_uncovered_regions_are_named() -> None:
         )
 
 
-def test_coverage_says_what_is_wrong() -> None:
-    sources = [
-        source(0, rows("whole", 4, 0, 2)),
-        source(1, rows("whole", 4, 2, 4)),
-        source(0, rows("gap", 4, 0, 2)),
-        source(1, rows("gap", 4, 3, 4)),
-        source(0, rows("twice", 4, 0, 4)),
-        source(1, rows("twice", 4, 0, 4)),
-        source(0, rows("partly", 4, 0, 3)),
-        source(1, rows("partly", 4, 2, 4)),
-        source(0, rows("other", 4, 0, 4)),
-        source(1, tensor("other", (4, 3))),
-        source(0, tensor("empty", (0, 3))),
-        source(0, tensor("scalar", ())),
-        source(0, tensor("rng", (5,), Box((0,), (2,)), scope="rank")),
-    ]
-    problems = coverage(sources)
-    assert [(p.kind, p.name, p.region, p.sources) for p in problems] == [
-        ("gap", "gap", "[2:3, 0:2]", ()),
-        ("overlap", "twice", "[0:4, 0:2]", (0, 1)),
-        ("overlap", "partly", "[2:3, 0:2]", (0, 1)),
-        ("mismatch", "other", "[0:4, 0:3]", (0, 1)),
-    ]
-    assert problems[0].detail == "gap[2:3, 0:2] is in no source"
-    many = [source(rank, rows("w", 99, rank, rank + 40)) for rank in range(59)]
-    assert len(coverage(many)) == 1 + 10
-
-
 # --- size ---
 
 
+@pytest.mark.timeout(60)
 def test_six_hundred_tensors_from_sixty_four_sources_are_planned_in_seconds() -> None:
-    """Planning is part of the pause that users see."""
+    """Planning is part of the pause that users see; what grows with the square of the tensors takes minutes."""
 
     def world(size: int, dim: int) -> list[tuple[int, TensorBox]]:
         shards = []
@@ -377,11 +368,7 @@ def test_six_hundred_tensors_from_sixty_four_sources_are_planned_in_seconds() ->
 
     sources = [source(rank, box) for rank, box in world(64, 0)]
     one = [target(rank, box) for rank, box in world(48, 0) if rank == 5]
-    begin = time.perf_counter()
     made = plan(sources, one)
-    assert time.perf_counter() - begin < 2
-    assert made.nbytes == sum(shard.tensor.nbytes for shard in one)
+    assert sum(copy.nbytes for copy in made) == sum(shard.tensor.nbytes for shard in one)
     whole = [target(0, box) for _, box in world(1, 1)]
-    begin = time.perf_counter()
-    assert len(plan(sources, whole).copies) == 600 * 64
-    assert time.perf_counter() - begin < 4
+    assert len(plan(sources, whole)) == 600 * 64
