@@ -7,6 +7,7 @@ OUT: a file to write where, and what, in JSON. Plain loops serve three slots bes
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -64,6 +65,7 @@ def main(directory: str, out: str, nbytes: str) -> None:
     }
     part = Path(f"{out}.part")
     part.write_text(json.dumps(found), encoding="ascii")
+    gc.freeze()  # as a daemon does
     os.rename(part, out)
     threading.Event().wait()
 

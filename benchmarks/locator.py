@@ -9,6 +9,7 @@ own rank is gone; for a worker whose hello says NEW it is one that never saw the
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 from base64 import b64decode
@@ -93,6 +94,7 @@ async def main(path: str, found: str) -> None:
             answered.add_done_callback(lambda done: done.result() and socket.send(conn, done.result()))
 
         socket = WorkerSocket(Path(path), who=worker.IAm, frame=hear, gone=lambda conn: None)
+        gc.freeze()  # as a daemon does
         await socket.start()
         await asyncio.Event().wait()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -26,7 +27,12 @@ def configure_logging(level: str) -> None:
 
 
 async def until_signal(fatal: asyncio.Future[None]) -> None:
-    """Return at SIGTERM or SIGINT; raise what `fatal` was given, if that comes first."""
+    """
+    Return at SIGTERM or SIGINT; raise what `fatal` was given, if that comes first.
+
+    What is there by now, modules above all, stays: the garbage collector never looks at it again.
+    """
+    gc.freeze()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,6 +4,7 @@ Decisions that are no snapshot, snapshots that do not fit, and daemons that answ
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 
@@ -230,6 +231,34 @@ def test_immutable_extra_is_written_back_and_missing_ones_stay(snapshotter):
     snap = snapshotter(nn.Linear(2, 2), extra=extra)
     assert snap.restore() == 1
     assert {"epoch": 7, "best": (1, 2.5), "new": [3]} == extra == snap.extra
+
+
+class Watching:
+    """Says whether the garbage collector was on while it was loaded."""
+
+    def __init__(self):
+        self.enabled = None
+
+    def state_dict(self):
+        return {"a": 1}
+
+    def load_state_dict(self, state):
+        self.enabled = gc.isenabled()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_collection_interrupts_a_restore_and_the_collector_is_as_before(snapshotter, enabled):
+    """Breaks: each restore waits for a look at all objects of the training; or, afterwards, memory only grows."""
+    captured(snapshotter, nn.Linear(2, 2), extra={"watching": Watching()})
+    watching = Watching()
+    snap = snapshotter(nn.Linear(2, 2), extra={"watching": watching})
+    if not enabled:
+        gc.disable()
+    try:
+        assert snap.restore() == 1
+        assert (False, enabled) == (watching.enabled, gc.isenabled())
+    finally:
+        gc.enable()
 
 
 def test_layout_is_registered_right_after_a_restore(daemon, snapshotter):
