@@ -2,7 +2,7 @@
 Restart: SIGKILL of one of two torchrun workers, until the next step is complete, with snapshotd and with DCP.
 
 Two ranks with FSDP2 on one node. With DCP each step is saved into tmpfs and torchrun forms its groups itself; with
-snapshotd each step is captured and its coordinator forms them. Each job is killed into several times, jobs in turns.
+snapshotd each step is captured and its coordinator forms them. Jobs in turns, each killed into once.
 What torchrun needs to start workers again, attempts that fail included, is the phase "rendezvous".
 """
 
@@ -25,7 +25,7 @@ from ..processes import BenchError, Child, wait_for
 GOAL = 21
 
 BYTES = 300_000_000
-JOBS, KILLS = 2, 2
+JOBS, KILLS = 2, 1
 START_S = 40.0
 STEPS_BEFORE = 3
 """Steps that must be complete before a worker is killed."""
