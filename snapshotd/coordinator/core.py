@@ -176,7 +176,7 @@ class CoordinatorCore:
             self.epochs.repeat(parts, node, [message.worker_attached])
         elif body == "worker_detached":
             if message.worker_detached.HasField("sealing"):
-                self.ctx.nodes.promise(node, [message.worker_detached.sealing])
+                self.ctx.nodes.promise(node, [message.worker_detached.sealing], self.ctx.now)
             self.epochs.on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
             parts.commits.on_sealed(node, message.sealed)
@@ -207,7 +207,7 @@ class CoordinatorCore:
         known = nodes.get(hello.node_id)
         if known is not None and known.session == session:
             return
-        node, older, restarted = nodes.hello(session, hello)
+        node, older, restarted = nodes.hello(session, hello, self.ctx.now)
         if older is not None:
             self.ctx.out.close(older)
         if restarted:

@@ -21,6 +21,9 @@ __all__ = ["Inventory", "JobSnapshot", "Node", "ParityKey", "SlotKey", "Snapshot
 DEAD_KEPT = 64
 """Dead nodes that are still named in reasons and shown in the status."""
 
+HASHED_S = 60.0
+"""How long a decision waits for a slot that is being hashed."""
+
 SnapshotKey: TypeAlias = tuple[int, int]
 """(epoch, step): snapshots of one job are ordered so."""
 SlotKey: TypeAlias = tuple[str, int, int, int]
@@ -44,7 +47,7 @@ class Node:
     """
     One daemon. connected: it has a session; alive: it has one, or its lease still runs.
 
-    sealing: slots that workers which are gone have handed over to it, and that it has not yet hashed.
+    sealing: slots that workers which are gone have handed over to it, and that it has not yet hashed; since when.
     """
 
     node_id: str
@@ -63,7 +66,7 @@ class Node:
     persist_every_steps: int = 0
     persist_every_s: float = 0.0
     slots: dict[SlotKey, control.SlotRef] = field(default_factory=dict)
-    sealing: set[SlotKey] = field(default_factory=set)
+    sealing: dict[SlotKey, float] = field(default_factory=dict)
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
 
     @property
@@ -107,7 +110,7 @@ class Inventory:
     def connected(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.connected]
 
-    def hello(self, session: SessionId, hello: control.NodeHello) -> tuple[Node, SessionId | None, bool]:
+    def hello(self, session: SessionId, hello: control.NodeHello, now: float) -> tuple[Node, SessionId | None, bool]:
         """Take the hello in. Return the node, its older session if it had one, and whether its daemon is a new one."""
         node = self.nodes.setdefault(hello.node_id, Node(node_id=hello.node_id))
         older = node.session if node.session not in (None, session) else None
@@ -120,7 +123,7 @@ class Inventory:
         node.budget_bytes = hello.budget_bytes
         node.persist_every_steps, node.persist_every_s = hello.persist_every_steps, hello.persist_every_s
         self._lose_all(node)
-        self.promise(node, hello.sealing)
+        self.promise(node, hello.sealing, now)
         self.add(node, hello.slots, hello.parities)
         self._sessions[session] = node
         return node, older, restarted
@@ -169,19 +172,23 @@ class Inventory:
                 found.append(control.PeerAddress(node_id=node_id, bulk=node.bulk))
         return found
 
-    def promise(self, node: Node, slots: Iterable[control.SlotRef]) -> None:
+    def promise(self, node: Node, slots: Iterable[control.SlotRef], now: float) -> None:
         """These will be added, or removed, when they are hashed."""
-        node.sealing.update(map(slot_key, slots))
+        node.sealing.update((key, now) for key in map(slot_key, slots) if key not in node.slots)
 
-    def sealing(self, job: str) -> list[str]:
-        """Nodes that may still add to what is known of the job."""
-        return sorted(node.node_id for node in self.connected() if any(key[0] == job for key in node.sealing))
+    def sealing(self, job: str, now: float) -> list[str]:
+        """Nodes that may still add to what is known of the job; no hash takes longer than HASHED_S."""
+        return sorted(
+            node.node_id
+            for node in self.connected()
+            if any(key[0] == job and now - since < HASHED_S for key, since in node.sealing.items())
+        )
 
     def add(self, node: Node, slots: Iterable[control.SlotRef], parities: Iterable[control.ParityRef]) -> None:
         for slot in slots:
             slot_place = slot_key(slot)
             node.slots[slot_place] = slot
-            node.sealing.discard(slot_place)
+            node.sealing.pop(slot_place, None)
             self.settled.pop(slot_place[:3], None)
         for parity in parities:
             parity_place = parity_key(parity)
@@ -192,7 +199,7 @@ class Inventory:
         for slot in change.slots_removed:
             slot_place = slot_key(slot)
             node.slots.pop(slot_place, None)
-            node.sealing.discard(slot_place)
+            node.sealing.pop(slot_place, None)
             self.settled.pop(slot_place[:3], None)
         for parity in change.parities_removed:
             parity_place = parity_key(parity)
@@ -204,11 +211,11 @@ class Inventory:
             self.settled.pop(slot_place[:3], None)
         for parity_place in node.parities:
             self.settled.pop(parity_place[:3], None)
-        node.slots, node.parities, node.sealing = {}, {}, set()
+        node.slots, node.parities, node.sealing = {}, {}, {}
 
     def drop_job(self, job: str) -> None:
         self.settled = {key: whole for key, whole in self.settled.items() if key[0] != job}
         for node in self.nodes.values():
             node.slots = {key: ref for key, ref in node.slots.items() if key[0] != job}
             node.parities = {key: ref for key, ref in node.parities.items() if key[0] != job}
-            node.sealing = {key for key in node.sealing if key[0] != job}
+            node.sealing = {key: since for key, since in node.sealing.items() if key[0] != job}

@@ -130,7 +130,7 @@ class Recovery:
             )
             self._ctx.out.note("recovery", self._job.name, self.waiting_reason, epoch=epoch.number)
             return
-        sealing = self._ctx.nodes.sealing(self._job.name)
+        sealing = self._ctx.nodes.sealing(self._job.name, self._ctx.now)
         if sealing:
             self.waiting_reason = (
                 f"waiting for {', '.join(sealing[:_NODES_IN_REASONS])}: what its workers sealed last is being hashed"

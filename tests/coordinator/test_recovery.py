@@ -83,6 +83,13 @@ def test_a_decision_does_not_wait_for_a_slot_that_was_not_sealed_after_all() -> 
     assert bench.to_node("n0", "restore_plan").source_step == 5
 
 
+def test_a_decision_does_not_wait_for_ever_for_a_hash() -> None:
+    bench = running()
+    still_hashing(bench)
+    bench.tick(60.0)
+    assert bench.to_node("n0", "restore_plan").source_step == 5
+
+
 @pytest.mark.parametrize("restarted", [True, False])
 def test_a_new_hello_says_what_is_still_being_hashed(restarted: bool) -> None:
     bench = running()

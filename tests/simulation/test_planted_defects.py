@@ -70,7 +70,7 @@ def free_the_committed_too_early(patch: pytest.MonkeyPatch) -> None:
 
 def decide_while_slots_are_hashed(patch: pytest.MonkeyPatch) -> None:
     """What workers that are gone have handed over is not waited for."""
-    patch.setattr(Inventory, "sealing", lambda self, job: [])
+    patch.setattr(Inventory, "sealing", lambda self, job, now: [])
 
 
 @pytest.mark.timeout(300)
