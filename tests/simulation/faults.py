@@ -73,6 +73,7 @@ class Faults:
         world.coordinator.start()
         for node in list(world.nodes.values()):
             node.partitioned, node.slow = False, 1.0
+            node.slow_hash_chance = 0.0  # ten ranks that hash so slowly are hardly ever aligned, either
             node.start()
         alive = [node for node in world.nodes.values() if not node.lost]
         for _ in range(max(0, world.plan.min_nodes - len(alive))):

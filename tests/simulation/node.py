@@ -37,7 +37,7 @@ class SimNode:
         self._readers = world.dice.stream(f"readers/{node_id}")
         self._held_chance = world.dice.stream("readers").choice([0.0, 0.0, 0.05])
         self._hashes = world.dice.stream(f"hashes/{node_id}")
-        self._slow_hash_chance = world.dice.stream("hashes").choice([0.0, 0.0, 0.1])
+        self.slow_hash_chance = world.dice.stream("hashes").choice([0.0, 0.0, 0.1])
         self._cancelled: set[tuple[int, int]] = set()
         self._next_conn = 1
 
@@ -212,7 +212,7 @@ class SimNode:
                 else:
                     self._later(0.01, self._void(slot))
             case events.SealSlot(slot=slot, ref=ref):
-                slow = self._hashes.random() < self._slow_hash_chance  # large state, or a machine with other work
+                slow = self._hashes.random() < self.slow_hash_chance  # large state, or a machine with other work
                 self._run(self._hashes.uniform(0.5, 8.0) / self.slow if slow else 0.05, self._seal, slot, ref)
                 self._world.checks.on_handed_over(self, ref)
             case events.DeleteSlot(slot=slot):
