@@ -176,7 +176,7 @@ class Snapshotter:
         """
         Wait until the last capture is skipped, or is the daemon's and outlives this process; False when time ran out.
 
-        Training needs not call this.
+        One that is void because its daemon went away is not waited for either. Training needs not call this.
         """
         return True if self._inert else self._pipeline.wait(timeout_s)
 

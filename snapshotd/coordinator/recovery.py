@@ -6,7 +6,7 @@ told to anybody) it never does.
 Rule 2: the newest snapshot on the line that can be rebuilt from what living nodes hold; then the newest durable one;
 then, only if nothing was ever committed, a fresh start; else a refusal in words.
 Rule 3: nothing is decided while a node that may hold something is only away for less than its lease, nor while one
-still hashes what a worker that is gone has handed over to it.
+still hashes what a worker that is gone has handed over to it (a minute at most).
 Rule 4: what is chosen is committed by that. An older snapshot at a better level stays until the chosen one has it too.
 """
 

@@ -83,6 +83,20 @@ def test_a_decision_does_not_wait_for_a_slot_that_was_not_sealed_after_all() -> 
     assert bench.to_node("n0", "restore_plan").source_step == 5
 
 
+def test_a_slot_that_is_known_before_its_promise_is_not_waited_for() -> None:
+    """Breaks: a promise that comes late is never redeemed, for the slot was told already."""
+    bench = running()
+    bench.commit(5)
+    bench.sealed("n0", 6, 0)
+    bench.sealed("n1", 6, 1)
+    gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=slot_ref(6, 1))
+    bench.node("n1", worker_detached=gone)
+    broken(bench)
+    bench.attach("n0", 0, epoch=2)
+    bench.attach("n1", 1, epoch=2)
+    assert bench.to_node("n0", "restore_plan").source_step == 6
+
+
 def test_a_decision_does_not_wait_for_ever_for_a_hash() -> None:
     bench = running()
     still_hashing(bench)
