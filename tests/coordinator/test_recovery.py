@@ -53,15 +53,19 @@ def test_a_restarted_worker_goes_on_from_the_newest_sealed_step_even_if_it_is_no
     assert [(keep.epoch, keep.step) for keep in bench.to_node("n0", "drop").keep] == [(1, 5), (1, 6)]
 
 
-def still_hashing(bench: Bench) -> None:
-    """All ranks have handed over step 6; n1 hashes it when its worker dies, and epoch 2 begins."""
-    bench.commit(5)
-    bench.sealed("n0", 6, 0)
+def worker_gone_while_hashing(bench: Bench) -> None:
     gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=slot_ref(6, 1))
     bench.node("n1", worker_detached=gone)
     broken(bench)
     bench.attach("n0", 0, epoch=2)
     bench.attach("n1", 1, epoch=2)
+
+
+def still_hashing(bench: Bench) -> None:
+    """All ranks have handed over step 6; n1 hashes it when its worker dies, and epoch 2 begins."""
+    bench.commit(5)
+    bench.sealed("n0", 6, 0)
+    worker_gone_while_hashing(bench)
     bench.tick(1.0)
     assert bench.to_node("n0", "restore_plan") is None
     assert "waiting for n1: what its workers sealed last is being hashed" in bench.notes
@@ -89,11 +93,7 @@ def test_a_slot_that_is_known_before_its_promise_is_not_waited_for() -> None:
     bench.commit(5)
     bench.sealed("n0", 6, 0)
     bench.sealed("n1", 6, 1)
-    gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=slot_ref(6, 1))
-    bench.node("n1", worker_detached=gone)
-    broken(bench)
-    bench.attach("n0", 0, epoch=2)
-    bench.attach("n1", 1, epoch=2)
+    worker_gone_while_hashing(bench)
     assert bench.to_node("n0", "restore_plan").source_step == 6
 
 
