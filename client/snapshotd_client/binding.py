@@ -159,12 +159,13 @@ class Binding:
         found = [local_of(leaf.tensor).detach() for leaf in sync]
         if not all(self._is_planned(begin + number, tensor) for number, tensor in enumerate(found)):
             return False
-        if [tensor.device for tensor in found] != [tensor.device for tensor in self._scratch]:
-            self.copies.clear()
-            self._scratch = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
-            for number, tensor in enumerate(self._scratch):
-                self._view(begin + number, tensor)
-        with torch.no_grad():
+        # What is made in inference mode can be written to in inference mode only; the next capture may be outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if [tensor.device for tensor in found] != [tensor.device for tensor in self._scratch]:
+                self.copies.clear()
+                self._scratch = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+                for number, tensor in enumerate(self._scratch):
+                    self._view(begin + number, tensor)
             torch._foreach_copy_(self._scratch, found)
         return True
 

@@ -19,7 +19,8 @@ import struct
 import threading
 import time
 from collections import deque
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias
 
 from snapshotd.errors import RemoteProtocolError
 from snapshotd.v1 import worker_pb2 as pb
@@ -32,6 +33,8 @@ _CONNECT_S: Final = 1.0
 _WELCOME_S: Final = 10.0
 _READ_BYTES: Final = 256 * 1024
 _MAX_QUEUE: Final = 10_000
+
+Settled: TypeAlias = Callable[[bool], None]
 
 
 class Listener(Protocol):
@@ -69,7 +72,9 @@ class Link:
         self._listener = listener
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._outbox: deque[tuple[int, bytes]] = deque()  # 0: of no session; those go out as soon as one is welcomed
+        self._outbox: deque[tuple[int, bytes, Settled | None]] = deque()
+        self._under_way: deque[tuple[int, Settled]] = deque()  # by how many bytes are sent when the frame is
+        self._sent_bytes = 0  # on this connection
         self._questions: dict[int, Question] = {}
         self._next_request = 1
         self._sessions = 0
@@ -104,13 +109,17 @@ class Link:
             self._changed.wait_for(lambda: self.session or self._refused is not None or self._stopping, timeout_s)
             return self.session != 0
 
-    def post(self, frame: pb.Frame, session: int) -> bool:
-        """Send ``frame`` if ``session`` is still the current one; says whether it is on its way."""
+    def post(self, frame: pb.Frame, session: int, settled: Settled | None = None) -> bool:
+        """
+        Send ``frame`` if ``session`` is still the current one; says whether it is on its way.
+
+        If so, ``settled`` is told how that ended, on the link's thread: sent (True), or void with its connection.
+        """
         data = pack(frame)
         with self._lock:
             if session == 0 or session != self.session or self._stopping or len(self._outbox) >= _MAX_QUEUE:
                 return False
-            self._outbox.append((session, data))
+            self._outbox.append((session, data, settled))
             self._flushed.clear()
         self._wake()
         return True
@@ -224,6 +233,7 @@ class Link:
         """Serve one connection until it ends; return why, and whether it had been welcomed."""
         reader = FrameReader()
         pending = bytearray(pack(pb.Frame(hello=self._hello)))
+        self._sent_bytes = 0
         started = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(sock, selectors.EVENT_READ)
@@ -239,7 +249,7 @@ class Link:
                         continue
                     if events & selectors.EVENT_WRITE and pending:
                         with contextlib.suppress(BlockingIOError):
-                            del pending[: sock.send(pending)]
+                            self._send(sock, pending)
                     if events & selectors.EVENT_READ:
                         try:
                             data = sock.recv(_READ_BYTES)
@@ -257,11 +267,20 @@ class Link:
         with self._lock:
             if self.session:
                 while self._outbox:
-                    session, data = self._outbox.popleft()
+                    session, data, settled = self._outbox.popleft()
                     if session == self.session:
                         pending += data
+                        if settled is not None:
+                            self._under_way.append((self._sent_bytes + len(pending), settled))
             if not pending and not self._outbox:
                 self._flushed.set()
+
+    def _send(self, sock: socket.socket, pending: bytearray) -> None:
+        count = sock.send(pending)
+        del pending[:count]
+        self._sent_bytes += count
+        while self._under_way and self._under_way[0][0] <= self._sent_bytes:
+            self._under_way.popleft()[1](True)
 
     def _hear(self, frame: pb.Frame) -> None:
         kind = frame.WhichOneof("body")
@@ -291,10 +310,15 @@ class Link:
     def _lose(self) -> None:
         with self._lock:
             self.session = 0
+            lost = [*(settled for _, settled in self._under_way), *(settled for *_, settled in self._outbox)]
+            self._under_way.clear()
             self._outbox.clear()
-            self._flushed.set()
             questions = list(self._questions.values())
             self._questions.clear()
+        for settled in lost:
+            if settled is not None:
+                settled(False)
+        self._flushed.set()  # behind what was lost: who waited may look at it now
         for question in questions:
             question.done.set()
 

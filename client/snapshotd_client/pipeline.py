@@ -20,6 +20,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Final
 
 from snapshotd.errors import SnapshotdError
@@ -104,6 +105,7 @@ class Pipeline:
         self._grants: deque[pb.Grant] = deque(maxlen=_MAX_GRANTS)
         self._registration: Registration | None = None
         self._opened: set[int] = set()  # slots that were mapped ahead, or could not be
+        self._last_step, self._void_step = 0, -1
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="snapshotd-copy", daemon=True)
 
@@ -145,8 +147,14 @@ class Pipeline:
     def submit(self, job: Job) -> None:
         """Hand over a capture; the one before must be fenced."""
         with self._changed:
-            self._job = job
+            self._job, self._last_step = job, job.step
             self._changed.notify_all()
+
+    def away(self, step: int) -> None:
+        """Count a step that there is no daemon for."""
+        with self._changed:
+            self._last_step = step
+            self._count_away(step)
 
     def fence(self) -> None:
         """Return when nothing reads the tensors any more; a capture that has not begun is given up."""
@@ -173,12 +181,13 @@ class Pipeline:
             self._link.post(skip, job.session)
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Wait until the last capture is skipped, or the daemon has it and it outlives us; says whether that is so."""
+        """Wait until the last capture is skipped, or the daemon has it; False if it is void, or time ran out."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             if not self._changed.wait_for(lambda: self._job is None, timeout_s):
                 return False
-        return self._link.flush(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        flushed = self._link.flush(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return flushed and self._void_step != self._last_step
 
     def close(self, timeout_s: float) -> None:
         """Finish a copy that has begun, give up one that has not, end the threads and unmap the slots."""
@@ -277,7 +286,7 @@ class Pipeline:
         """Return a slot, or the Skip for why there is none; None where the daemon is gone. The lock is held."""
         registration = self._registration
         if registration is None or registration.session != job.session:
-            self._count_away()
+            self._count_away(job.step)
             return None
         if registration.accepted is False:
             return self._skip(job, pb.Skip.REASON_REFUSED, registration.reason)
@@ -292,7 +301,7 @@ class Pipeline:
         registration = self._registration
         skip: pb.Frame | None = None
         if registration is None or registration.session != job.session:
-            self._count_away()
+            self._count_away(job.step)
         elif registration.accepted is False:
             skip = self._skip(job, pb.Skip.REASON_REFUSED, registration.reason)
         elif self._grants:
@@ -309,9 +318,19 @@ class Pipeline:
         self._counters.add(_REASON_COUNTER[reason])
         return pb.Frame(skip=pb.Skip(step=job.step, reason=reason, detail=detail[:500]))
 
-    def _count_away(self) -> None:
+    def _count_away(self, step: int) -> None:
+        """The lock is held."""
+        self._void_step = max(self._void_step, step)
         self._counters.add("skipped")
         self._counters.add("skipped_away")
+
+    def _settled(self, step: int, sent: bool) -> None:
+        """The daemon has the seal of ``step`` and needs us no more for it; or it went away before."""
+        if sent:
+            self._counters.add("sealed")
+            return
+        with self._changed:
+            self._count_away(step)
 
     def _finish(self, job: Job, frame: pb.Frame | None) -> None:
         """The job is over; ``frame`` is the Skip that says why, if there is anything to say and somebody to tell."""
@@ -379,11 +398,10 @@ class Pipeline:
             copy_ns=copy_ns,
             stall_ns=job.stall_ns,
         )
-        if not self._link.post(pb.Frame(seal=seal), job.session):
-            self._count_away()
+        if not self._link.post(pb.Frame(seal=seal), job.session, partial(self._settled, job.step)):
+            self._settled(job.step, sent=False)
             return None, True
         failpoint("client.after_seal")
-        self._counters.add("sealed")
         self._counters.add("copy_ns", copy_ns)
         self._counters.add("copied_bytes", plan.layout.file_bytes)
         return None, True

@@ -72,6 +72,7 @@ class Snapshotter:
             world_size=self.settings.world_size,
         )
         check_expressible(self._inventory)
+        _check_only_one(self.settings)
         self._pid = os.getpid()
         self._inert = False
         self._closed = False
@@ -174,9 +175,9 @@ class Snapshotter:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """
-        Wait until the last capture is skipped, or is the daemon's and outlives this process; False when time ran out.
+        Wait until the last capture is skipped, or is the daemon's and outlives this process.
 
-        One that is void because its daemon went away is not waited for either. Training needs not call this.
+        False when time ran out, or at once when the daemon went away before it had it. Training needs not call this.
         """
         return True if self._inert else self._pipeline.wait(timeout_s)
 
@@ -260,8 +261,7 @@ class Snapshotter:
     def _capture(self, step: int) -> None:
         session = self._link.session
         if session == 0:
-            self._counters.add("skipped")
-            self._counters.add("skipped_away")
+            self._pipeline.away(step)
             return
         binding, meta = self._prepare(step)
         if not self._pipeline.is_registered(binding.plan, session):
@@ -359,6 +359,16 @@ def _hello(settings: Settings) -> pb.WorkerHello:
         nonce=settings.nonce,
         pid=os.getpid(),
     )
+
+
+def _check_only_one(settings: Settings) -> None:
+    """Raise ValueError where another Snapshotter would be taken for this one: the daemon has one worker per rank."""
+    mine = (settings.socket, settings.job, settings.rank)
+    if any(mine == (one.settings.socket, one.settings.job, one.settings.rank) for one in _alive if not one._inert):
+        raise ValueError(
+            f"this process has a Snapshotter of job {settings.job}, rank {settings.rank}, already: give one of them "
+            "all models and optimizers, as lists or dicts; or call the other one's close() first"
+        )
 
 
 _alive: weakref.WeakSet[Snapshotter] = weakref.WeakSet()

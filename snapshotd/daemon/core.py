@@ -201,7 +201,14 @@ class NodeCore:
         older = self.state.worker_of(hello.job, hello.rank)
         if older is not None:
             self._on_worker_gone(older.conn)
-            self.state.do(CloseWorker(conn=older.conn))
+            if older.hello.nonce == hello.nonce:  # the same process, which has lost its connection
+                self.state.do(CloseWorker(conn=older.conn))
+            else:
+                text = (
+                    f"process {hello.pid} has come as rank {hello.rank} of job {hello.job} on this node, in place of "
+                    "this one; two trainings at a time need two names: set SNAPSHOTD_JOB"
+                )
+                self._refuse(older.conn, 0, "STALE_EPOCH", text)
         if hello.epoch:
             self._enter(job, hello.epoch)
         one = Worker(conn=conn, hello=hello, epoch=hello.epoch)

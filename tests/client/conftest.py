@@ -40,12 +40,16 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture
 def snapshotter(daemon: FakeDaemon) -> Iterator[Callable[..., Snapshotter]]:
-    """Make a Snapshotter on the fake daemon, connected, and close it at the end."""
+    """Make a Snapshotter on the fake daemon, connected, and close it at the end, or for one that takes its place."""
     made: list[Snapshotter] = []
 
     def make(model: object, optimizer: object = None, *args: object, **kwargs: object) -> Snapshotter:
         settings = {"socket": daemon.path, "job": "test", "restore_timeout_s": 20.0, **kwargs.pop("settings", {})}
-        snap = Snapshotter(model, optimizer, *args, settings=Settings(**settings), **kwargs)
+        chosen = Settings(**settings)
+        for one in made:
+            if (one.settings.job, one.settings.rank) == (chosen.job, chosen.rank):
+                one.close()
+        snap = Snapshotter(model, optimizer, *args, settings=chosen, **kwargs)
         made.append(snap)
         assert snap._link.wait_session(10)
         return snap

@@ -46,6 +46,16 @@ def test_wrong_arguments_raise_at_construction(kwargs, error, words):
         make(**{"model": nn.Linear(1, 1), **kwargs})
 
 
+def test_a_second_snapshotter_of_the_same_rank_is_refused_until_the_first_is_closed():
+    """Breaks: two that take each other's place at the daemon; the job cannot start again with what one of them kept."""
+    first = make(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"job t, rank 0, already: give one of them all models .* close\(\) first"):
+        make(nn.Linear(2, 2))
+    Snapshotter(nn.Linear(2, 2), settings=Settings(socket="/nonexistent/daemon.sock", job="another")).close()
+    first.close()
+    make(nn.Linear(2, 2)).close()
+
+
 def test_stray_optimizer_parameters_and_views_are_fine():
     stray = nn.Parameter(torch.ones(3))
     snap = make(nn.Linear(1, 1), torch.optim.SGD([stray], lr=1))
