@@ -25,13 +25,14 @@ class Store:
     """
     The durable rows of all jobs; opened by one coordinator at a time.
 
-    Raises UsageError when another coordinator has the directory, FormatError when the file is not ours.
+    Raises UsageError when the directory cannot be used or another coordinator has it, FormatError when the file is not
+    ours.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = directory / "coordinator.sqlite"
         try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             os.close(descriptor)
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=2.0)
@@ -46,6 +47,10 @@ class Store:
                 raise FormatError(f"{self.path} has schema version {version}, this coordinator knows {_SCHEMA_VERSION}")
             self._db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
             self._db.execute("COMMIT")
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be made or opened ({error.strerror}); name a directory of ours with --state"
+            ) from error
         except sqlite3.OperationalError as error:
             raise UsageError(
                 f"{self.path} cannot be opened ({error}); is another coordinator running with --state {directory}?"

@@ -199,16 +199,16 @@ class NodeCore:
             self._refuse(conn, frame.request_id, "STALE_EPOCH", text)
             return
         older = self.state.worker_of(hello.job, hello.rank)
+        if older is not None and hello.nonce in job.displaced:
+            self._refuse(conn, frame.request_id, "STALE_EPOCH", _displaced_by(older.hello), fatal=False)
+            return
         if older is not None:
             self._on_worker_gone(older.conn)
             if older.hello.nonce == hello.nonce:  # the same process, which has lost its connection
                 self.state.do(CloseWorker(conn=older.conn))
             else:
-                text = (
-                    f"process {hello.pid} has come as rank {hello.rank} of job {hello.job} on this node, in place of "
-                    "this one; two trainings at a time need two names: set SNAPSHOTD_JOB"
-                )
-                self._refuse(older.conn, 0, "STALE_EPOCH", text)
+                job.displaced.append(older.hello.nonce)
+                self._refuse(older.conn, 0, "STALE_EPOCH", _displaced_by(hello), fatal=False)
         if hello.epoch:
             self._enter(job, hello.epoch)
         one = Worker(conn=conn, hello=hello, epoch=hello.epoch)
@@ -224,8 +224,9 @@ class NodeCore:
             self.state.send(conn, worker.Frame(replica_mode=mode))
         self.state.tell(control.NodeMessage(worker_attached=one.attached()))
 
-    def _refuse(self, conn: WorkerConn, request_id: int, code: str, text: str) -> None:
-        error = worker.WorkerError(code=code, message=text, fatal=True)
+    def _refuse(self, conn: WorkerConn, request_id: int, code: str, text: str, *, fatal: bool = True) -> None:
+        """``fatal``: for good; else the worker asks again now and then."""
+        error = worker.WorkerError(code=code, message=text, fatal=fatal)
         self.state.do(ToWorker(conn=conn, frame=worker.Frame(request_id=request_id, error=error)))
         self.state.do(CloseWorker(conn=conn))
 
@@ -434,6 +435,13 @@ class NodeCore:
         if self._heartbeat_at is None or now - self._heartbeat_at >= HEARTBEAT_S:
             self._heartbeat_at = now
             self.state.tell(control.NodeMessage(heartbeat=control.Heartbeat(counters=self.state.counters)))
+
+
+def _displaced_by(hello: worker.WorkerHello) -> str:
+    return (
+        f"another process, {hello.pid}, is rank {hello.rank} of job {hello.job} on this node now: this one's steps are "
+        "not kept as long as that one is there; two trainings at a time need two names, set SNAPSHOTD_JOB"
+    )
 
 
 def _wrong_hello(hello: worker.WorkerHello) -> str:

@@ -9,10 +9,11 @@ The life of a slot::
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from snapshotd.daemon.events import (
     Count,
@@ -33,6 +34,8 @@ SnapshotKey: TypeAlias = tuple[int, int]
 """epoch, step"""
 ParityKey: TypeAlias = tuple[int, int, int, int, int]
 """epoch, step, group, lane, position; of one job"""
+
+_MAX_DISPLACED: Final = 64
 
 
 def parity_key(ref: control.ParityRef) -> ParityKey:
@@ -129,7 +132,8 @@ class JobState:
     One job on this node.
 
     progress: the highest step that each rank sealed or skipped in the epoch. unsure: snapshots found at the start of
-    the daemon; until the coordinator commits or abandons it, each of them may be the committed one.
+    the daemon; until the coordinator commits or abandons it, each of them may be the committed one. displaced: nonces
+    of processes whose rank another one has taken; they do not take it back from one that is there.
     """
 
     name: str
@@ -157,6 +161,7 @@ class JobState:
     durables_done: dict[SnapshotKey, control.PersistSealed] = field(default_factory=dict)
     progress: dict[int, int] = field(default_factory=dict)
     assigned: dict[int, str] = field(default_factory=dict)
+    displaced: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_DISPLACED))
 
     def enter(self, epoch: int) -> bool:
         """Go to a newer epoch: what belonged to the older one's membership is over. False if it is not newer."""

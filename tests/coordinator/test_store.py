@@ -70,6 +70,13 @@ def test_two_coordinators_never_share_a_store(tmp_path: Path) -> None:
     Store(tmp_path).close()
 
 
+def test_a_directory_that_cannot_be_made_is_said_with_the_remedy(tmp_path: Path) -> None:
+    """A home that is read-only, or none: the default directory is in it."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/state/coordinator.sqlite cannot be .* \(Not a directory\); .* --state"):
+        Store(tmp_path / "file" / "state")
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "coordinator.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 100)
     with pytest.raises(FormatError, match="not a coordinator's store"):

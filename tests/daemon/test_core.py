@@ -398,18 +398,24 @@ def test_a_worker_of_an_older_epoch_is_sent_away() -> None:
     assert len(bench.done(events.CloseWorker)) == 1
 
 
-def test_another_process_of_the_same_rank_takes_its_place_and_the_older_is_told_why() -> None:
+def test_another_process_of_the_same_rank_takes_its_place_and_the_older_waits_until_it_is_gone() -> None:
     """Two trainings without a name would take each other's place for ever, and neither would be protected."""
     bench = Bench()
     bench.hello(1, 0, nonce="one", pid=11)
     bench.hello(2, 0, nonce="two", pid=22)
     (error,) = bench.to_worker(1, "error")
-    assert ("STALE_EPOCH", True) == (error.code, error.fatal)
-    assert "process 22 has come as rank 0 of job job" in error.message and "SNAPSHOTD_JOB" in error.message
+    assert ("STALE_EPOCH", False) == (error.code, error.fatal)
+    assert "another process, 22, is rank 0 of job job on this node now" in error.message
+    assert "SNAPSHOTD_JOB" in error.message
+    assert [events.CloseWorker(conn=events.WorkerConn(1))] == bench.done(events.CloseWorker)
+    bench.hello(3, 0, nonce="one", pid=11)
+    assert ([error], []) == (bench.to_worker(3, "error"), bench.to_worker(3, "welcome"))
     # A process that has lost its connection and makes another one is no other process.
-    bench.hello(3, 0, nonce="two", pid=22)
-    assert [] == bench.to_worker(2, "error")
-    assert [events.CloseWorker(conn=2)] == bench.done(events.CloseWorker)
+    bench.hello(4, 0, nonce="two", pid=22)
+    assert ([], 1) == (bench.to_worker(2, "error"), len(bench.to_worker(4, "welcome")))
+    bench.handle(events.WorkerGone(conn=events.WorkerConn(4)))
+    bench.hello(5, 0, nonce="one", pid=11)
+    assert 1 == len(bench.to_worker(5, "welcome"))
 
 
 def test_a_launch_without_epoch_is_granted_nothing_until_its_epoch_is_complete() -> None:
