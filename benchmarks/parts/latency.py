@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 
 from .. import Row, Run, Sample, Series
+from ..messages import Played
 from ..played import Company
+from ..processes import wait_for
 
 GOAL = 10
 
+_NODES = 4
 _BYTES = 100_000
 _PAUSE_S = 0.02
 
 
 def rows(run: Run) -> Iterator[Row]:
-    with Company(run.cluster(4, budget="64MiB"), _BYTES) as company:
+    with Company(run.cluster(_NODES, budget="64MiB"), _BYTES) as company, _messages(run) as bare:
+        steps = count(1)
 
-        def step() -> Sample:
+        def ours() -> Sample:
             time.sleep(_PAUSE_S)  # as a training step would: what is not on the way to the commit is over by then
             return Sample(company.step())
 
-        found = run.rounds({"step": step}, rounds=40 if run.short else 300, within_s=12.0, warm=10)["step"]
+        def floor() -> Sample:
+            time.sleep(_PAUSE_S)
+            began = time.perf_counter()
+            bare.step(next(steps))
+            return Sample(time.perf_counter() - began)
+
+        ways = {"ours": ours, "floor": floor}
+        found = run.rounds(ways, rounds=40 if run.short else 300, within_s=20.0, warm=10)
     what = "seal to protected commit, 100 KB on each of 4 nodes"
+    seconds = found["ours"]
     for name, share, at_most in (("p50", 50, 0.008), ("p99", 99, 0.030)):
-        value = Series((float(np.percentile(found.values, share)),))
-        yield Row.limit(f"{what}, {name}", value, at_most=at_most, unit="s", text=f"of {len(found.values)} steps")
+        value = Series((float(np.percentile(seconds.values, share)),))
+        yield Row.limit(f"{what}, {name}", value, at_most=at_most, unit="s", text=f"of {len(seconds.values)} steps")
+    yield Row.cost(f"{what}", seconds, found["floor"], at_most=None, against="its messages between bare processes")
+
+
+def _messages(run: Run) -> Played:
+    """Processes that send each other the messages of a step of so many nodes, and do nothing else."""
+    module = f"{__package__.rpartition('.')[0]}.messages"
+    port = run.directory / "port"
+    children = [run.start("messages", ["-m", module, "coordinate", str(port), str(_NODES)])]
+    wait_for(port.exists, "the bare coordinator to serve", 60.0, of=children)
+    paths = [run.directory / f"bare-{index}" for index in range(_NODES)]
+    for index, path in enumerate(paths):
+        arguments = ["node", port.read_text(encoding="ascii"), str(path), str(index), str(_BYTES // (_NODES - 1))]
+        children.append(run.start(f"messages-{index}", ["-m", module, *arguments]))
+    for path in paths:
+        wait_for(path.exists, "a bare node to serve", 60.0, of=children)
+    return Played(paths)
+

@@ -1,0 +1,193 @@
+"""
+The messages of a protected step and nothing else: what a small step costs before anybody does anything with it.
+
+`python -m benchmarks.messages coordinate PORT_FILE NODES` and, for each node, `... node ADDRESS SOCKET NODES UNIT_BYTES`:
+a worker says that it sealed, its node tells the coordinator over gRPC, which tells all when all have; each node then
+reads a unit of each other one over TCP into memory, in a thread, and reports it; when all have the coordinator tells
+all that the step is committed, and the nodes tell their workers. The messages are a daemon's own, with as much in
+them. Nothing is hashed, encoded, written, looked up or decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from snapshotd.rpc import CHANNEL_OPTIONS, open_aio_channel
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import control_pb2_grpc as control_grpc
+from snapshotd.v1 import worker_pb2 as worker
+
+from .owner import RANGE, serve_plainly
+
+__all__ = ["Played"]
+
+_LENGTH = struct.Struct("<I")
+_HASH = "0123456789abcdef" * 2
+
+
+class _Coordinator(control_grpc.CoordinatorServiceServicer):
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._sessions: list[asyncio.Queue[control.CoordinatorMessage]] = []
+        self._peers: list[control.PeerAddress] = []
+        self._sealed: list[control.StripeMember] = []
+        self._num_built = 0
+
+    async def NodeSession(self, request_iterator: Any, context: Any) -> None:
+        queue: asyncio.Queue[control.CoordinatorMessage] = asyncio.Queue()
+        self._sessions.append(queue)
+
+        async def read() -> None:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                self._said(message)
+
+        reader = asyncio.create_task(read())
+        try:
+            while True:
+                await context.write(await queue.get())
+        finally:
+            reader.cancel()
+
+    def _said(self, message: control.NodeMessage) -> None:
+        if message.HasField("hello"):
+            self._peers.append(control.PeerAddress(node_id=message.hello.node_id, bulk=message.hello.bulk_address))
+        elif message.HasField("sealed"):
+            slot = message.sealed.shards[0].slot
+            self._sealed.append(control.StripeMember(node_id=f"n{slot.rank}", slot=slot))
+            if len(self._sealed) == self._count:
+                step = {"job": slot.job, "epoch": slot.epoch, "step": slot.step}
+                stripe_set = control.StripeSet(**step, m=1, members=self._sealed)
+                self._sealed = []
+                self._tell(protect=control.Protect(**step, sets=[stripe_set], peers=self._peers))
+        else:
+            self._num_built += 1
+            if self._num_built == self._count:
+                self._num_built = 0
+                built = message.parity_built
+                self._tell(committed=control.Committed(job=built.job, epoch=built.epoch, step=built.step, level=2))
+
+    def _tell(self, **body: Any) -> None:
+        for queue in self._sessions:
+            queue.put_nowait(control.CoordinatorMessage(**body))
+
+
+async def _coordinate(port_file: str, count: int) -> None:
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    control_grpc.add_CoordinatorServiceServicer_to_server(_Coordinator(count), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    part = Path(f"{port_file}.part")
+    part.write_text(f"127.0.0.1:{port}", encoding="ascii")
+    os.rename(part, port_file)
+    await server.wait_for_termination()
+
+
+class _Node:
+    def __init__(self, index: int, unit_bytes: int) -> None:
+        self._name, self._rank, self._unit_bytes = f"n{index}", index, unit_bytes
+        self._port = serve_plainly(memoryview(mmap.mmap(-1, unit_bytes)), None)
+        self._rooms: dict[str, memoryview] = {}
+        self._socks: dict[str, socket.socket] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._outbox: asyncio.Queue[control.NodeMessage] = asyncio.Queue()
+        self._writer: asyncio.StreamWriter
+
+    async def run(self, address: str, path: str) -> None:
+        async with open_aio_channel(address, tls=None, insecure=False) as channel:
+            call = control_grpc.CoordinatorServiceStub(channel).NodeSession(wait_for_ready=True)
+            await call.wait_for_connection()
+            hello = control.NodeHello(node_id=self._name, bulk_address=f"127.0.0.1:{self._port}")
+            self._outbox.put_nowait(control.NodeMessage(hello=hello))
+            async with await asyncio.start_unix_server(self._worker, path):
+                writer = asyncio.create_task(self._write(call))
+                loop = asyncio.get_running_loop()
+                async for message in call:
+                    if message.HasField("protect"):
+                        loop.run_in_executor(self._pool, self._build, message.protect, loop)
+                    else:
+                        self._commit()
+                await writer
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await call.write(await self._outbox.get())
+
+    async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        while head := await reader.read(_LENGTH.size):
+            frame = worker.Frame.FromString(await reader.readexactly(*_LENGTH.unpack(head)))
+            step = {"job": "bench", "epoch": 1, "step": frame.seal.step}
+            slot = control.SlotRef(
+                **step, rank=self._rank, world_size=4, file_bytes=100_000, layout_hash=_HASH, root_digest=_HASH
+            )
+            sealed = control.NodeSealed(**step, shards=[control.NodeSealed.Shard(slot=slot)])
+            self._outbox.put_nowait(control.NodeMessage(sealed=sealed))
+
+    def _build(self, protect: control.Protect, loop: asyncio.AbstractEventLoop) -> None:
+        for peer in protect.peers:
+            if peer.node_id == self._name:
+                continue
+            if peer.node_id not in self._socks:
+                host, port = peer.bulk.split(":")
+                sock = self._socks[peer.node_id] = socket.create_connection((host, int(port)))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._rooms[peer.node_id] = memoryview(bytearray(self._unit_bytes))
+        for sock in self._socks.values():
+            sock.sendall(RANGE.pack(0, self._unit_bytes))
+        for name, sock in self._socks.items():
+            at = 0
+            while at < self._unit_bytes:
+                at += sock.recv_into(self._rooms[name][at:])
+        ref = control.ParityRef(
+            set=protect.sets[0], position=self._rank, file_bytes=self._unit_bytes, root_digest=_HASH
+        )
+        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, parities=[ref])
+        loop.call_soon_threadsafe(self._outbox.put_nowait, control.NodeMessage(parity_built=built))
+
+    def _commit(self) -> None:
+        data = worker.Frame(grant=worker.Grant(slot_id=1, path="/dev/shm/slot", file_bytes=100_000)).SerializeToString()
+        self._writer.write(_LENGTH.pack(len(data)) + data)
+
+
+class Played:
+    """The workers of those nodes, by their sockets. A context manager."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._socks = [socket.socket(socket.AF_UNIX) for _ in paths]
+        for sock, path in zip(self._socks, paths, strict=True):
+            sock.settimeout(60.0)
+            sock.connect(str(path))
+
+    def __enter__(self) -> Played:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sock in self._socks:
+            sock.close()
+
+    def step(self, number: int) -> None:
+        """All say that they sealed, and wait for the word that all is committed."""
+        seal = worker.Frame(seal=worker.Seal(slot_id=1, step=number, layout_hash=_HASH)).SerializeToString()
+        for sock in self._socks:
+            sock.sendall(_LENGTH.pack(len(seal)) + seal)
+        for sock in self._socks:
+            (size,) = _LENGTH.unpack(sock.recv(_LENGTH.size, socket.MSG_WAITALL))
+            worker.Frame.FromString(sock.recv(size, socket.MSG_WAITALL))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "coordinate":
+        asyncio.run(_coordinate(sys.argv[2], int(sys.argv[3])))
+    else:
+        asyncio.run(_Node(int(sys.argv[4]), int(sys.argv[5])).run(sys.argv[2], sys.argv[3]))
