@@ -1,7 +1,7 @@
 """
 The messages of a protected step and nothing else: what a small step costs before anybody does anything with it.
 
-`python -m benchmarks.messages coordinate PORT_FILE NODES` and, for each node, `... node ADDRESS SOCKET NODES UNIT_BYTES`:
+`python -m benchmarks.messages coordinate PORT_FILE NODES`, and for each node `... node ADDRESS SOCKET RANK UNIT_BYTES`:
 a worker says that it sealed, its node tells the coordinator over gRPC, which tells all when all have; each node then
 reads a unit of each other one over TCP into memory, in a thread, and reports it; when all have the coordinator tells
 all that the step is committed, and the nodes tell their workers. The messages are a daemon's own, with as much in
@@ -16,7 +16,6 @@ import os
 import socket
 import struct
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any

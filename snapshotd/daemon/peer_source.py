@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Final
 
 from snapshotd.arena import describe
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.source import Corruption, OnCorruption, Stream, check_range, check_root
+from snapshotd.daemon.source import Corruption, OnCorruption, check_range, check_root
 from snapshotd.errors import CorruptionError, SnapshotdError
 from snapshotd.reshard import Copy
 from snapshotd.transfer import BulkClient, Incoming, ObjectInfo, Piece, TransferCancelled
@@ -43,7 +44,7 @@ class PeerSource:
         cancel: threading.Event | None,
         pace: Callable[[int], None] | None,
     ) -> None:
-        self.node_id, self.name, self.file_bytes = node_id, describe(key), file_bytes
+        self.node_id, self.file_bytes = node_id, file_bytes
         self.address, self.key, self.root = address, key, root
         self._client = client
         self._on_corruption = on_corruption
@@ -51,6 +52,10 @@ class PeerSource:
         self._pace = pace
         self._lock = threading.Lock()
         self._digests: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return describe(self.key)
 
     @property
     def is_plain(self) -> bool:
@@ -97,55 +102,63 @@ class PeerSource:
             )
         return sum(piece.into.nbytes for piece in pieces) + sum(part.nbytes for part in parts)
 
-    @contextmanager
-    def stream(self, begin: int, end: int) -> Iterator[Stream]:
+    def stream(self, begin: int, end: int) -> _PeerStream:
         check_range(self, begin, end)
-        with ExitStack() as stack:
-            with self._watched():
-                incoming = stack.enter_context(
-                    self._client.stream(
-                        self.address,
-                        self.key,
-                        [(begin, end)],
-                        digests=self._digests,
-                        file_bytes=self.file_bytes,
-                        learned=self._learn,
-                        cancel=self._cancel,
-                        pace=self._pace,
-                    )
-                )
-            yield _PeerStream(self._watched, incoming, stack)
+        try:
+            incoming = self._client.stream(
+                self.address,
+                self.key,
+                [(begin, end)],
+                digests=self._digests,
+                file_bytes=self.file_bytes,
+                learned=self._learn,
+                cancel=self._cancel,
+                pace=self._pace,
+            )
+        except TransferCancelled as error:
+            raise Cancelled(str(error)) from error
+        return _PeerStream(incoming, self._report)
 
     def close(self) -> None:
         pass
 
     @contextmanager
-    def _watched(self, connection: ExitStack | None = None) -> Iterator[None]:
-        """Report what does not match, with ``connection`` ended; turn the transfer's word for a cancel into ours."""
+    def _watched(self) -> Iterator[None]:
+        """Report what does not match; turn the transfer's word for a cancel into ours."""
         try:
             yield
         except CorruptionError as error:
-            if connection is not None:
-                connection.close()  # or those who report might wait for each other's connections
-            self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
-            with contextlib.suppress(SnapshotdError):
-                self._client.suspect(self.address, self.key)
+            self._report(error)
             raise
         except TransferCancelled as error:
             raise Cancelled(str(error)) from error
 
+    def _report(self, error: CorruptionError) -> None:
+        self._on_corruption(Corruption(node_id=self.node_id, local=False, detail=str(error)))
+        with contextlib.suppress(SnapshotdError):
+            self._client.suspect(self.address, self.key)
+
 
 class _PeerStream:
-    def __init__(
-        self,
-        watched: Callable[[ExitStack], AbstractContextManager[None]],
-        incoming: Incoming,
-        connection: ExitStack,
-    ) -> None:
-        self._watched, self._incoming, self._connection = watched, incoming, connection
+    def __init__(self, incoming: Incoming, report: Callable[[CorruptionError], None]) -> None:
+        self._incoming, self._report = incoming, report
 
     def take(self, nbytes: int, room: memoryview) -> memoryview:
         part = room[:nbytes]
-        with self._watched(self._connection):
+        try:
             self._incoming.fill(part)
+        except CorruptionError as error:
+            self._incoming.close()  # or those who report might wait for each other's connections
+            self._report(error)
+            raise
+        except TransferCancelled as error:
+            raise Cancelled(str(error)) from error
         return part
+
+    def __enter__(self) -> _PeerStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._incoming.close()

@@ -110,7 +110,7 @@ class Stream(Protocol):
 
 
 class InTurn:
-    """The stream of a source that has nothing on its way: each ``take`` fetches."""
+    """The stream of a source that has nothing on its way: each ``take`` fetches. A context manager, as all are."""
 
     def __init__(self, source: Source, begin: int, end: int) -> None:
         check_range(source, begin, end)
@@ -122,6 +122,12 @@ class InTurn:
         if self._at > self._end:
             raise UsageError(f"{self._at - self._end} bytes more than the stream has were to be taken")
         return self._source.fetch(begin, self._at, room)
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def check_range(source: Source, begin: int, end: int) -> None:

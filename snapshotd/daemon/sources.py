@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -108,9 +107,8 @@ class LocalSource:
             apply_copy(part, self.obj.view, targets[part.target])
         return 0
 
-    @contextmanager
-    def stream(self, begin: int, end: int) -> Iterator[Stream]:
-        yield InTurn(self, begin, end)
+    def stream(self, begin: int, end: int) -> InTurn:
+        return InTurn(self, begin, end)
 
     def close(self) -> None:
         self._lease.close()
@@ -160,9 +158,8 @@ class DurableSource:
             raise
         return into.nbytes
 
-    @contextmanager
-    def stream(self, begin: int, end: int) -> Iterator[Stream]:
-        yield InTurn(self, begin, end)
+    def stream(self, begin: int, end: int) -> InTurn:
+        return InTurn(self, begin, end)
 
     def close(self) -> None:
         pass

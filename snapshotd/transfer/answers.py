@@ -9,7 +9,6 @@ Rule 3: whole chunks leave unverified, for the reader has their digests; chunks 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 
 from snapshotd.arena.keys import describe
@@ -34,7 +33,7 @@ class Answers:
         self._suspected = suspected
         self._sent = sent
 
-    def answer(self, sock: socket.socket, request: BulkRequest, holding: Holding) -> None:
+    def answer(self, out: wire.Outbound, request: BulkRequest, holding: Holding) -> None:
         """
         Send head and payload; what is to be held becomes part of ``holding``, which is the connection's.
 
@@ -48,54 +47,56 @@ class Answers:
             raise RemoteProtocolError(f"{len(request.ranges)} ranges are more than {wire.RANGES_MAX}")
         if request.suspect:
             self._suspected(request.object)
-            wire.send_frame(sock, BulkResponse(ok=True))
+            out.frame(BulkResponse(ok=True))
             return
         if request.hold:
             obj = holding.add(request.object)
-            wire.send_frame(sock, BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
+            out.frame(BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
             return
         failpoint("transfer.before_send")
         with self._objects.leased(request.object) as obj, memoryview(obj.view)[: obj.file_bytes] as view:
             ranges, copies = _checked(request, view.nbytes)
             digests = (obj.digests or b"") if request.digests else b""
-            nbytes = len(digests) + sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
-            _send_head(sock, obj, nbytes, exact=request.exact)
-            with memoryview(digests) as piece:
-                self._send_piece(sock, piece, 0, piece.nbytes)
+            data_bytes = sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
+            head = BulkResponse(ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, exact=request.exact)
+            head.payload_bytes = len(digests) + data_bytes
+            out.frame(head, more=head.payload_bytes > 0)
+            if digests:
+                self._send_piece(out, memoryview(digests), more=data_bytes > 0)
+            if not request.exact and not copies:
+                for begin, end in ranges:
+                    self._send_range(out, view, begin, end)
+                return
             verified = _Verified(obj, view, request.object)
             for begin, end in ranges:
                 if request.exact:
                     verified.add_ends(begin, end)
-                self._send_range(sock, view, begin, end)
-            self._send_blocks(sock, verified, copies)
-            if request.exact or copies:
-                wire.send_frame(sock, verified.tail())
+                self._send_range(out, view, begin, end)
+            self._send_blocks(out, verified, copies)
+            out.frame(verified.tail())
 
-    def _send_range(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
+    def _send_range(self, out: wire.Outbound, view: memoryview, begin: int, end: int) -> None:
         """Send a range straight from the mapping."""
         for at in range(begin, end, wire.PIECE_BYTES):
-            self._send_piece(sock, view, at, min(at + wire.PIECE_BYTES, end))
+            with view[at : min(at + wire.PIECE_BYTES, end)] as piece:
+                self._send_piece(out, piece)
             if at + wire.PIECE_BYTES < end:
                 failpoint("transfer.mid_send")
 
-    def _send_piece(self, sock: socket.socket, view: memoryview, begin: int, end: int) -> None:
-        if begin == end:
-            return
-        with view[begin:end] as piece:
-            if failpoint("transfer.corrupt_send") == "corrupt":
-                flipped = bytearray(piece)
-                flipped[len(flipped) // 2] ^= 0x10
-                sock.sendall(flipped)
-            else:
-                sock.sendall(piece)
-        self._sent(end - begin)
+    def _send_piece(self, out: wire.Outbound, piece: memoryview, *, more: bool = False) -> None:
+        if failpoint("transfer.corrupt_send") == "corrupt":
+            flipped = bytearray(piece)
+            flipped[len(flipped) // 2] ^= 0x10
+            piece = memoryview(flipped)
+        out.send(piece, more=more)
+        self._sent(piece.nbytes)
 
-    def _send_blocks(self, sock: socket.socket, verified: _Verified, copies: Sequence[Copy]) -> None:
+    def _send_blocks(self, out: wire.Outbound, verified: _Verified, copies: Sequence[Copy]) -> None:
         """Send what the copies read, verified."""
         with memoryview(bytearray(min(sum(copy.nbytes for copy in copies), blocks.BLOCK_BYTES_MAX))) as room:
             for portion in blocks.portions(copies):
                 with verified.add(portion, room) as piece:
-                    self._send_piece(sock, piece, 0, piece.nbytes)
+                    self._send_piece(out, piece)
 
 
 class _Verified:
@@ -162,13 +163,6 @@ class _Verified:
                 gather_copy(copy, self._view, out)
             held += copy.nbytes
         return room[:held]
-
-
-def _send_head(sock: socket.socket, obj: Servable, payload_bytes: int, *, exact: bool) -> None:
-    head = BulkResponse(
-        ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, payload_bytes=payload_bytes, exact=exact
-    )
-    wire.send_frame(sock, head)
 
 
 def _checked(request: BulkRequest, file_bytes: int) -> tuple[list[tuple[int, int]], list[Copy]]:

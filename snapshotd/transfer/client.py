@@ -12,8 +12,8 @@ Rule 3: a connection that saw anything unexpected is closed, never reused: lefto
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,10 +91,11 @@ class BulkClient:
         ParityRef that you trust.
         """
         request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=True)
-        with self._asking(address, request, cancel) as (answer, response):
+        with self._ask(address, request, cancel) as answer:
+            response = _head(answer)
             expected = chunk_count(response.file_bytes) * DIGEST_BYTES
             _check_payload(address, key, response, expected)
-            data = _receive_digests(address, key, answer, expected)
+            data = _receive_digests(answer, key, expected)
             answer.keep()
         return _checked_info(address, key, response, data)
 
@@ -136,10 +137,10 @@ class BulkClient:
             request.ranges.extend(ByteRange(begin=run.begin, end=run.end) for run in runs)
             request.exact = any(_has_ends(run, file_bytes) for run in runs)
             expected = sum(run.end - run.begin for run in runs) + sum(copy.nbytes for copy in parts)
-            answer = stack.enter_context(self._sending(address, request, cancel))
+            answer = stack.enter_context(self._ask(address, request, cancel))
             exact = Exact(
-                _Answer(answer, address),
-                digests=_begin(answer, address, request, digests, file_bytes, expected, learned),
+                _Answer(answer),
+                digests=_begin(answer, request, digests, file_bytes, expected, learned),
                 file_bytes=file_bytes,
                 steering=Steering(cancel=cancel, pace=pace),
                 name=describe(key),
@@ -152,7 +153,6 @@ class BulkClient:
                 exact.finish()
             answer.keep()
 
-    @contextmanager
     def stream(
         self,
         address: str,
@@ -164,14 +164,14 @@ class BulkClient:
         learned: Callable[[ObjectInfo], None] = lambda info: None,
         cancel: threading.Event | None = None,
         pace: Callable[[int], None] | None = None,
-    ) -> Iterator[Incoming]:
+    ) -> Incoming:
         """
-        Yield the bytes of ``spans`` for who takes them bit by bit: one request, and the peer sends ahead meanwhile.
+        Return the bytes of ``spans`` for who takes them bit by bit: one request, and the peer sends ahead meanwhile.
 
         Whole chunks around the spans travel, and what is handed out was verified here. The request is on its way when
-        the block begins, and the answer is awaited by the first fill: whoever reads from several peers asks them all
-        first. ``digests`` and ``learned`` are those of ``read_verified``. Whoever waits longer than the peer's timeout
-        between two fills loses the connection.
+        this returns, and the answer is awaited by the first fill: whoever reads from several peers asks them all first.
+        ``digests`` and ``learned`` are those of ``read_verified``. Whoever waits longer than the peer's timeout between
+        two fills loses the connection. What is returned is to be closed, or a context manager.
         """
         if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
             raise UsageError(f"a span to be read is not inside {file_bytes} bytes")
@@ -182,27 +182,22 @@ class BulkClient:
         request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None)
         request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
         expected = sum(end - begin for begin, end in ranges)
-        with self._sending(address, request, cancel) as answer:
-            incoming = Incoming(
-                _Answer(answer, address),
-                spans,
-                begin=lambda: _begin(answer, address, request, digests, file_bytes, expected, learned),
-                file_bytes=file_bytes,
-                steering=Steering(cancel=cancel, pace=pace),
-                name=describe(key),
-                peer=address,
-            )
-            try:
-                yield incoming
-                if incoming.is_whole:
-                    answer.keep()
-            finally:
-                incoming.close()
+        answer = self._ask(address, request, cancel)
+        return Incoming(
+            answer,
+            spans,
+            begin=lambda: _begin(answer, request, digests, file_bytes, expected, learned),
+            file_bytes=file_bytes,
+            steering=Steering(cancel=cancel, pace=pace),
+            key=key,
+            peer=address,
+        )
 
     def suspect(self, address: str, key: ObjectKey) -> None:
         """Tell the owner that what it sent of an object did not match; returns when it has verified the object."""
         request = BulkRequest(protocol=wire.PROTOCOL, object=key, suspect=True)
-        with self._asking(address, request, None) as (answer, _):
+        with self._ask(address, request, None) as answer:
+            _head(answer)
             answer.keep()
 
     def hold(self, address: str, keys: Sequence[ObjectKey], *, renew_s: float = RENEW_S) -> Holder:
@@ -218,58 +213,52 @@ class BulkClient:
 
         def ask(line: Borrowed, key: ObjectKey) -> None:
             line.send(BulkRequest(protocol=wire.PROTOCOL, object=key, hold=True))
-            if not _head(line, address).held:
+            if not _head(line).held:
                 raise RemoteProtocolError(f"{address} cannot hold snapshots for readers: update its daemon")
 
         return Holder(self._pool.apart(address), list(keys), ask, renew_s=renew_s)
 
     # ------------------------------------------------------------------------------------------ insides
 
-    @contextmanager
-    def _asking(
-        self, address: str, request: BulkRequest, cancel: threading.Event | None
-    ) -> Iterator[tuple[Borrowed, BulkResponse]]:
-        """Yield an ok answer; ``keep`` it once its payload was received whole."""
-        with self._sending(address, request, cancel) as answer:
-            yield answer, _head(answer, address)
-
-    @contextmanager
-    def _sending(self, address: str, request: BulkRequest, cancel: threading.Event | None) -> Iterator[Borrowed]:
-        """Send a request; the answer has yet to be awaited."""
+    def _ask(self, address: str, request: BulkRequest, cancel: threading.Event | None) -> Borrowed:
+        """Send a request; the answer has yet to be awaited, and is to be kept once it was received whole."""
         if cancel is not None and cancel.is_set():
             raise wire.TransferCancelled("the transfer was cancelled")
-        with self._pool.borrow(address, cancel) as borrowed:
-            borrowed.send(request)
-            yield borrowed
+        answer = self._pool.borrow(address, cancel)
+        try:
+            answer.send(request)
+        except BaseException:
+            answer.end()
+            raise
+        return answer
 
 
 class _Answer:
     """A borrowed connection as a Receiver."""
 
-    def __init__(self, borrowed: Borrowed, address: str) -> None:
+    def __init__(self, borrowed: Borrowed) -> None:
         self.receive = borrowed.receive
-        self._borrowed, self._address = borrowed, address
+        self._borrowed = borrowed
 
     def tail(self) -> BulkResponse:
         response = self._borrowed.tail()
         if not response.ok:
             self._borrowed.keep()  # it was read to its end
-            raise _refusal(self._address, response)
+            raise _refusal(self._borrowed.address, response)
         return response
 
 
-def _head(answer: Borrowed, address: str) -> BulkResponse:
+def _head(answer: Borrowed) -> BulkResponse:
     """Await the head of an answer; a refusal is raised."""
     response = answer.head()
     if not response.ok:
         answer.keep()
-        raise _refusal(address, response)
+        raise _refusal(answer.address, response)
     return response
 
 
 def _begin(
     answer: Borrowed,
-    address: str,
     request: BulkRequest,
     digests: bytes | None,
     file_bytes: int,
@@ -280,8 +269,8 @@ def _begin(
     Await the head of an answer with ``expected`` bytes of data, and return the digests of all chunks: those that are
     known, or that come with it. An owner that verifies some of it must mean the same object by its name.
     """
-    response = _head(answer, address)
-    key = request.object
+    response = _head(answer)
+    key, address = request.object, answer.address
     if request.exact and not response.exact:
         raise RemoteProtocolError(f"{address} cannot send ranges that end inside chunks: update its daemon")
     if response.file_bytes != file_bytes:
@@ -295,14 +284,14 @@ def _begin(
         return digests
     nbytes = chunk_count(file_bytes) * DIGEST_BYTES
     _check_payload(address, key, response, nbytes + expected)
-    info = _checked_info(address, key, response, _receive_digests(address, key, answer, nbytes))
+    info = _checked_info(address, key, response, _receive_digests(answer, key, nbytes))
     learned(info)
     return info.digests
 
 
-def _receive_digests(address: str, key: ObjectKey, answer: Borrowed, nbytes: int) -> bytes:
+def _receive_digests(answer: Borrowed, key: ObjectKey, nbytes: int) -> bytes:
     if nbytes > wire.DIGESTS_BYTES_MAX:
-        raise RemoteProtocolError(f"{address} announced {nbytes} bytes of digests of {describe(key)}")
+        raise RemoteProtocolError(f"{answer.address} announced {nbytes} bytes of digests of {describe(key)}")
     data = bytearray(nbytes)
     with memoryview(data) as view:
         answer.receive(view)

@@ -13,12 +13,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final, Protocol
 
+from snapshotd.arena.keys import describe
 from snapshotd.errors import UsageError
 from snapshotd.layout import CHUNK_BYTES, verify
 from snapshotd.transfer import wire
-from snapshotd.v1.bulk_pb2 import BulkResponse
+from snapshotd.transfer.pool import Borrowed
+from snapshotd.v1.bulk_pb2 import BulkResponse, ObjectKey
 
 __all__ = ["Incoming", "Receiver", "Steering", "whole_chunks"]
 
@@ -66,42 +69,58 @@ class Incoming:
     The bytes of ``spans``, one after the other, each chunk compared with its digest; the answer holds whole chunks.
 
     For one thread at a time. ``begin`` is called once, with the first fill: it awaits the head of the answer and
-    returns the digests of all chunks of the file. ``name`` and ``peer`` are for messages.
+    returns the digests of all chunks of the file. ``key`` and ``peer`` are for messages. The connection of the answer
+    is given back by ``close``, which the end of a block does.
     """
 
     def __init__(
         self,
-        receiver: Receiver,
+        answer: Borrowed,
         spans: Sequence[tuple[int, int]],
         *,
         begin: Callable[[], bytes],
         file_bytes: int,
         steering: Steering,
-        name: str,
+        key: ObjectKey,
         peer: str,
     ) -> None:
-        self._receiver = receiver
+        self._answer = answer
         self._spans = [span for span in reversed(spans) if span[0] < span[1]]
         self._begin = begin
         self._digests: bytes | None = None
         self._file_bytes = file_bytes
         self._steering = steering
-        self._name, self._peer = name, peer
+        self._key, self._peer = key, peer
         self._at = self._stop = 0
+        self._closed = False
         self._chunk: bytearray | None = None
         self._rest = memoryview(b"")  # of a chunk that is here, and was handed out in part
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the answer was read."""
-        return not self._spans and self._at == self._stop and not self._rest
+        """Whether all of the answer was read, and handed out."""
+        return self._digests is not None and not self._spans and self._at == self._stop and not self._rest
 
     def close(self) -> None:
-        """Nothing more is wanted of it."""
+        """Nothing more is wanted of it. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.is_whole:
+            self._answer.keep()
+        self._answer.end()
         self._rest = memoryview(b"")
         if self._chunk is not None:
             _spare_chunks.append(self._chunk)
             self._chunk = None
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def fill(self, out: memoryview) -> None:
         """
@@ -109,7 +128,8 @@ class Incoming:
 
         The errors of reading, and CorruptChunk: then the contents of ``out`` are undefined.
         """
-        self._await_head()
+        if self._digests is None:
+            self._digests = self._begin()
         done = 0
         while done < out.nbytes:
             if self._rest:
@@ -121,10 +141,6 @@ class Incoming:
             if self._at == self._stop:
                 self._next_span(out.nbytes - done)
             done += self._receive(out, done)
-
-    def _await_head(self) -> None:
-        if self._digests is None:
-            self._digests = self._begin()
 
     def _next_span(self, wanted: int) -> None:
         if not self._spans:
@@ -153,10 +169,10 @@ class Incoming:
 
     def _take(self, piece: memoryview, begin: int) -> None:
         assert self._digests is not None
-        self._receiver.receive(piece)
+        self._answer.receive(piece)
         wrong = verify(piece, self._digests, begin, begin + piece.nbytes, base=begin)
         if wrong:
-            message = f"chunk {wrong[0]} of {self._name} from {self._peer} does not match its digest"
+            message = f"chunk {wrong[0]} of {describe(self._key)} from {self._peer} does not match its digest"
             raise wire.CorruptChunk(message, chunk=wrong[0], peer=self._peer)
         self._steering.after(piece.nbytes)
 

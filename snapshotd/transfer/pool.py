@@ -15,10 +15,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from types import TracebackType
 from typing import Final
 
-from snapshotd.errors import AccessDenied, PeerUnreachable, RemoteProtocolError, UsageError
+from snapshotd.errors import AccessDenied, PeerUnreachable, RemoteProtocolError, SnapshotdError, UsageError
 from snapshotd.transfer import wire
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse
 
@@ -26,6 +26,8 @@ __all__ = ["Borrowed", "Connection", "Pool"]
 
 _KEEP_S: Final = 60.0  # half of what the server keeps an idle connection for
 _POLL_S: Final = 0.05
+_STALE: Final = (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""What becomes of a connection that the peer has closed since."""
 
 
 class Connection:
@@ -33,11 +35,12 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.inbound, self.outbound = wire.Inbound(sock), wire.Outbound(sock)
         self.used_at = time.monotonic()
 
     def usable(self) -> bool:
         """Whether it is worth a try: young enough, and silent as an idle connection has to be."""
-        if time.monotonic() - self.used_at > _KEEP_S:
+        if time.monotonic() - self.used_at > _KEEP_S or not self.inbound.is_empty:
             return False
         try:
             return not wire.is_readable(self.sock)
@@ -61,68 +64,71 @@ class _Peer:
 
 
 class Borrowed:
-    """A connection for one request; made by Pool.borrow()."""
+    """A connection for one request; made by Pool.borrow(). A context manager, whose end is that of the loan."""
 
     def __init__(self, pool: Pool, address: str, connection: Connection | None) -> None:
         self._pool = pool
-        self._address = address
+        self.address = address
         self._connection = connection
         self._is_new = False
         self._request = BulkRequest()
         self._send_error: ConnectionError | ssl.SSLError | None = None
         self._kept = False
-        self._bulk: wire.BulkReceiver | None = None
 
     def send(self, request: BulkRequest) -> None:
         """Send the request; ``head`` returns the beginning of the answer."""
         self._request = request
-        with self._mapped():
+        try:
             if self._connection is None:
-                self._connection = self._pool.connect(self._address)
+                self._connection = self._pool.connect(self.address)
                 self._is_new = True
             try:
-                wire.send_frame(self._connection.sock, request)
+                self._connection.outbound.frame(request)
             except (ConnectionError, ssl.SSLError) as error:
                 self._send_error = error
+        except OSError as error:
+            raise self._told(error) from error
 
     def head(self) -> BulkResponse:
         """Return the head of the answer; where the kept connection turns out to be stale, ask over a new one."""
-        with self._mapped():
-            assert self._connection is not None, "nothing was asked yet"
-            try:
-                response = self._head()
-                self._bulk = wire.BulkReceiver(self._connection.sock, response.payload_bytes)
-                return response
-            except (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                if self._is_new:
-                    raise
-                self._connection.close()
-                self._connection = None
-                self._pool.forget_idle(self._address)  # they are as old as this one
+        assert self._connection is not None, "nothing was asked yet"
+        try:
+            response = self._head(self._connection)
+            self._connection.inbound.expect(response.payload_bytes)
+            return response
+        except (wire.ConnectionClosed, OSError) as error:
+            if self._is_new or not isinstance(error, _STALE):
+                raise self._told(error) from error
+        self._connection.close()
+        self._connection = None
+        self._pool.forget_idle(self.address)  # they are as old as this one
         self._send_error = None
         self.send(self._request)
         return self.head()
 
     def receive(self, out: memoryview) -> None:
         """Fill ``out`` with the next bytes of the answer's payload."""
-        assert self._bulk is not None, "the head comes first"
-        with self._mapped():
-            self._bulk.receive(out)
+        assert self._connection is not None, "the head comes first"
+        try:
+            self._connection.inbound.receive(out)
+        except OSError as error:
+            raise self._told(error) from error
 
     def tail(self) -> BulkResponse:
         """Return the response behind blocks."""
         assert self._connection is not None, "nothing was asked yet"
-        with self._mapped():
-            return wire.receive_frame(self._connection.sock, BulkResponse, within_s=self._pool.timeout_s)
+        try:
+            return self._connection.inbound.frame(BulkResponse, within_s=self._pool.timeout_s)
+        except (wire.ConnectionClosed, OSError) as error:
+            raise self._told(error) from error
 
-    def _head(self) -> BulkResponse:
-        assert self._connection is not None
-        sock, error = self._connection.sock, self._send_error
+    def _head(self, connection: Connection) -> BulkResponse:
+        inbound, error = connection.inbound, self._send_error
         if error is None:
-            return wire.receive_frame(sock, BulkResponse, within_s=self._pool.timeout_s)
+            return inbound.frame(BulkResponse, within_s=self._pool.timeout_s)
         # A peer that refuses us says why and hangs up, perhaps before it has read the request.
         try:
-            return wire.receive_frame(sock, BulkResponse, within_s=self._pool.timeout_s)
+            return inbound.frame(BulkResponse, within_s=self._pool.timeout_s)
         except ssl.SSLError as alert:
             raise alert from error
         except (OSError, wire.ConnectionClosed, RemoteProtocolError):
@@ -132,24 +138,17 @@ class Borrowed:
         """The answer was read to its end: the connection may serve again."""
         self._kept = True
 
-    @contextlib.contextmanager
-    def _mapped(self) -> Iterator[None]:
-        """Turn what sockets raise into what we raise."""
-        try:
-            yield
-        except wire.ConnectionClosed:
-            raise self._pool.failed(self._address, f"{self._address} closed the connection") from None
-        except TimeoutError:
-            message = f"{self._address} was silent for {self._pool.timeout_s:g} s"
-            raise self._pool.failed(self._address, message) from None
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            raise self._pool.failed(self._address, f"lost {self._address}: {error}") from error
-        except ssl.SSLError as error:
+    def _told(self, error: OSError | wire.ConnectionClosed) -> SnapshotdError:
+        """Return as one of our errors what a socket raised."""
+        if isinstance(error, wire.ConnectionClosed):
+            return self._pool.failed(self.address, f"{self.address} closed the connection")
+        if isinstance(error, TimeoutError):
+            return self._pool.failed(self.address, f"{self.address} was silent for {self._pool.timeout_s:g} s")
+        if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
             if "ALERT" in (error.reason or ""):
-                raise AccessDenied(f"{self._address} does not accept our certificate: {error}") from error
-            raise RemoteProtocolError(f"TLS with {self._address} failed: {error}") from error
-        except OSError as error:
-            raise self._pool.failed(self._address, f"lost {self._address}: {error}") from error
+                return AccessDenied(f"{self.address} does not accept our certificate: {error}")
+            return RemoteProtocolError(f"TLS with {self.address} failed: {error}")
+        return self._pool.failed(self.address, f"lost {self.address}: {error}")
 
     def hang_up(self) -> None:
         """End the connection from another thread, which wakes the one that waits on it."""
@@ -162,9 +161,18 @@ class Borrowed:
             self._connection = None
 
     def end(self) -> None:
+        """End the loan; the connection is kept for the next one if ``keep`` says so."""
         if not self._kept:
             self.close()
-        self._pool.take_back(self._address, self._connection)
+        self._pool.take_back(self.address, self._connection)
+
+    def __enter__(self) -> Borrowed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
 
 class Pool:
@@ -178,17 +186,12 @@ class Pool:
         self._changed = threading.Condition()
         self._closed = False
 
-    @contextlib.contextmanager
-    def borrow(self, address: str, cancel: threading.Event | None) -> Iterator[Borrowed]:
-        """Yield the right to one request to that peer, waiting for it if need be."""
+    def borrow(self, address: str, cancel: threading.Event | None) -> Borrowed:
+        """Return the right to one request to that peer, waiting for it if need be."""
         connection, stale = self._take(address, cancel)
         for old in stale:
             old.close()
-        borrowed = Borrowed(self, address, connection)
-        try:
-            yield borrowed
-        finally:
-            borrowed.end()
+        return Borrowed(self, address, connection)
 
     def apart(self, address: str) -> Borrowed:
         """Return a connection that is not of the limited ones, for any number of requests; the caller closes it."""

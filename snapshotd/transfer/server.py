@@ -157,7 +157,8 @@ class BulkServer:
                 connection.replace(sock)
                 self._shake_hands(sock)
             connection.busy = False
-            while not self._closing.is_set() and self._serve_one(connection, sock):
+            inbound, outbound = wire.Inbound(sock), wire.Outbound(sock)
+            while not self._closing.is_set() and self._serve_one(connection, inbound, outbound):
                 pass
         except AccessDenied as error:
             self._count("refused")
@@ -181,22 +182,22 @@ class BulkServer:
                 self._connections.pop(connection, None)
             connection.close()
 
-    def _serve_one(self, connection: _Connection, sock: socket.socket) -> bool:
+    def _serve_one(self, connection: _Connection, inbound: wire.Inbound, outbound: wire.Outbound) -> bool:
         """Read and answer one request; returns whether the connection goes on."""
-        sock.settimeout(self._idle_timeout_s)
-        request = wire.receive_frame(sock, BulkRequest, within_s=self._timeout_s)
+        if inbound.is_empty and not wire.is_readable(connection.sock, within_s=self._idle_timeout_s):
+            raise TimeoutError("idle")
+        request = inbound.frame(BulkRequest, within_s=self._timeout_s)
         with self._lock:
             if connection not in self._connections:
                 return False  # cut to make room
             connection.busy = True
             self._connections[connection] = self._connections.pop(connection)
             self._counters["requests"] += 1
-        sock.settimeout(self._timeout_s)
         try:
-            self._answers.answer(sock, request, connection.holding)
+            self._answers.answer(outbound, request, connection.holding)
         except Refusal as error:
             self._count("errors")
-            wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
+            outbound.frame(BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
         finally:
             connection.busy = bool(connection.holding)
         return True
@@ -205,7 +206,7 @@ class BulkServer:
         """Say why, and give the peer a moment to hear it: closing with unread bytes would reset the connection."""
         with contextlib.suppress(OSError):
             sock.settimeout(_LINGER_S)
-            wire.send_frame(sock, BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
+            wire.Outbound(sock).frame(BulkResponse(ok=False, code=error.code, message=str(error)[:4096]))
         self._drain(sock)
 
     def _shake_hands(self, sock: ssl.SSLSocket) -> None:

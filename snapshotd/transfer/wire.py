@@ -28,10 +28,11 @@ __all__ = [
     "PIECE_BYTES",
     "PROTOCOL",
     "RANGES_MAX",
-    "BulkReceiver",
     "ConnectionClosed",
     "CorruptChunk",
+    "Inbound",
     "ObjectMissing",
+    "Outbound",
     "PeerBusy",
     "TransferCancelled",
     "format_address",
@@ -39,9 +40,6 @@ __all__ = [
     "is_readable",
     "is_tls",
     "parse_address",
-    "receive_exactly",
-    "receive_frame",
-    "send_frame",
     "tune",
 ]
 
@@ -60,6 +58,7 @@ _SHORT_BYTES: Final = 4 * 64 * 1024
 
 _LENGTH: Final = struct.Struct("<I")
 _GROWTH_BYTES: Final = 64 * 1024
+_AHEAD_BYTES: Final = 64 * 1024  # touched as far as so much arrives at once
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -132,85 +131,108 @@ def tune(sock: socket.socket) -> None:
                 sock.setsockopt(socket.SOL_SOCKET, option, min(most, _BUFFER_BYTES))
 
 
-def send_frame(sock: socket.socket, message: BulkRequest | BulkResponse) -> None:
-    """Send one framed message. UsageError when it is too long; OSError as the socket has it."""
-    data: bytes = message.SerializeToString()
-    if len(data) > FRAME_BYTES_MAX:
-        raise UsageError(f"a frame of {len(data)} bytes is longer than {FRAME_BYTES_MAX}")
-    sock.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def receive_frame(sock: socket.socket, kind: type[_MessageT], *, within_s: float) -> _MessageT:
+class Outbound:
     """
-    Return the next framed message.
+    What goes out on a connection. For one thread at a time.
 
-    ConnectionClosed when the other end closed instead of beginning one; RemoteProtocolError for what is no frame,
-    or has not arrived ``within_s`` seconds after its length; OSError as the socket has it.
-    """
-    head = bytearray(_LENGTH.size)
-    receive_exactly(sock, memoryview(head))
-    (length,) = _LENGTH.unpack(head)
-    if length > FRAME_BYTES_MAX:
-        raise RemoteProtocolError(f"a frame of {length} bytes is longer than {FRAME_BYTES_MAX}")
-    deadline = time.monotonic() + within_s
-    data = bytearray()
-    while len(data) < length:
-        begin = len(data)
-        data += bytes(min(_GROWTH_BYTES, length - begin))
-        with memoryview(data) as view, view[begin:] as rest:
-            try:
-                receive_exactly(sock, rest)
-            except ConnectionClosed:
-                raise ConnectionResetError("the connection ended inside a frame") from None
-        if time.monotonic() > deadline:
-            raise RemoteProtocolError(f"a frame of {length} bytes did not arrive in {within_s:g} s")
-    try:
-        message: _MessageT = kind.FromString(bytes(data))
-    except DecodeError as error:
-        raise RemoteProtocolError(f"a frame cannot be parsed: {error}") from error
-    return message
-
-
-def receive_exactly(sock: socket.socket, out: memoryview) -> None:
-    """Fill ``out``. ConnectionClosed when the other end closes first; OSError as the socket has it."""
-    at, end = 0, out.nbytes
-    while at < end:
-        with out[at:end] as rest:
-            count = sock.recv_into(rest)
-        if count == 0:
-            if at:
-                raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
-            raise ConnectionClosed
-        at += count
-
-
-class BulkReceiver:
-    """
-    Takes ``nbytes`` of bulk off a socket, bit by bit. It is woken up for a piece of them and not for each packet: that
-    costs more than the copying.
-
-    Nothing else may be read from the socket before all of them were.
+    What more follows at once waits for it, so that a frame and the bulk behind it leave by one system call.
     """
 
-    def __init__(self, sock: socket.socket, nbytes: int) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._left = nbytes
+        self._waiting: list[bytes | memoryview] = []
+
+    def frame(self, message: BulkRequest | BulkResponse, *, more: bool = False) -> None:
+        """Send one framed message. UsageError when it is too long; OSError as the socket has it."""
+        data: bytes = message.SerializeToString()
+        if len(data) > FRAME_BYTES_MAX:
+            raise UsageError(f"a frame of {len(data)} bytes is longer than {FRAME_BYTES_MAX}")
+        self.send(_LENGTH.pack(len(data)) + data, more=more)
+
+    def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
+        """Send bytes; with ``more`` they must stay as they are until what follows was sent."""
+        if more:
+            self._waiting.append(data)
+            return
+        if not self._waiting:
+            self._sock.sendall(data)
+            return
+        parts, self._waiting = [*self._waiting, data], []
+        if is_tls(self._sock):
+            for part in parts:
+                self._sock.sendall(part)
+            return
+        sent = self._sock.sendmsg(parts)
+        for part in parts:
+            with memoryview(part) as view, view[sent:] as rest:
+                self._sock.sendall(rest)
+                sent -= view.nbytes - rest.nbytes
+
+
+class Inbound:
+    """
+    What comes in on a connection: frames, and bulk behind their heads. For one thread at a time, and nobody else may
+    read from the socket.
+
+    With a frame comes, by one system call, what has arrived behind it. Bulk goes straight into its place otherwise, and
+    whoever waits for it is woken up for a piece of it and not for each packet: that costs more than the copying.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._begin = self._end = 0  # of what has arrived in it
+        self._left = 0  # of bulk, behind that
         self._wakes_at = 1
-        self._is_short = nbytes < _SHORT_BYTES or is_tls(sock)
+        self._is_short = True
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has arrived that was not asked for."""
+        return self._begin == self._end
+
+    def frame(self, kind: type[_MessageT], *, within_s: float) -> _MessageT:
+        """
+        Return the next framed message.
+
+        ConnectionClosed when the other end closed instead of beginning one; RemoteProtocolError for what is no frame,
+        or has not arrived ``within_s`` seconds after its length; OSError as the socket has it.
+        """
+        self._have(_LENGTH.size)
+        (length,) = _LENGTH.unpack_from(self._ahead, self._begin)
+        if length > FRAME_BYTES_MAX:
+            raise RemoteProtocolError(f"a frame of {length} bytes is longer than {FRAME_BYTES_MAX}")
+        if self._begin + _LENGTH.size + length <= self._end:
+            data = self._take(_LENGTH.size + length)[_LENGTH.size :]
+        else:
+            self._take(_LENGTH.size)
+            data = self._long(length, within_s)
+        try:
+            message: _MessageT = kind.FromString(data)
+        except DecodeError as error:
+            raise RemoteProtocolError(f"a frame cannot be parsed: {error}") from error
+        return message
+
+    def expect(self, nbytes: int) -> None:
+        """So many bytes of bulk come next."""
+        self._left = nbytes
+        self._is_short = nbytes < _SHORT_BYTES or is_tls(self._sock)
 
     def receive(self, out: memoryview) -> None:
-        """Fill ``out``. ConnectionResetError when the other end closes first; OSError as the socket has it."""
-        if self._is_short:
-            receive_exactly(self._sock, out)
-            self._left -= out.nbytes
-            return
-        at, end = 0, out.nbytes
+        """Fill ``out`` with bulk. ConnectionResetError when the other end closes; OSError as the socket has it."""
+        at, end = min(out.nbytes, self._end - self._begin), out.nbytes
+        if at:
+            out[:at] = self._ahead[self._begin : self._begin + at]
+            self._begin += at
         while at < end:
-            self._wake_at(min(_WAKE_BYTES, self._left))
+            if not self._is_short:
+                self._wake_at(min(_WAKE_BYTES, self._left - at))
             with out[at:end] as rest:
                 try:
                     count = self._sock.recv_into(rest)
                 except TimeoutError:
+                    if self._wakes_at == 1:
+                        raise
                     self._wake_at(1)  # not silent, but slow?
                     if not is_readable(self._sock):
                         raise
@@ -218,9 +240,46 @@ class BulkReceiver:
             if count == 0:
                 raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
             at += count
-            self._left -= count
+        self._left -= end
         if not self._left:
             self._wake_at(1)
+
+    def _have(self, nbytes: int) -> None:
+        """Wait until the first ``nbytes`` of a frame have arrived."""
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin + nbytes > len(self._ahead):
+            self._ahead[: self._end - self._begin] = self._ahead[self._begin : self._end]
+            self._begin, self._end = 0, self._end - self._begin
+        while self._end - self._begin < nbytes:
+            with self._ahead[self._end :] as room:
+                count = self._sock.recv_into(room)
+            if count == 0:
+                if self._begin == self._end:
+                    raise ConnectionClosed
+                raise ConnectionResetError("the connection ended inside a frame")
+            self._end += count
+
+    def _take(self, nbytes: int) -> bytes:
+        data = bytes(self._ahead[self._begin : self._begin + nbytes])
+        self._begin += len(data)
+        return data
+
+    def _long(self, length: int, within_s: float) -> bytes:
+        """The rest of a frame of which not all has arrived. Its memory grows with what does."""
+        deadline = time.monotonic() + within_s
+        data = bytearray(self._take(min(length, self._end - self._begin)))
+        while len(data) < length:
+            begin = len(data)
+            data += bytes(min(_GROWTH_BYTES, length - begin))
+            with memoryview(data) as view, view[begin:] as room:
+                count = self._sock.recv_into(room)
+            if count == 0:
+                raise ConnectionResetError("the connection ended inside a frame")
+            del data[begin + count :]
+            if time.monotonic() > deadline:
+                raise RemoteProtocolError(f"a frame of {length} bytes did not arrive in {within_s:g} s")
+        return bytes(data)
 
     def _wake_at(self, nbytes: int) -> None:
         """Count the socket as readable from so many bytes on. One that is broken is found out elsewhere."""
@@ -230,11 +289,11 @@ class BulkReceiver:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
 
-def is_readable(sock: socket.socket) -> bool:
-    """Return whether there is something to read now, or the connection has ended."""
+def is_readable(sock: socket.socket, *, within_s: float = 0.0) -> bool:
+    """Return whether there is something to read now, or soon, or the connection has ended."""
     poll = select.poll()  # select() fails for descriptors above 1023
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(within_s * 1000))
 
 
 def hang_up(sock: socket.socket) -> None:

@@ -167,8 +167,8 @@ def test_a_holder_that_is_silent_lets_go_by_the_idle_timeout(shelf, make_thing, 
     thing = shelf.put(slot(), make_thing(MIB))
     server = serve(idle_timeout_s=0.2)
     with socket.create_connection(server.address) as sock:
-        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), hold=True))
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).held
+        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), hold=True))
+        assert wire.Inbound(sock).frame(BulkResponse, within_s=10).held
         until(lambda: thing.num_readers == 0, "it is let go")
 
 
@@ -235,8 +235,8 @@ def test_a_server_that_does_not_know_the_word_is_found_out(client: BulkClient) -
         def answer() -> None:
             sock, _ = listener.accept()
             with sock:
-                wire.receive_frame(sock, BulkRequest, within_s=10)
-                wire.send_frame(sock, BulkResponse(ok=True, file_bytes=MIB))
+                wire.Inbound(sock).frame(BulkRequest, within_s=10)
+                wire.Outbound(sock).frame(BulkResponse(ok=True, file_bytes=MIB))
                 sock.recv(1)
 
         thread = threading.Thread(target=answer)

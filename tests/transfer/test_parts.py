@@ -143,16 +143,16 @@ def test_blocks_that_cannot_be(block: Block, shelf, make_thing, server: BulkServ
     """A peer that lies about what it wants gets a no, and the server goes on."""
     thing = shelf.put(slot(), make_thing(100))
     with socket.create_connection(server.address) as sock:
-        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), blocks=[block]))
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
+        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), blocks=[block]))
+        assert wire.Inbound(sock).frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
     assert thing.view == _read(client, server, thing, [_copy(0, 100)])
 
 
 def test_more_blocks_than_allowed(shelf, make_thing, server: BulkServer) -> None:
     shelf.put(slot(), make_thing(100))
     with socket.create_connection(server.address) as sock:
-        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), blocks=[Block(run_bytes=1)] * 4097))
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
+        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), blocks=[Block(run_bytes=1)] * 4097))
+        assert wire.Inbound(sock).frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize(
@@ -168,16 +168,16 @@ def test_ends_of_runs_are_compared_as_well(
         out = bytearray(end - begin)
         client.read_verified(server.address_text, slot(), [(begin, out)], **known)
         assert thing.view[begin:end] == out
-        receive, left = wire.BulkReceiver.receive, [place]
+        receive, left = wire.Inbound.receive, [place]
 
-        def hurt(self: wire.BulkReceiver, into: memoryview, receive=receive, left=left) -> None:
+        def hurt(self: wire.Inbound, into: memoryview, receive=receive, left=left) -> None:
             receive(self, into)
             if 0 <= left[0] < into.nbytes:
                 into[left[0]] ^= 8
             left[0] -= into.nbytes
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(CorruptionError, match="not match"):
-            patch.setattr(wire.BulkReceiver, "receive", hurt)
+            patch.setattr(wire.Inbound, "receive", hurt)
             client.read_verified(server.address_text, slot(), [(begin, out)], **known)
 
 
@@ -202,17 +202,19 @@ def test_buffers_of_any_sizes_are_filled_as_one_run(
 def test_a_server_may_be_asked_for_exact_ranges_that_cannot_be(shelf, make_thing, server: BulkServer) -> None:
     thing = shelf.put(slot(), make_thing(100))
     with socket.create_connection(server.address) as sock:
+        inbound, outbound = wire.Inbound(sock), wire.Outbound(sock)
         for begin, end in ((50, 101), (7, 5), (2**63, 2**63)):
-            wire.send_frame(
-                sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=begin, end=end)])
+            outbound.frame(
+                BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=begin, end=end)])
             )
-            assert wire.receive_frame(sock, BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
-        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=3)]))
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).payload_bytes == 0
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).ok
-        wire.send_frame(sock, BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=9)]))
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).payload_bytes == 6
+            assert inbound.frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
+        outbound.frame(BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=3)]))
+        assert inbound.frame(BulkResponse, within_s=10).payload_bytes == 0
+        assert inbound.frame(BulkResponse, within_s=10).ok
+        outbound.frame(BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=9)]))
+        assert inbound.frame(BulkResponse, within_s=10).payload_bytes == 6
         data = bytearray(6)
-        wire.receive_exactly(sock, memoryview(data))
+        inbound.expect(6)
+        inbound.receive(memoryview(data))
         assert thing.view[3:9] == data
-        assert wire.receive_frame(sock, BulkResponse, within_s=10).digests == chunk_digests(data, 6)
+        assert inbound.frame(BulkResponse, within_s=10).digests == chunk_digests(data, 6)
