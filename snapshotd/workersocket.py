@@ -6,10 +6,10 @@ A frame is a 4-byte little-endian length and one worker_pb2.Frame, at most MAX_F
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from snapshotd.errors import RemoteProtocolError
 from snapshotd.v1 import worker_pb2 as worker
 
-__all__ = ["MAX_FRAME_BYTES", "PROTOCOL", "ask_who", "default_socket_path", "encode_frame", "read_frame"]
+__all__ = ["MAX_FRAME_BYTES", "PROTOCOL", "Frames", "ask_who", "default_socket_path", "encode_frame"]
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 64 << 20
@@ -42,27 +42,43 @@ def encode_frame(frame: worker.Frame) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
-async def read_frame(reader: asyncio.StreamReader) -> worker.Frame | None:
-    """
-    The next frame, or None at the end of the stream.
+class Frames:
+    """Makes frames of bytes that arrive in whatever portions."""
 
-    Raises RemoteProtocolError for a length over the limit, a frame cut short, or bytes that are no frame.
-    """
-    try:
-        head = await reader.readexactly(_LENGTH.size)
-    except asyncio.IncompleteReadError as error:
-        if error.partial:
-            raise RemoteProtocolError("the stream ended inside a frame's length") from error
-        return None
-    (length,) = _LENGTH.unpack(head)
-    if length > MAX_FRAME_BYTES:
-        raise RemoteProtocolError(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}")
-    try:
-        return worker.Frame.FromString(await reader.readexactly(length))
-    except asyncio.IncompleteReadError as error:
-        raise RemoteProtocolError("the stream ended inside a frame") from error
-    except DecodeError as error:
-        raise RemoteProtocolError(f"not a frame: {error}") from error
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a frame has begun and not ended."""
+        return bool(self._data)
+
+    def feed(self, data: bytes) -> Iterator[worker.Frame]:
+        """
+        Yield the frames that are whole now.
+
+        Raises RemoteProtocolError for a length over the limit, or bytes that are no frame: nothing can follow those.
+        """
+        self._data += data
+        begin = 0
+        try:
+            while len(self._data) >= begin + _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._data, begin)
+                if length > MAX_FRAME_BYTES:
+                    raise RemoteProtocolError(
+                        f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}"
+                    )
+                end = begin + _LENGTH.size + length
+                if len(self._data) < end:
+                    return
+                with memoryview(self._data) as view, view[begin + _LENGTH.size : end] as body:
+                    frame = worker.Frame.FromString(bytes(body))
+                begin = end
+                yield frame
+        except DecodeError as error:
+            raise RemoteProtocolError(f"not a frame: {error}") from error
+        finally:
+            del self._data[:begin]
 
 
 def ask_who(path: Path | None = None, timeout_s: float = 2.0) -> worker.IAm | None:

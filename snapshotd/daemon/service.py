@@ -9,16 +9,15 @@ Rule 2: whatever fails here costs protection, never the training job: a failed o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from snapshotd.arena import Arena, SlotFile
 from snapshotd.daemon import events
@@ -39,6 +38,8 @@ TICK_S = 0.2
 WORK_THREADS = 8
 SEALED_AT_ONCE_BYTES = CHUNK_BYTES
 """So little is hashed faster than a thread is woken up."""
+
+OrderT = TypeVar("OrderT", bound=events.Effect)
 
 LEASE_RETRY_S = 0.005
 LEASE_RETRY_MAX_S = 0.1
@@ -81,6 +82,7 @@ class DaemonService:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._counters: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
         self.fatal: asyncio.Future[None] | None = None
 
     @property
@@ -101,8 +103,9 @@ class DaemonService:
 
     async def stop(self) -> None:
         """End the service; slots and parity stay in the arena for the next daemon."""
+        self._stopping = True
         self._orders.cancel.set()
-        for cancel in self._parity_cancels.values():
+        for cancel in list(self._parity_cancels.values()):
             cancel.set()
         await self._link.stop()
         await self._socket.close()
@@ -150,7 +153,7 @@ class DaemonService:
     async def _scrub(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            await self._in_thread(self._scrubbing, self._orders.scrub, self._scrub_rate)
+            await asyncio.get_running_loop().run_in_executor(self._scrubbing, self._orders.scrub, self._scrub_rate)
 
     def _handle(self, event: events.Event) -> None:
         """One event, and the endings of what was worked off at once, in turn."""
@@ -162,10 +165,8 @@ class DaemonService:
                     if ending is not None:
                         happened.append(ending)
         except Exception as error:
-            # A bug of ours. The slots outlive this process: the next daemon re-attaches and verifies them.
-            log.critical("the node core failed on %s", event, exc_info=True)
-            if self.fatal is not None and not self.fatal.done():
-                self.fatal.set_exception(error)
+            log.critical("the node core failed on %s", event)
+            self._fail(error)
 
     # ---------------------------------------------------------------- effects
 
@@ -198,10 +199,27 @@ class DaemonService:
                 self._orders.release_restore(conn, batch_id)
             case events.VoidSlot(slot=slot) if self._arena.invalidate(self._slots[slot]):
                 return events.SlotReady(slot=slot)
+            case events.VoidSlot():
+                self._spawn(self._void(effect))
             case events.SealSlot(slot=slot) if self._slots[slot].file_bytes <= SEALED_AT_ONCE_BYTES:
                 return self._seal(effect)
+            case events.SealSlot():
+                self._begin(self._sealing, self._seal, effect)
+            case events.BuildParity(protect=protect):
+                self._parity_cancels[protect.job, protect.epoch, protect.step] = threading.Event()
+                self._begin(self._working, self._build_parity, effect)
+            case events.ServeRestore():
+                self._begin(self._restoring, self._serve_restore, effect)
+            case events.CreateSlot():
+                self._begin(self._working, self._create, effect)
+            case events.RebuildObject():
+                self._begin(self._working, self._rebuild, effect)
+            case events.PersistSlots():
+                self._begin(self._working, self._persist, effect)
+            case events.SealPersisted():
+                self._begin(self._working, self._seal_persisted, effect)
             case _:
-                self._spawn(self._work(effect))
+                raise AssertionError(f"no such order: {effect}")
         return None
 
     def _report(self, message: Any) -> None:
@@ -215,47 +233,33 @@ class DaemonService:
             failpoint("daemon.before_report")
         self._link.send(message)
 
-    async def _work(self, order: events.Effect) -> None:
-        ending: events.Event
-        match order:
-            case events.CreateSlot():
-                ending = await self._create(order)
-            case events.VoidSlot(slot=slot):
-                pause = LEASE_RETRY_S
-                while not self._arena.invalidate(self._slots[slot]):
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.1, LEASE_RETRY_MAX_S)  # a tool may hold it for an hour
-                ending = events.SlotReady(slot=slot)
-            case events.SealSlot():
-                ending = await self._in_thread(self._sealing, self._seal, order)
-            case events.BuildParity():
-                ending = await self._build_parity(order)
-            case events.RebuildObject():
-                ending = await self._rebuild(order)
-            case events.PersistSlots(persist=persist):
-                done = await self._in_thread(self._working, self._orders.persist, persist)
-                ending = events.PersistFinished(done=done)
-            case events.SealPersisted(seal=seal):
-                sealed = await self._in_thread(self._working, self._orders.seal_persisted, seal)
-                ending = events.PersistSealFinished(done=sealed)
-            case events.ServeRestore():
-                frame = await self._in_thread(
-                    self._restoring,
-                    self._orders.serve_restore,
-                    order.conn,
-                    order.rank,
-                    order.world_size,
-                    order.plan,
-                    order.frame,
-                )
-                ending = events.RestoreServed(conn=order.conn, frame=frame)
-            case _:
-                raise AssertionError(f"no such order: {order}")
-        self._handle(ending)
+    async def _void(self, order: events.VoidSlot) -> None:
+        pause = LEASE_RETRY_S
+        while not self._arena.invalidate(self._slots[order.slot]):
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.1, LEASE_RETRY_MAX_S)  # a tool may hold it for an hour
+        self._handle(events.SlotReady(slot=order.slot))
 
-    async def _create(self, order: events.CreateSlot) -> events.Event:
+    # ---------------------------------------------------------------- work in threads
+
+    def _begin(self, pool: ThreadPoolExecutor, work: Callable[[OrderT], events.Event], order: OrderT) -> None:
+        """Have an order worked off in a thread; what it returns is the next event."""
+        loop = self._loop
+        assert loop is not None
+        pool.submit(work, order).add_done_callback(lambda future: loop.call_soon_threadsafe(self._end, future))
+
+    def _end(self, future: Future[events.Event]) -> None:
+        if self._stopping or future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._handle(future.result())
+        else:
+            self._fail(error)
+
+    def _create(self, order: events.CreateSlot) -> events.Event:
         try:
-            file = await self._in_thread(self._working, self._orders.create_slot, order)
+            file = self._orders.create_slot(order)
         except SnapshotdError as error:
             return events.SlotRefused(slot=order.slot, reason=str(error))
         self._slots[order.slot] = file
@@ -270,34 +274,35 @@ class DaemonService:
             slot=order.slot, ref=sealed.ref, data_digest=sealed.data_digest, seconds=sealed.seconds
         )
 
-    async def _build_parity(self, order: events.BuildParity) -> events.Event:
-        protect = order.protect
-        key = (protect.job, protect.epoch, protect.step)
-        cancel = self._parity_cancels[key] = threading.Event()
+    def _build_parity(self, order: events.BuildParity) -> events.Event:
+        job, epoch, step = order.protect.job, order.protect.epoch, order.protect.step
         began = time.monotonic()
         try:
-            parities = await self._in_thread(self._working, self._orders.build_parity, protect, cancel)
+            parities = self._orders.build_parity(order.protect, self._parity_cancels[job, epoch, step])
         except (SnapshotdError, OSError) as error:
-            return events.ParityAborted(job=protect.job, epoch=protect.epoch, step=protect.step, reason=str(error))
+            return events.ParityAborted(job=job, epoch=epoch, step=step, reason=str(error))
         finally:
-            self._parity_cancels.pop(key, None)
-        return events.ParityFinished(
-            job=protect.job,
-            epoch=protect.epoch,
-            step=protect.step,
-            parities=tuple(parities),
-            seconds=time.monotonic() - began,
-        )
+            del self._parity_cancels[job, epoch, step]
+        seconds = time.monotonic() - began
+        return events.ParityFinished(job=job, epoch=epoch, step=step, parities=tuple(parities), seconds=seconds)
 
-    async def _rebuild(self, order: events.RebuildObject) -> events.Event:
-        done, file = await self._in_thread(self._working, self._orders.rebuild, order.rebuild)
+    def _rebuild(self, order: events.RebuildObject) -> events.Event:
+        done, file = self._orders.rebuild(order.rebuild)
         if file is not None:
             self._slots[order.slot] = file
         return events.RebuildFinished(done=done, slot=order.slot if file is not None else None)
 
-    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
-        assert self._loop is not None
-        return await self._loop.run_in_executor(pool, work, *args)
+    def _persist(self, order: events.PersistSlots) -> events.Event:
+        return events.PersistFinished(done=self._orders.persist(order.persist))
+
+    def _seal_persisted(self, order: events.SealPersisted) -> events.Event:
+        return events.PersistSealFinished(done=self._orders.seal_persisted(order.seal))
+
+    def _serve_restore(self, order: events.ServeRestore) -> events.Event:
+        frame = self._orders.serve_restore(order.conn, order.rank, order.world_size, order.plan, order.frame)
+        return events.RestoreServed(conn=order.conn, frame=frame)
+
+    # ---------------------------------------------------------------- tasks
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -306,11 +311,14 @@ class DaemonService:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        with contextlib.suppress(asyncio.CancelledError):
-            error = task.exception()
-            if error is not None and self.fatal is not None and not self.fatal.done():
-                log.critical("a work order failed in a way that is a bug", exc_info=error)
-                self.fatal.set_exception(error)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A bug of ours. The slots outlive this process: the next daemon re-attaches and verifies them."""
+        if self.fatal is not None and not self.fatal.done():
+            log.critical("the daemon failed in a way that is a bug", exc_info=error)
+            self.fatal.set_exception(error)
 
 
 def _resident_bytes() -> int:
