@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
 import xxhash
@@ -35,6 +34,11 @@ __all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
 _BATCH_BYTES: Final = 32 * CHUNK_BYTES
 """8 MiB, some milliseconds: how long a cancel may go unnoticed."""
+
+_MAX_LAYOUTS: Final = 64
+_meta_begins: Final[dict[tuple[str, int], int]] = {}
+"""Where the step's own JSON begins, by the layout's hash and the size of the file: layouts are stable from step to
+step, and parsing one of 10,000 tensors takes longer than hashing it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +124,13 @@ def _check_header(view: memoryview, ref: control.SlotRef) -> int:
         raise CorruptionError(
             f"the worker of rank {ref.rank} wrote over the slot's header: it is {got}, expected {ref.layout_hash}"
         )
-    return _meta_begin(bytes(view[:length]), view.nbytes)
-
-
-@lru_cache(maxsize=64)
-def _meta_begin(header: bytes, file_bytes: int) -> int:
-    """Layouts are stable from step to step, and parsing one of 10,000 tensors takes longer than hashing it."""
-    return Layout.parse(header, file_bytes=file_bytes).meta[0]
+    begin = _meta_begins.get((ref.layout_hash, view.nbytes))
+    if begin is None:
+        if len(_meta_begins) >= _MAX_LAYOUTS:
+            _meta_begins.clear()
+        begin = Layout.parse(bytes(view[:length]), file_bytes=view.nbytes).meta[0]
+        _meta_begins[ref.layout_hash, view.nbytes] = begin
+    return begin
 
 
 def _data_digest(view: memoryview, digests: bytes, meta_begin: int) -> str:

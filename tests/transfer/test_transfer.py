@@ -111,6 +111,17 @@ def test_the_most_pieces(shelf, make_thing, server: BulkServer, client: BulkClie
         )
 
 
+def test_a_stream_of_nothing_does_not_spoil_its_connection(
+    shelf, make_thing, server: BulkServer, client: BulkClient
+) -> None:
+    """Its answer has a head, which nobody awaited: it must not be taken for that of the next one."""
+    thing, other = shelf.put(slot(), make_thing(MIB)), shelf.put(slot(rank=1), make_thing(100))
+    for _ in range(20):
+        with client.stream(server.address_text, slot(), [(5, 5)], digests=thing.digests, file_bytes=thing.file_bytes):
+            pass
+        assert client.digests(server.address_text, slot(rank=1)).file_bytes == other.file_bytes
+
+
 def test_a_stream_is_read_in_any_portions(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
     """A decoder takes its windows from wherever the units begin, which is in the middle of chunks for small states."""
     thing = shelf.put(slot(), make_thing(2 * MIB + 77))
