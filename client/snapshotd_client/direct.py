@@ -37,11 +37,12 @@ from snapshotd_client.slotfile import SlotFile
 
 __all__ = ["DirectReader"]
 
-_BATCH_BYTES: Final = 16 * 1024 * 1024
-"""Located at first: small, so that bytes come soon. The next ones are larger: then questions and requests are few."""
+_BATCH_BYTES: Final = 8 * 1024 * 1024
+"""Located at first: small, so that bytes come soon. The next ones are larger: their questions are answered while bytes
+come, and each request that begins and ends costs both ends time."""
 
-_BATCH_GROWTH: Final = 4
-_MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
+_BATCH_GROWTH: Final = 64
+_MAX_BATCH_BYTES: Final = 512 * 1024 * 1024
 _STAGED_BYTES: Final = 16 * 1024 * 1024  # of memory that is copied from, in one batch
 _AHEAD: Final = 1
 _AT_ONCE: Final = 2  # batches that are being read
@@ -98,16 +99,16 @@ class DirectReader:
                 ThreadPoolExecutor(self._threads, "snapshotd-direct") as pool,
                 BulkClient(timeout_s=_PEER_S, connections_per_peer=max(1, self._threads // 2)) as client,
             ):
-                batch = next(todo, None)
-                while batch or asked or reading:
-                    if batch and len(asked) <= _AHEAD:
+                while True:
+                    if len(asked) <= _AHEAD and (batch := next(todo, None)):
                         asked.append((batch, self._ask(batch)))
-                        batch = next(todo, None)
                     elif asked and len(reading) < _AT_ONCE:
                         reading.append(self._begin(*asked.popleft(), client, pool))
-                    else:
+                    elif reading:
                         left += self._end(reading.popleft())
                         failpoint("client.mid_restore")
+                    else:
+                        break
         finally:
             for file in self._files.values():
                 file.close()

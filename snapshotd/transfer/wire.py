@@ -50,8 +50,8 @@ DIGESTS_BYTES_MAX: Final = 64 * 1024 * 1024  # of a file of 2 TiB
 PIECE_BYTES: Final = 1024 * 1024
 """Bulk is sent and received in pieces of this size: large enough for the system calls, small enough for the cache."""
 
-_WAKE_BYTES: Final = 512 * 1024
-"""Eight packets on loopback. Who waits for as much as the window holds makes the sender wait for him: both in turns."""
+_WAKE_BYTES: Final = 1024 * 1024
+"""16 packets on loopback. Who waits for as much as the window holds makes the sender wait for him: both in turns."""
 
 _SHORT_BYTES: Final = 4 * 64 * 1024
 """Four packets on loopback: to ask to be woken up once for all of them costs more than it saves."""
@@ -175,7 +175,8 @@ class Inbound:
     read from the socket.
 
     With a frame comes, by one system call, what has arrived behind it. Bulk goes straight into its place otherwise, and
-    whoever waits for it is woken up for a piece of it and not for each packet: that costs more than the copying.
+    whoever waits for it has taken all that is there and is woken up for a piece of it, and not for each packet or
+    buffer: that costs both ends more than the copying.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -185,6 +186,7 @@ class Inbound:
         self._left = 0  # of bulk, behind that
         self._wakes_at = 1
         self._is_short = True
+        self._timeout_s = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -217,6 +219,9 @@ class Inbound:
         """So many bytes of bulk come next."""
         self._left = nbytes
         self._is_short = nbytes < _SHORT_BYTES or is_tls(self._sock)
+        if not self._is_short:
+            self._timeout_s = self._sock.gettimeout() or 0.0
+            self._sock.settimeout(0)  # or Python asks before each read whether there is anything
 
     def receive(self, out: memoryview) -> None:
         """Fill ``out`` with bulk. ConnectionResetError when the other end closes; OSError as the socket has it."""
@@ -225,24 +230,27 @@ class Inbound:
             out[:at] = self._ahead[self._begin : self._begin + at]
             self._begin += at
         while at < end:
-            if not self._is_short:
-                self._wake_at(min(_WAKE_BYTES, self._left - at))
-            with out[at:end] as rest:
-                try:
+            try:
+                with out[at:end] as rest:
                     count = self._sock.recv_into(rest)
-                except TimeoutError:
-                    if self._wakes_at == 1:
-                        raise
-                    self._wake_at(1)  # not silent, but slow?
-                    if not is_readable(self._sock):
-                        raise
-                    count = self._sock.recv_into(rest)
+            except BlockingIOError:
+                self._wait(self._left - at)
+                continue
             if count == 0:
                 raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
             at += count
         self._left -= end
-        if not self._left:
+        if not self._left and not self._is_short:
             self._wake_at(1)
+            self._sock.settimeout(self._timeout_s)
+
+    def _wait(self, left: int) -> None:
+        """Sleep until a piece of bulk is there, or less of it after the timeout; TimeoutError when there is nothing."""
+        self._wake_at(min(_WAKE_BYTES, left))
+        if not is_readable(self._sock, within_s=self._timeout_s):
+            self._wake_at(1)  # not silent, but slow?
+            if not is_readable(self._sock):
+                raise TimeoutError
 
     def _have(self, nbytes: int) -> None:
         """Wait until the first ``nbytes`` of a frame have arrived."""
