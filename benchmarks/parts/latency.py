@@ -35,7 +35,7 @@ def rows(run: Run) -> Iterator[Row]:
             return Sample(time.perf_counter() - began)
 
         ways = {"ours": ours, "floor": floor}
-        found = run.rounds(ways, rounds=40 if run.short else 300, within_s=20.0, warm=10)
+        found = run.rounds(ways, rounds=40 if run.short else 300, within_s=16.0, warm=10)
     what = "seal to protected commit, 100 KB on each of 4 nodes"
     seconds = found["ours"]
     for name, share, at_most in (("p50", 50, 0.008), ("p99", 99, 0.030)):
