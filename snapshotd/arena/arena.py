@@ -3,11 +3,11 @@ The arena: all of a daemon's bytes, as files in one tmpfs directory that outlive
 
     root/           0700, ours
       arena.lock    held (flock) by the daemon that owns the arena
-      slots/        ID.slot, and ID.rec once it is sealed
-      parity/       ID.parity, ID.rec
+      slots/        ID.slot, and ID.rec once it is sealed; until then that is ID.rec.tmp
+      parity/       ID.parity, ID.rec or ID.rec.tmp
       buffers/      ID.buffer
 
-Rule 1: a record's existence is the seal. It is unlinked BEFORE a file may be written again.
+Rule 1: a record's existence is the seal. It is renamed away BEFORE a file may be written again.
 Rule 2: what somebody reads under a lease is neither written, nor given to somebody else, nor unmapped.
 Rule 3: memory is counted before it is taken, and there before it is handed out.
 Rule 4: after a restart, what has a valid record is whole; everything else is garbage and goes.
@@ -149,8 +149,8 @@ class Arena:
         that comes after us.
 
         ``ref`` must have the file's size and the root digest of ``digests`` (else LocalProtocolError). A file that was
-        sealed under the same key before is deleted (when its readers are done). BudgetError when there is no memory
-        for the record: the file stays open.
+        sealed under the same key before is deleted (when its readers are done). BudgetError when the record needs more
+        memory than was kept for it, and there is none: the file stays open.
         """
         key = seal_key(obj, ref, digests)
         if obj.state is not State.OPEN:
@@ -172,7 +172,7 @@ class Arena:
 
     def invalidate(self, obj: SealableFile) -> bool:
         """
-        Unlink the record of a sealed file, so that it may be written again; False (and nothing is changed) while it
+        Take the record of a sealed file away, so that it may be written again; False (and nothing is changed) while it
         is leased. True for an open file. LocalProtocolError for one that was given back.
         """
         with self._lock:
@@ -365,7 +365,7 @@ class Arena:
         file_id, folder = self._reserve(kind.kind, cost_bytes), self._folders[kind.kind]
         path = folder / f"{file_id:016x}.{kind.kind}"
         try:
-            mapping = create_file(path, nbytes)
+            mapping = create_file(path, nbytes, record_bytes=0 if kind is BufferFile else records.room_for(nbytes))
             obj = kind(file_id, path, nbytes, mapping, cost_bytes)
         except BaseException as error:
             with self._lock:
@@ -456,7 +456,7 @@ class Arena:
             self._pool.append(obj)
             return False
         obj.state = State.GONE
-        obj.path.unlink(missing_ok=True)
+        obj.unlink()
         if self._live.pop(obj.file_id, None) is not None:
             self._used_bytes -= obj.cost_bytes
         return True
@@ -476,7 +476,7 @@ class Arena:
             obj.ref = ref
 
     def _unseal(self, obj: SealableFile) -> None:
-        obj.record_path.unlink(missing_ok=True)
+        obj.unseal()
         if obj.key is not None and self._sealed.get(obj.key) is obj:
             del self._sealed[obj.key]
         obj.key, obj.state = None, State.OPEN

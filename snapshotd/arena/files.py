@@ -2,7 +2,8 @@
 Files of an arena, mapped: slots, parity, and buffers for restores.
 
 Rule 1: a file's memory is all there before anybody gets it (fallocate), so that a full tmpfs is an error here
-        and never a SIGBUS in a worker that writes through its mapping.
+        and never a SIGBUS in a worker that writes through its mapping. So is that of its record: whoever fills the
+        tmpfs later does not keep steps from being sealed.
 Rule 2: the fields of these objects change under their arena's lock only; ``view`` is anybody's.
 """
 
@@ -13,9 +14,10 @@ import errno
 import mmap
 import os
 import stat
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from snapshotd.arena.keys import KeyId, ref_key
 from snapshotd.errors import BudgetError, FormatError, LocalProtocolError, UsageError
@@ -35,11 +37,14 @@ __all__ = [
     "check_header",
     "check_private",
     "create_file",
+    "draft_path",
     "open_file",
     "seal_key",
 ]
 
 Outcome = Literal["pool", "delete"]
+
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 RefT = TypeVar("RefT", SlotRef, ParityRef)
 
 
@@ -79,6 +84,16 @@ class _MappedFile:
     def record_path(self) -> Path:
         """Where the seal record of this file is, if it has one."""
         return self.path.with_suffix(".rec")
+
+    def unseal(self) -> None:
+        """Take the record away; its memory is kept for the next one."""
+        with suppress(FileNotFoundError):
+            os.replace(self.record_path, draft_path(self.record_path))
+
+    def unlink(self) -> None:
+        """Remove the file and the memory that was kept for its record."""
+        self.path.unlink(missing_ok=True)
+        draft_path(self.record_path).unlink(missing_ok=True)
 
     @property
     def sealed(self) -> bool:
@@ -139,25 +154,43 @@ SealableFile = SlotFile | ParityFile
 AnyFile = SlotFile | ParityFile | BufferFile
 
 
-def create_file(path: Path, nbytes: int) -> mmap.mmap | None:
+def draft_path(record_path: Path) -> Path:
+    """Return where a record is written before it has its name."""
+    return record_path.with_suffix(".rec.tmp")
+
+
+def create_file(path: Path, nbytes: int, *, record_bytes: int = 0) -> mmap.mmap | None:
     """
     Create ``path`` (0600) with all its memory, and return it mapped and populated; None for no bytes.
 
-    BudgetError when the memory is not there; then there is no file either. What was in the memory is zeros.
+    ``record_bytes`` of memory for its record are taken too. BudgetError when the memory is not there; then there is no
+    file either. What was in the memory is zeros.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    draft = draft_path(path)
+    descriptor = os.open(path, _CREATE, 0o600)
     try:
+        if record_bytes:
+            _allocate(draft, record_bytes)
         if nbytes == 0:
             return None
         os.posix_fallocate(descriptor, 0, nbytes)
         return map_file(descriptor, nbytes)
     except BaseException as error:
         path.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
             raise BudgetError(
                 f"{format_bytes(nbytes)} ({nbytes} bytes) could not be allocated in {path.parent}: {error.strerror}"
             ) from error
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _allocate(path: Path, nbytes: int) -> None:
+    descriptor = os.open(path, _CREATE, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
     finally:
         os.close(descriptor)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snapshotd.arena import records
 from snapshotd.arena.budget import page_bytes
-from snapshotd.arena.files import ParityFile, SlotFile, check_private, open_file
+from snapshotd.arena.files import ParityFile, SlotFile, check_private, draft_path, open_file
 from snapshotd.errors import BudgetError, FormatError
 from snapshotd.failpoints import failpoint
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
@@ -58,28 +58,31 @@ def read_folder(folder: Path, kind: str) -> tuple[list[Found], list[tuple[str, s
         found.append(item)
         used |= {name, item.obj.path.name}
     for name in names:
-        if name not in used and _remove(folder / name):
+        if name not in used and _remove(folder / name) and not name.endswith(".tmp"):  # a draft is nobody's loss
             dropped.append((name, "not sealed"))
     return found, dropped
 
 
 def write_record(path: Path, data: bytes) -> None:
-    """Let ``path`` appear whole, by rename. Syncing means nothing on tmpfs. BudgetError when it is full."""
-    temporary = f"{path}.tmp"
+    """
+    Let ``path`` appear whole, by rename, in the memory that its draft has. Syncing means nothing on tmpfs.
+
+    BudgetError when it needs more, and there is none.
+    """
+    draft = draft_path(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
+            os.ftruncate(descriptor, len(data))
         finally:
             os.close(descriptor)
         failpoint("arena.before_seal_record")
-        os.rename(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+        os.rename(draft, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise BudgetError(f"no memory for a record of {len(data)} bytes in {path.parent}") from error
         raise
 

@@ -22,7 +22,7 @@ from snapshotd.layout.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, root
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
 from snapshotd.v1.record_pb2 import Record
 
-__all__ = ["HEAD_BYTES", "MAGIC", "RECORD_BYTES_MAX", "decode", "encode", "make_record"]
+__all__ = ["HEAD_BYTES", "MAGIC", "RECORD_BYTES_MAX", "decode", "encode", "make_record", "room_for"]
 
 MAGIC: Final = b"SNAPREC1"
 _HEAD: Final = struct.Struct("<8sIQ")
@@ -30,6 +30,14 @@ HEAD_BYTES: Final = _HEAD.size
 
 RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
 """Digests of a file of 2 TiB. A longer record is refused before it is read."""
+
+_REFERENCE_BYTES: Final = 1024
+"""What a record is beside its digests: some 200 bytes and the job's name."""
+
+
+def room_for(file_bytes: int) -> int:
+    """Return how many bytes the record of a file of ``file_bytes`` may come to."""
+    return HEAD_BYTES + chunk_count(file_bytes) * DIGEST_BYTES + _REFERENCE_BYTES
 
 
 def make_record(ref: SlotRef | ParityRef, digests: bytes, sealed_at: float) -> Record:

@@ -14,12 +14,15 @@ process. What it fails to get that way it asks for here, where a failed source i
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeAlias
 
@@ -30,7 +33,7 @@ from snapshotd.daemon.layouts import Layouts
 from snapshotd.daemon.locate import is_direct, located
 from snapshotd.daemon.plans import PlanSources, read_bytes, slots_of_plan
 from snapshotd.daemon.sources import DurableSource, LocalSource, Source, Sources
-from snapshotd.errors import LayoutError, LocalProtocolError, UsageError
+from snapshotd.errors import BudgetError, LayoutError, LocalProtocolError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import TensorBox
 from snapshotd.layout.header import decode_json
@@ -56,7 +59,7 @@ _ALIGN_BYTES: Final = 64
 
 _MAX_THREADS: Final = 8
 
-_Held: TypeAlias = Lease[SealableFile] | BufferFile
+_Held: TypeAlias = Lease[SealableFile] | BufferFile | Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +183,18 @@ class Restore:
         return json.dumps(document, separators=(",", ":")).encode()
 
     def write_manifest(self, rank: int) -> tuple[int, str]:
-        """Return (batch id, path) of a file with the manifest, which stays until the batch is released."""
+        """
+        Return (batch id, path) of a file with the manifest, which stays until the batch is released.
+
+        It lies among the temporary files where the arena has no room: what is whole there must not be out of reach for
+        want of some pages.
+        """
         text = self.manifest(rank)
-        buffer = self._arena.create_buffer(len(text))
+        try:
+            buffer = self._arena.create_buffer(len(text))
+        except BudgetError:
+            path = _write_temporary(text)
+            return self._keep([path]), str(path)
         try:
             buffer.view[:] = text
             return self._keep([buffer]), str(buffer.path)
@@ -349,12 +361,26 @@ class Restore:
             if isinstance(item, Lease):
                 item.close()
                 continue
+            if isinstance(item, Path):
+                item.unlink(missing_ok=True)
+                continue
             with self._lock:
                 kept = not self._closed and item.file_bytes == _KEPT_BYTES and len(self._free) < _MAX_KEPT
                 if kept:
                     self._free.append(item)
             if not kept:
                 self._arena.release(item)
+
+
+def _write_temporary(data: bytes) -> Path:
+    """Return a private file with ``data``; BudgetError where there is no room for it either."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="snapshotd-")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise BudgetError(f"neither the arena nor {tempfile.gettempdir()} has room for {len(data)} bytes") from error
+    return Path(name)
 
 
 def _place(copies: Sequence[Copy], end: int, before: Copy | None) -> int:

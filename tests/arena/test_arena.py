@@ -293,6 +293,27 @@ def test_a_full_tmpfs_is_an_error_and_no_sigbus(arena: Arena, monkeypatch: pytes
     assert (0, set()) == (arena.used_bytes, _names(arena))
 
 
+@pytest.mark.parametrize("chunks", [0, 1, 40])
+def test_sealing_takes_no_memory_that_was_not_there_before(chunks: int, arena: Arena) -> None:
+    """Somebody else fills the tmpfs while a job trains: not one step more would be sealed."""
+
+    def blocks() -> int:
+        return sum(path.stat().st_blocks for path in arena.root.rglob("*"))
+
+    slot = arena.create_slot(b"", chunks * CHUNK_BYTES + 100, job="j")
+    parity = arena.create_parity(ParityRef(), chunks * CHUNK_BYTES)
+    most = blocks()
+    for step in (1, 1 << 40, 3):
+        for obj in (slot, parity):
+            _seal(arena, obj, step, job="a job of some name" * 10)
+            assert blocks() <= most
+            assert arena.invalidate(obj)
+            assert (blocks() <= most, obj.record_path.exists()) == (True, False)
+    for obj in (slot, parity):
+        arena.delete(obj)
+    assert set() == _names(arena)
+
+
 def test_headroom_is_checked_before_allocating(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "snapshotd.arena.arena.headroom", lambda root: Headroom(filesystem=GIB, cgroup=MIB, machine=None)

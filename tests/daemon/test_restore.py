@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,15 @@ from snapshotd.daemon import restore as restore_module
 from snapshotd.daemon.boxes import Boxes
 from snapshotd.daemon.persist import export_snapshot
 from snapshotd.daemon.restore import Restore
-from snapshotd.errors import CorruptionError, LayoutError, LocalProtocolError, PeerError, Unrecoverable, UsageError
+from snapshotd.errors import (
+    BudgetError,
+    CorruptionError,
+    LayoutError,
+    LocalProtocolError,
+    PeerError,
+    Unrecoverable,
+    UsageError,
+)
 from snapshotd.layout import Box, Layout, TensorBox
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
@@ -213,6 +223,23 @@ def test_a_batch_outlives_the_failure_of_another(cluster) -> None:
         check(batch, mine)
         restore.release(batch.batch_id)
         assert node.arena.invalidate(slot)
+
+
+def test_a_full_arena_keeps_nobody_from_what_is_whole_in_it(cluster, tmp_path, monkeypatch) -> None:
+    """Somebody else has filled the tmpfs: the state is all there, and 20 KiB for saying so are not."""
+    plan = sealed_state(cluster, 2)
+    node = cluster.nodes["n0"]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Restore(plan, 2, node.arena, node.sources) as restore:
+        monkeypatch.setattr(node.arena, "budget_bytes", node.arena.used_bytes)
+        batch_id, path = restore.write_manifest(0)
+        assert (restore.manifest(0), 0o100600) == (Path(path).read_bytes(), os.stat(path).st_mode)
+        check(restore.assemble(0, [want("w", (0, 0, 0), (3, 7, 5))]), [want("w", (0, 0, 0), (3, 7, 5))])
+        restore.release(batch_id)
+        assert [] == os.listdir(tmp_path)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        with pytest.raises(BudgetError, match="neither the arena nor .*nowhere has room"):
+            restore.write_manifest(0)
 
 
 def test_manifest_says_what_the_source_has(cluster) -> None:
