@@ -208,10 +208,14 @@ class Pipeline:
     def on_grant(self, grant: pb.Grant, session: int) -> None:
         with self._changed:
             registration = self._registration
-            if registration is None or registration.session != session or registration.accepted is False:
+            if registration is None or registration.session != session:
                 return
             if grant.layout_hash != registration.plan.layout.hash:
                 return
+            if registration.accepted is False:
+                registration.accepted, registration.reason = True, ""
+                if self._warner.over("layout"):
+                    logger.warning("snapshotd: there is room for this worker's snapshots now; steps are captured again")
             self._grants = deque((g for g in self._grants if g.slot_id != grant.slot_id), maxlen=_MAX_GRANTS)
             self._grants.append(grant)
             self._changed.notify_all()

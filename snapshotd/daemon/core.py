@@ -269,7 +269,8 @@ class NodeCore:
                 self.slots.release(slot)
         one.header, one.layout_hash, one.file_bytes = layout.header, layout.hash, layout.file_bytes
         one.replica_group, one.replica_hash = message.replica_group, message.replica_hash
-        one.layout_request, one.refused_at = frame.request_id, None
+        one.layout_id = one.layout_request = frame.request_id
+        one.refused_at = None
         self.slots.serve(job)
 
     # ------------------------------------------------------------ capture

@@ -200,7 +200,12 @@ class Slots:
         one = self._state.worker_of(slot.job, slot.rank)
         if one is not None:
             one.refused_at = self._state.now
-            others = any(other.rank == slot.rank for other in self.of_job(slot.job))
+            # Those of another layout hold the last steps of it, and will never take one of this.
+            others = any(
+                (other.rank, other.layout_hash) == (slot.rank, slot.layout_hash) for other in self.of_job(slot.job)
+            )
+            if not others:  # also where it was accepted while the old ones left no room for the question
+                one.layout_request = one.layout_id
             self._reply_layout(one, accepted=others, reason="" if others else reason)
 
     def _reply_layout(self, one: Worker, *, accepted: bool, reason: str) -> None:

@@ -78,7 +78,10 @@ class Slot:
 
 @dataclass(slots=True)
 class Worker:
-    """One worker's connection. epoch 0: its launcher did not know, and EpochFormed has not come yet."""
+    """
+    One worker's connection. epoch 0: its launcher did not know, and EpochFormed has not come yet. layout_id: the
+    request that registered its layout; layout_request: the same as long as it has no answer.
+    """
 
     conn: WorkerConn
     hello: worker.WorkerHello
@@ -88,6 +91,7 @@ class Worker:
     file_bytes: int = 0
     replica_group: str = ""
     replica_hash: str = ""
+    layout_id: int = 0
     layout_request: int | None = None
     refused_at: float | None = None
     granted: SlotId | None = None

@@ -121,6 +121,12 @@ class FakeDaemon:
         with self.changed:
             assert self.changed.wait_for(what, timeout), "the daemon waited in vain"
 
+    def make_room(self) -> None:
+        """Grant slots for layouts that were refused."""
+        for peer in self.peers:
+            self._make_slots(peer)
+            self._grant(peer)
+
     def grant_all(self) -> None:
         for peer in self.peers:
             self._grant(peer)
@@ -197,16 +203,20 @@ class FakeDaemon:
         peer.slots = {}
         self.layouts.append(layout)
         self.registered.append(frame.register_layout)
-        for _ in range(self.num_slots if self.accept_layout else 0):
-            path = self.folder / f"slot-{self._next}"
-            with path.open("wb") as file:
-                file.truncate(layout.file_bytes)
-            path.chmod(0o600)
-            peer.slots[self._next] = path
-            self._next += 1
+        if self.accept_layout:
+            self._make_slots(peer)
         peer.send(pb.Frame(request_id=frame.request_id, layout_reply=reply))
         if self.grant:
             self._grant(peer)
+
+    def _make_slots(self, peer: Peer) -> None:
+        for _ in range(self.num_slots):
+            path = self.folder / f"slot-{self._next}"
+            with path.open("wb") as file:
+                file.truncate(peer.layout.file_bytes)
+            path.chmod(0o600)
+            peer.slots[self._next] = path
+            self._next += 1
 
     def _grant(self, peer: Peer) -> None:
         for slot_id, path in peer.slots.items():

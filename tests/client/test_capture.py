@@ -234,6 +234,26 @@ def test_refused_layout_is_said_once_with_the_numbers(daemon, snapshotter, caplo
     assert sum("budget is 1 GiB" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_a_refused_layout_is_captured_when_there_is_room(daemon, snapshotter, caplog):
+    """Breaks: another process had the memory for a minute, and the job is unprotected for the rest of its life."""
+    daemon.accept_layout = False
+    model, opt = job()
+    snap = snapshotter(model, opt)
+    with caplog.at_level(logging.WARNING, "snapshotd"):
+        snap.capture(0)
+        assert snap.wait(20)
+        daemon.wait_for(lambda: daemon.skips)
+        daemon.make_room()
+        while not snap._pipeline._grants:
+            threading.Event().wait(0.001)
+        snap.capture(1)
+        assert snap.wait(20)
+    daemon.wait_for(lambda: 1 in daemon.sealed)
+    assert ["refuses", "there is room"] == [
+        word for record in caplog.records for word in ("refuses", "there is room") if word in record.getMessage()
+    ]
+
+
 def test_only_every_nth_step_is_captured(daemon, snapshotter):
     """Breaks: the daemon's setting has no effect."""
     daemon.capture_every = 3

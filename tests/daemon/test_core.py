@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
 from snapshotd.layout import Box, Layout, TensorBox
@@ -191,6 +193,28 @@ def test_a_layout_that_does_not_fit_the_budget_is_refused_with_the_numbers() -> 
     bench.handle(events.SlotRefused(slot=create.slot, reason="2 GiB are needed, 1 GiB is left"))
     (reply,) = bench.to_worker(1, "layout_reply")
     assert (reply.accepted, reply.reason) == (False, "2 GiB are needed, 1 GiB is left")
+
+
+@pytest.mark.parametrize("newest", [5, 6])
+def test_a_layout_that_grows_beyond_the_room_is_refused_though_the_old_ones_slots_are_there(newest: int) -> None:
+    """A model is unfrozen in the middle: no step is kept from then on, and the worker would not hear why."""
+    bench = training()
+    bench.seal(1, 5)
+    bench.committed(5)
+    if newest == 6:
+        bench.seal(1, 6)
+    bench._held = (events.CreateSlot,)
+    wide = TensorBox(name="w", dtype="float32", global_shape=(99,), box=Box((0,), (99,)), scope="global", kind="param")
+    bench.register(1, Layout.build([wide], meta_capacity=64).header)
+    if newest == 6:  # there is no room for the question yet
+        assert [True] == [reply.accepted for reply in bench.to_worker(1, "layout_reply")]
+        bench.committed(6)
+    (create,) = bench.done(events.CreateSlot)
+    bench.handle(events.SlotRefused(slot=create.slot, reason="2 GiB are needed, 1 GiB is left"))
+    (reply,) = bench.to_worker(1, "layout_reply")
+    assert (reply.accepted, reply.reason) == (False, "2 GiB are needed, 1 GiB is left")
+    assert [7] == [effect.frame.request_id for effect in bench.done(events.ToWorker)]
+    assert [newest] == bench.steps()
 
 
 def test_a_header_that_is_none_is_refused() -> None:
