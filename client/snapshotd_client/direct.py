@@ -236,10 +236,11 @@ def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
 
 def _room_of(want: Want) -> memoryview | None:
     """Return the memory that a want fills, if it is contiguous host memory."""
-    if want.target.device.type != "cpu":
+    if not want.target.is_cpu:
         return None
-    whole, slices = view_of(want.target), want.piece.slices()
-    part = whole[slices] if slices else whole
+    part = view_of(want.target)
+    if part.shape != want.piece.box.lengths:  # most wants fill a tensor
+        part = part[want.piece.slices()]
     return part.reshape(-1).view(np.uint8).data if part.flags.c_contiguous else None
 
 
@@ -273,16 +274,13 @@ def _shares(copies: Sequence[Copy], threads: int) -> Iterator[list[Copy]]:
 
 def _copies_of(slot: pb.RestoreSources.Slot) -> list[Copy]:
     return [
-        Copy(
-            source=0,
-            target=copy.want,
-            src_begin=copy.src_begin,
-            dst_begin=copy.dst_begin,
-            run_bytes=copy.run_bytes,
-            dims=tuple((repeat.count, repeat.src_stride, repeat.dst_stride) for repeat in copy.repeats),
-        )
+        Copy(0, copy.want, copy.src_begin, copy.dst_begin, copy.run_bytes, _dims_of(copy) if copy.repeats else ())
         for copy in slot.copies
     ]
+
+
+def _dims_of(copy: pb.RestoreSources.Copy) -> tuple[tuple[int, int, int], ...]:
+    return tuple((repeat.count, repeat.src_stride, repeat.dst_stride) for repeat in copy.repeats)
 
 
 def _check(batch: Sequence[_Spot], copies: Sequence[Sequence[Copy]], others: set[int]) -> None:

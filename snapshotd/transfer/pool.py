@@ -1,8 +1,8 @@
 """
 Connections to peers, kept for the next request.
 
-Rule 1: at most ``limit`` connections per peer. Whoever waits for one fails as soon as the peer fails for somebody
-        else, so that a dead peer costs one timeout, and not one for each that waits in line.
+Rule 1: at most ``limit`` connections per peer, and who came first gets the next one. Whoever waits for one fails as
+        soon as the peer fails for somebody else, so that a dead peer costs one timeout, and not one for each in line.
 Rule 2: a kept connection may have died since. If nothing of the answer has come yet, the request is sent once more
         over a new one; reads have no effects, so that is safe.
 Rule 3: only a connection whose answer was read to its last byte goes back.
@@ -58,7 +58,7 @@ class _Peer:
     def __init__(self) -> None:
         self.idle: list[Connection] = []
         self.num_in_use = 0
-        self.num_waiting = 0
+        self.waiting: list[object] = []  # in order of their coming
         self.num_failures = 0
         self.last_failure = ""
 
@@ -253,7 +253,7 @@ class Pool:
                 connection.used_at = time.monotonic()
                 peer.idle.append(connection)
                 connection = None
-            if not peer.num_in_use and not peer.num_waiting and not peer.idle:
+            if not peer.num_in_use and not peer.waiting and not peer.idle:
                 del self._peers[address]  # nothing is known about it; addresses come and go
             self._changed.notify_all()
         if connection is not None:
@@ -275,22 +275,8 @@ class Pool:
         wire.parse_address(address)
         stale: list[Connection] = []
         with self._changed:
-            peer = self._peers.get(address)
-            failures = 0 if peer is None else peer.num_failures
-            while True:
-                if self._closed:
-                    raise UsageError("the bulk client is closed")
-                peer = self._peers.setdefault(address, _Peer())
-                if peer.num_failures > failures:
-                    raise PeerUnreachable(peer.last_failure)
-                if peer.num_in_use < self._limit:
-                    break
-                if cancel is not None and cancel.is_set():
-                    raise wire.TransferCancelled("the transfer was cancelled")
-                peer.num_waiting += 1
-                # An event cannot be waited for together with a condition; so, look at it now and then.
-                self._changed.wait(None if cancel is None else _POLL_S)
-                peer.num_waiting -= 1
+            peer = self._peers.setdefault(address, _Peer())
+            self._await_turn(peer, cancel)
             peer.num_in_use += 1
             while peer.idle:
                 connection = peer.idle.pop()  # the newest: the least likely to be stale
@@ -298,6 +284,27 @@ class Pool:
                     return connection, stale
                 stale.append(connection)
             return None, stale
+
+    def _await_turn(self, peer: _Peer, cancel: threading.Event | None) -> None:
+        """Under the lock: return when there is a place, and nobody waits for it who came before."""
+        turn, failures = object(), peer.num_failures
+        peer.waiting.append(turn)
+        try:
+            while True:
+                if self._closed:
+                    raise UsageError("the bulk client is closed")
+                if peer.num_failures > failures:
+                    raise PeerUnreachable(peer.last_failure)
+                if peer.num_in_use < self._limit and peer.waiting[0] is turn:
+                    return
+                if cancel is not None and cancel.is_set():
+                    raise wire.TransferCancelled("the transfer was cancelled")
+                # An event cannot be waited for together with a condition; so, look at it now and then.
+                self._changed.wait(None if cancel is None else _POLL_S)
+        finally:
+            peer.waiting.remove(turn)
+            if peer.waiting:
+                self._changed.notify_all()
 
 
 def _connect(host: str, port: int, timeout_s: float) -> socket.socket:

@@ -35,6 +35,7 @@ from snapshotd.layout.digest import CHUNK_BYTES, chunk_digests, root_digest
 from snapshotd.reshard import Copy
 from snapshotd.security import PeerGuard
 from snapshotd.transfer import BulkClient, BulkServer, CorruptChunk, ObjectMissing, TransferCancelled, wire
+from snapshotd.transfer.pool import Pool
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ByteRange, ObjectKey, ParityKey, SlotKey
 from snapshotd.v1.control_pb2 import SlotRef
 
@@ -567,6 +568,26 @@ def test_cancelling_while_waiting_for_a_connection() -> None:
             second.result(10)
         with pytest.raises(PeerUnreachable):
             first.result(10)
+
+
+def test_who_waits_for_a_connection_is_not_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads much in many requests would else keep the one connection, and a small read waits for all of them."""
+    connections, order, waits = Pool(tls=None, timeout_s=1, limit=1), list[str](), threading.Event()
+    wait = connections._changed.wait
+    monkeypatch.setattr(connections._changed, "wait", lambda timeout: waits.set() or wait(timeout))
+
+    def borrow(name: str) -> None:
+        with connections.borrow("127.0.0.1:1", None):
+            order.append(name)
+
+    first = connections.borrow("127.0.0.1:1", None)
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(borrow, "second")
+        assert waits.wait(10)
+        first.end()
+        borrow("third")
+        second.result(10)
+    assert ["second", "third"] == order
 
 
 def test_closing_the_server_frees_what_it_serves(shelf, make_thing) -> None:
