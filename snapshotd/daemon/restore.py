@@ -141,7 +141,7 @@ class Restore:
             return any(map(is_direct, sources))
 
     def manifest(self, rank: int) -> bytes:
-        """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/restore-manifest."""
+        """Return the JSON that tells the worker of ``rank`` what there is; see docs/reference/formats.md."""
         source_rank = self._boxes.source_rank(rank)
         tensors: dict[tuple[str, str], TensorBox] = {}
         ties: dict[str, str] = {}
