@@ -25,7 +25,7 @@ from snapshotd_client.plan import Plan
 
 __all__ = ["Binding"]
 
-_NOTHING: Final[torch.Tensor] = torch.empty(0)
+_NOTHING: Final[torch.Tensor] = torch.empty(0, device="cpu")
 _NOWHERE: Final = -1
 _AT_ONCE: Final = 256
 """Tensors that ``moved`` looks at before it lets the training thread go on: some 0.1 ms."""

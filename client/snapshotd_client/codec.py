@@ -282,7 +282,7 @@ def _decode_tensor(data: Json) -> torch.Tensor:
     dtype = _dtype(data["t"])
     raw = bytearray(base64.b64decode(data["v"]))
     shape = tuple(data["s"])
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if raw:
         tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape).clone()
     if data["d"] != "cpu" and torch.get_device_module(data["d"]).is_available():

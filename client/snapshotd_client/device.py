@@ -103,7 +103,7 @@ class DeviceStream:
         flat_target = target.reshape(-1)  # slot memory is contiguous: this is a view
         flat = source.contiguous().reshape(-1)
         if self._bounce is None:
-            self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         room = self._bounce.view(flat.dtype)
         for begin in range(0, flat.numel(), room.numel()):
             part = flat[begin : begin + room.numel()]

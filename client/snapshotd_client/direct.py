@@ -230,7 +230,8 @@ def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
             yield _Spot(want, room, None)
         else:
             for part in cut(want):
-                staged = torch.empty(part.piece.box.lengths, dtype=carrier_dtype(want.target.element_size()))
+                dtype = carrier_dtype(want.target.element_size())
+                staged = torch.empty(part.piece.box.lengths, dtype=dtype, device="cpu")
                 yield _Spot(part, view_of(staged).reshape(-1).view(np.uint8).data, staged)
 
 

@@ -11,7 +11,9 @@ import threading
 import pytest
 import torch
 from snapshotd_client import RestoreError, Snapshotter, StateLost
-from snapshotd_client.fetch import Fetcher, _Filling
+from snapshotd_client.direct import _spots
+from snapshotd_client.fetch import Entry, Fetcher, Want, _Filling
+from snapshotd_client.placement import place_plain
 from snapshotd_client.settings import Settings
 from torch import nn
 
@@ -244,6 +246,24 @@ class Watching:
 
     def load_state_dict(self, state):
         self.enabled = gc.isenabled()
+
+
+def test_a_default_device_is_not_that_of_our_own_tensors(daemon, snapshotter):
+    """Breaks: a script with torch.set_default_device("cuda") trains, and cannot start again."""
+
+    def extra(value):
+        return {"small": torch.full((3,), value), "none": torch.zeros(0), "strided": torch.full((40, 30), value).t()}
+
+    model, other, mine, theirs = nn.Linear(6, 5), nn.Linear(6, 5), extra(1.0), extra(2.0)
+    strided = torch.zeros(2, 3).t()
+    with torch.device("meta"):
+        captured(snapshotter, model, extra=mine)
+        assert 1 == snapshotter(other, extra=theirs).restore()
+        piece = place_plain((3, 2), "rank").pieces[0]
+        (spot,) = _spots([Want(Entry("w", "float32", (3, 2), "rank", "param"), piece, strided)], [])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "cpu" == spot.staged.device.type
 
 
 @pytest.mark.parametrize("enabled", [True, False])
