@@ -114,7 +114,8 @@ class Loader:
             placed = place_dtensor(old)
             self._want(entry, old, placed, name)
             return
-        if old is None or tuple(old.shape) != entry.shape or dtype_name(old) != entry.dtype:
+        fits = old is not None and tuple(old.shape) == entry.shape and dtype_name(old) == entry.dtype
+        if old is None or not fits or old.is_conj() or old.is_neg():
             device = old.device if old is not None else next((p.device for p in owner.parameters()), self._device)
             old = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device=device)
             self._buffers.append((owner, key, old))

@@ -178,6 +178,11 @@ class ModelTree:
                 if known.name != name:
                     self.ties[name] = known.name
                 continue
+            if name in self.params:
+                raise ValueError(
+                    f"two parameters would be called {name}: give the models keys of which none begins with another "
+                    "one and a dot"
+                )
             entry = Param(name, param, self._replicas(visit, key))
             self.params[name] = self.by_id[id(param)] = entry
 

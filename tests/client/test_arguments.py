@@ -36,6 +36,7 @@ def make(*args, **kwargs):
         ({"extra": [1]}, TypeError, "extra must be a dict"),
         ({"extra": {1: 2}}, TypeError, "must be strings"),
         ({"extra": {"x": {"y": [open]}}}, TypeError, r"extra\.x\.y\[0\]"),
+        ({"model": {"a": nn.ModuleDict({"b": nn.Linear(1, 1)}), "a.b": nn.Linear(1, 1)}}, ValueError, "a.b.weight: "),
         ({"model": nn.LazyLinear(3)}, ValueError, "forward pass"),
         ({"model": nn.Linear(2, 2, device="meta")}, ValueError, "materialize"),
     ],

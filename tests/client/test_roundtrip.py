@@ -496,6 +496,7 @@ def test_restore_fills_memory_in_place_and_replaces_odd_buffers(snapshotter):
     """Breaks: views and captured graphs that point at the old memory; caches that have grown."""
     model = nn.Linear(3, 3)
     model.register_buffer("cache", torch.arange(10.0), persistent=False)
+    model.register_buffer("waves", torch.complex(torch.ones(200), torch.arange(200.0)).conj())
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 3)).sum().backward()
     opt.step()
@@ -506,6 +507,7 @@ def test_restore_fills_memory_in_place_and_replaces_odd_buffers(snapshotter):
 
     other = nn.Linear(3, 3)
     other.register_buffer("cache", torch.zeros(2), persistent=False)
+    other.register_buffer("waves", torch.zeros(200, dtype=torch.complex64).conj())
     other.register_buffer("own", torch.ones(1))
     other_opt = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.9)
     other(torch.ones(1, 3)).sum().backward()
@@ -515,6 +517,7 @@ def test_restore_fills_memory_in_place_and_replaces_odd_buffers(snapshotter):
     assert before == (other.weight.data_ptr(), other_opt.state[other.weight]["momentum_buffer"].data_ptr())
     assert torch.equal(model.weight, other.weight)
     assert torch.equal(model.cache, other.cache)
+    assert torch.equal(model.waves, other.waves)
     assert torch.equal(torch.ones(1), other.own)
     assert other_opt.param_groups[0]["lr"] == 0.1
 
