@@ -80,7 +80,10 @@ class Loader:
         if self._problems:
             shown = "; ".join(self._problems[:_MAX_NAMES])
             more = f"; and {len(self._problems) - _MAX_NAMES} more" if len(self._problems) > _MAX_NAMES else ""
-            raise RestoreError(f"the snapshot does not fit this model: {shown}{more}")
+            raise RestoreError(
+                f"the snapshot does not fit this model: {shown}{more}. Another training needs another name (torchrun's "
+                "--rdzv-id, or SNAPSHOTD_JOB); `snapshotd forget` lets one begin anew"
+            )
         return self._wants
 
     def apply(self) -> list[str]:

@@ -84,6 +84,7 @@ def test_models_that_do_not_fit_are_refused_by_name_and_left_untouched(daemon, s
     with pytest.raises(RestoreError, match="0.weight has shape") as caught:
         snapshotter(other).restore()
     assert "model.2.bias is not in the snapshot" in str(caught.value)
+    assert "SNAPSHOTD_JOB" in str(caught.value)
     assert all(map(torch.equal, before, other.parameters()))
     daemon.wait_for(lambda: daemon.dones)
     assert not daemon.dones[-1].ok

@@ -13,6 +13,7 @@ import pytest
 
 from snapshotd.daemon.node import _route_begins_at
 from snapshotd.errors import UsageError
+from tests.faults.processes import until
 
 
 def daemon(directory: Path, *flags: str) -> subprocess.Popen[str]:
@@ -140,3 +141,52 @@ def test_slots_below_and_above_a_chunk_are_committed(shared_memory: Path, width:
         process.terminate()
         _, errors = process.communicate(timeout=60)
     assert (0, False) == (process.returncode, "Traceback" in errors), errors
+
+
+UNNAMED = """
+import logging, sys
+import torch
+from snapshotd_client import Snapshotter
+logging.basicConfig(level=logging.WARNING)
+width = int(sys.argv[1])
+model = torch.nn.Linear(width, width)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+snap = Snapshotter(model=model, optimizer=optimizer)
+for step, _ in enumerate(sys.stdin, snap.restore()):
+    model(torch.ones(1, width)).sum().backward()
+    optimizer.step()
+    snap.capture(step)
+    snap.wait(30)
+    print(snap.stats["sealed"], flush=True)
+"""
+
+
+def test_two_trainings_without_a_name_do_not_take_each_others_place_for_ever(shared_memory: Path) -> None:
+    """Somebody tries a second script on the node: the one that runs for days was unprotected from then on."""
+    process = daemon(shared_memory, "--budget", "64MiB")
+    assert process.stdout is not None
+    process.stdout.readline()
+    environment = {**os.environ, "SNAPSHOTD_SOCKET": str(shared_memory / "run" / "d.sock")}
+    command = [sys.executable, "-c", UNNAMED]
+    pipe = subprocess.PIPE
+    first = subprocess.Popen([*command, "20"], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def sealed() -> int:
+        assert first.stdin is not None and first.stdout is not None
+        first.stdin.write("another step\n")
+        first.stdin.flush()
+        return int(first.stdout.readline())
+
+    try:
+        assert 1 == sealed()
+        second = subprocess.run([*command, "30"], input="", capture_output=True, timeout=60, text=True, env=environment)
+        assert (1, True) == (second.returncode, "Another training needs another name" in second.stderr), second.stderr
+        until(lambda: sealed() > 3, 30, "the first is protected again")
+        _, errors = first.communicate(timeout=60)
+        told = ["is rank 0 of job default on this node now", "the daemon is back"]
+        assert (0, told) == (first.returncode, [words for words in told if words in errors]), errors
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
+        process.terminate()
+        process.communicate(timeout=60)
