@@ -38,6 +38,8 @@ log = logging.getLogger("snapshotd.daemon")
 
 RESTORE_PATIENCE_S = 30.0
 RESTORE_RETRY_S = 0.2
+REPEATED_S = 5.0
+"""A refusal is logged again when it was not repeated for so long: who cannot restore asks many times a second."""
 
 
 class Orders:
@@ -71,6 +73,7 @@ class Orders:
         self._users: dict[events.WorkerConn, tuple[object, ...]] = {}
         self._newest: dict[str, control.RestorePlan] = {}
         self._manifests: dict[events.WorkerConn, int] = {}
+        self._refused = ("", 0.0)  # the last refusal, and when that was
         self.cancel = threading.Event()
         self.on_corruption: Callable[[events.CorruptionFound], None] = lambda found: None
         self.on_count: Callable[[str, int], None] = lambda name, amount: None
@@ -249,7 +252,10 @@ class Orders:
         return restore
 
     def _refusal(self, plan: control.RestorePlan, frame: worker.Frame, error: SnapshotdError) -> worker.Frame:
-        log.error("restoring job %s from step %d failed: %s", plan.job, plan.source_step, error)
+        text = f"restoring job {plan.job} from step {plan.source_step} failed: {error}"
+        before, self._refused = self._refused, (text, time.monotonic())
+        if text != before[0] or self._refused[1] - before[1] > REPEATED_S:
+            log.error(text)
         if frame.HasField("restore_want"):
             return worker.Frame(request_id=frame.request_id, restore_ready=worker.RestoreReady(error=str(error)))
         if frame.HasField("restore_locate"):

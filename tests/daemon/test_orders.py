@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from snapshotd.arena import slot_key
@@ -9,6 +11,8 @@ from snapshotd.daemon import events
 from snapshotd.daemon.orders import Orders
 from snapshotd.errors import CorruptionError
 from snapshotd.transfer import BulkServer
+from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1 import worker_pb2 as worker
 from tests.daemon.conftest import flip
 
 
@@ -49,3 +53,16 @@ def test_the_owner_hears_of_rot_that_a_peer_met(cluster, rotten: bool) -> None:
         # Hurt on the way only: the owner verifies, and finds nothing.
         reader.client.suspect(owner.server.address_text, slot_key(ref))
         assert ([], {}) == (found, counts)
+
+
+def test_a_restore_that_fails_for_good_is_said_once(cluster, caplog) -> None:
+    """The worker asks on, twenty times a second."""
+    (node,) = cluster.add("n0")
+    query = worker.Frame(request_id=1, restore_query=worker.RestoreQuery())
+    with closing(orders_of(node, cluster, [], {})) as orders:
+        for step in (1, 1, 2, 1):
+            plan = control.RestorePlan(job="job", epoch=2, source_epoch=1, source_step=step)  # of no kind
+            answer = orders.serve_restore(events.WorkerConn(1), 0, 1, plan, query)
+            assert "no bytes to restore" in answer.restore_decision.reason
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert ["step 1", "step 2", "step 1"] == [text.partition("from ")[2][:6] for text in said]
