@@ -21,27 +21,29 @@ _PAUSE_S = 0.02
 
 
 def rows(run: Run) -> Iterator[Row]:
-    with Company(run.cluster(_NODES, budget="64MiB"), _BYTES) as company, _messages(run) as bare:
-        steps = count(1)
+    what = f"seal to protected commit, 100 KB on each of {_NODES} nodes"
+    with Company(run.cluster(_NODES, budget="64MiB"), _BYTES) as company:
 
         def ours() -> Sample:
             time.sleep(_PAUSE_S)  # as a training step would: what is not on the way to the commit is over by then
             return Sample(company.step())
 
-        def floor() -> Sample:
-            time.sleep(_PAUSE_S)
-            began = time.perf_counter()
-            bare.step(next(steps))
-            return Sample(time.perf_counter() - began)
+        alone = run.rounds({"ours": ours}, rounds=40 if run.short else 300, within_s=12.0, warm=10)["ours"]
+        for name, share, at_most in (("p50", 50, 0.008), ("p99", 99, 0.030)):
+            value = Series((float(np.percentile(alone.values, share)),))
+            yield Row.limit(f"{what}, {name}", value, at_most=at_most, unit="s", text=f"of {len(alone.values)} steps")
 
-        ways = {"ours": ours, "floor": floor}
-        found = run.rounds(ways, rounds=40 if run.short else 300, within_s=16.0, warm=10)
-    what = "seal to protected commit, 100 KB on each of 4 nodes"
-    seconds = found["ours"]
-    for name, share, at_most in (("p50", 50, 0.008), ("p99", 99, 0.030)):
-        value = Series((float(np.percentile(seconds.values, share)),))
-        yield Row.limit(f"{what}, {name}", value, at_most=at_most, unit="s", text=f"of {len(seconds.values)} steps")
-    yield Row.cost(f"{what}", seconds, found["floor"], at_most=None, against="its messages between bare processes")
+        with _messages(run) as bare:
+            steps = count(1)
+
+            def floor() -> Sample:
+                time.sleep(_PAUSE_S)
+                began = time.perf_counter()
+                bare.step(next(steps))
+                return Sample(time.perf_counter() - began)
+
+            found = run.rounds({"ours": ours, "floor": floor}, rounds=80, within_s=5.0, warm=10)
+    yield Row.cost(what, found["ours"], found["floor"], at_most=None, against="its messages between bare processes")
 
 
 def _messages(run: Run) -> Played:
@@ -57,4 +59,3 @@ def _messages(run: Run) -> Played:
     for path in paths:
         wait_for(path.exists, "a bare node to serve", 60.0, of=children)
     return Played(paths)
-
