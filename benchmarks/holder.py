@@ -52,7 +52,7 @@ def main(directory: str, out: str, nbytes: str) -> None:
     members = [control.StripeMember(node_id=f"n{rank}", slot=ref) for rank, ref in enumerate(refs)]
     stripe_set = control.StripeSet(job=JOB, epoch=1, step=1, group=0, lane=0, m=1, members=members)
     order = control.Protect(job=JOB, epoch=1, step=1, sets=[stripe_set])
-    server = BulkServer(("127.0.0.1", 0), arena.lookup)
+    server = BulkServer(("127.0.0.1", 0), arena.acquire)
     codec, _ = load_codec()
     with BulkClient() as client:
         for rank in range(RANKS):

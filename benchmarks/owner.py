@@ -17,14 +17,12 @@ import ssl
 import struct
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotd.layout import chunk_digests, root_digest
 from snapshotd.security import TlsFiles
 from snapshotd.transfer import BulkServer
-from snapshotd.v1.bulk_pb2 import ObjectKey
 
 RANGE = struct.Struct("<QQ")
 PIECE_BYTES = 1 << 20
@@ -32,7 +30,7 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Whole:
-    """What a bulk server needs to know of the file."""
+    """What a bulk server needs to know of the file, which is always there: it is its own lease."""
 
     view: memoryview
     digests: bytes
@@ -45,6 +43,13 @@ class Whole:
     def root(self) -> str:
         return root_digest(self.digests)
 
+    @property
+    def obj(self) -> Whole:
+        return self
+
+    def close(self) -> None:
+        pass
+
 
 def certificate(cert: str, key: str) -> TlsFiles:
     return TlsFiles(cert=Path(cert), key=Path(key), ca=Path(cert))
@@ -56,14 +61,10 @@ def main(file: str, addresses: str, cert: str = "", key: str = "") -> None:
     view = memoryview(mapping)
     whole = Whole(view, chunk_digests(view, view.nbytes))
 
-    @contextlib.contextmanager
-    def lookup(key: ObjectKey) -> Iterator[Whole]:
-        yield whole
-
     found: dict[str, object] = {"digests": whole.digests.hex()}
     for name in ("plain", "tls") if cert else ("plain",):
         context = certificate(cert, key).server_context() if name == "tls" else None
-        server = BulkServer(("127.0.0.1", 0), lookup, tls=context)
+        server = BulkServer(("127.0.0.1", 0), lambda key: whole, tls=context)
         found[f"ours-{name}"] = server.address[1]
         found[f"floor-{name}"] = serve_plainly(view, context)
     part = Path(f"{addresses}.part")

@@ -23,7 +23,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -248,10 +247,6 @@ class Arena:
                 return None
             obj.num_leases += 1
             return Lease(obj, self._unlease)
-
-    def lookup(self, key: ObjectKey) -> AbstractContextManager[SealableFile | None]:
-        """The same as a context manager: the sealed file, under lease until the end of the block, or None."""
-        return self.acquire(key) or nullcontext()
 
     def verify(self, obj: SealableFile, pace: Callable[[int], None] | None = None) -> list[int]:
         """

@@ -70,7 +70,7 @@ class DaemonNode:
         self._client = BulkClient(tls=tls.client_context() if tls else None, connections_per_peer=PEER_CONNECTIONS)
         self._server = BulkServer(
             (host, port),
-            self._arena.lookup,
+            self._arena.acquire,
             tls=tls.server_context() if tls else None,
             guard=PeerGuard(insecure=settings.insecure),
             suspected=self._suspected,

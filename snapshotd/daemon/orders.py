@@ -144,11 +144,12 @@ class Orders:
 
     def suspected(self, key: ObjectKey) -> None:
         """A peer says that what it read of an object here was wrong: verify it now."""
-        with self._arena.lookup(key) as file:
-            if file is None or file.ref is None:
-                return
+        lease = self._arena.acquire(key)
+        if lease is None:
+            return
+        with lease as file:
             wrong = self._arena.verify(file)
-            if wrong:
+            if wrong and file.ref is not None:
                 self._corrupt(local_corruption(file, file.ref, wrong, self._node_id, "a peer"))
 
     def scrub(self, bytes_per_s: int) -> None:

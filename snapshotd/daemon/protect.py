@@ -13,7 +13,6 @@ Rule 2: parity is sealed whole or not at all, and its record says all that is ne
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, closing
 from functools import lru_cache
 
 from snapshotd.arena import Arena, ParityFile, parity_key
@@ -132,14 +131,17 @@ def _build(
     rows = geometry.parity_rows(position)
     clear_gaps(parity, rows)
     needed = {p for row in rows for p in geometry.contributors(row.stripe) if geometry.lengths[p]}
-    with ExitStack() as stack:
-        members: dict[int, Source] = {}
+    members: dict[int, Source] = {}
+    try:
         for p in sorted(needed):
             member = stripe_set.members[p]
-            members[p] = stack.enter_context(closing(sources.slot(member.slot, member.node_id, cancel)))
+            members[p] = sources.slot(member.slot, member.node_id, cancel)
         digests = DigestsInPassing(parity.view, parity.file_bytes)
         for row in rows:
             _encode(geometry, row, parity, digests, members, codec, cancel)
+    finally:
+        for source in members.values():
+            source.close()
     return seal_parity(arena, parity, stripe_set, position, digests.finish(cancel))
 
 

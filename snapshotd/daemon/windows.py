@@ -13,8 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.source import Source, Stream
@@ -42,8 +41,7 @@ _ERASURES: Final = (AccessDenied, CorruptionError, PeerError)
 Consume = Callable[[int, int, list[memoryview]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """Bytes ``[begin, end)`` of a source; of no bytes: nothing is read, and no source is needed."""
 
     source: Source | None

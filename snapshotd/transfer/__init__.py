@@ -5,7 +5,7 @@ from snapshotd.transfer.client import BulkClient, ObjectInfo
 from snapshotd.transfer.exact import Exact, Run, runs_of
 from snapshotd.transfer.gather import Piece, Read, gather
 from snapshotd.transfer.incoming import Incoming, Steering
-from snapshotd.transfer.objects import Lookup, Servable
+from snapshotd.transfer.objects import Leased, Lookup, Servable
 from snapshotd.transfer.pacing import Pacer
 from snapshotd.transfer.server import BulkServer
 from snapshotd.transfer.wire import (
@@ -27,6 +27,7 @@ __all__ = [
     "CorruptChunk",
     "Exact",
     "Incoming",
+    "Leased",
     "Lookup",
     "ObjectInfo",
     "ObjectMissing",

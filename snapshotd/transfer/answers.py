@@ -54,26 +54,49 @@ class Answers:
             out.frame(BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
             return
         failpoint("transfer.before_send")
-        with self._objects.leased(request.object) as obj, memoryview(obj.view)[: obj.file_bytes] as view:
-            ranges, copies = _checked(request, view.nbytes)
-            digests = (obj.digests or b"") if request.digests else b""
-            data_bytes = sum(end - begin for begin, end in ranges) + sum(copy.nbytes for copy in copies)
-            head = BulkResponse(ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, exact=request.exact)
-            head.payload_bytes = len(digests) + data_bytes
-            out.frame(head, more=head.payload_bytes > 0)
-            if digests:
-                self._send_piece(out, memoryview(digests), more=data_bytes > 0)
-            if not request.exact and not copies:
-                for begin, end in ranges:
-                    self._send_range(out, view, begin, end)
-                return
-            verified = _Verified(obj, view, request.object)
+        lease = self._objects.lease(request.object)
+        try:
+            obj = lease.obj
+            with memoryview(obj.view)[: obj.file_bytes] as view:
+                self._send_object(out, obj, view, request)
+        finally:
+            lease.close()
+
+    def _send_object(self, out: wire.Outbound, obj: Servable, view: memoryview, request: BulkRequest) -> None:
+        """Send what is asked for of an object, ``view`` all its bytes."""
+        ranges, copies = _checked(request, view.nbytes)
+        digests = (obj.digests or b"") if request.digests else b""
+        data_bytes = sum([end - begin for begin, end in ranges]) + sum([copy.nbytes for copy in copies])
+        nbytes = len(digests) + data_bytes
+        head = BulkResponse(
+            ok=True, file_bytes=obj.file_bytes, root_digest=obj.root, exact=request.exact, payload_bytes=nbytes
+        )
+        out.frame(head, more=nbytes > 0)
+        if digests:
+            self._send_piece(out, memoryview(digests), more=data_bytes > 0)
+        if request.exact or copies:
+            self._send_verified(out, _Verified(obj, view, request.object), view, ranges, copies, exact=request.exact)
+        else:
             for begin, end in ranges:
-                if request.exact:
-                    verified.add_ends(begin, end)
                 self._send_range(out, view, begin, end)
-            self._send_blocks(out, verified, copies)
-            out.frame(verified.tail())
+        self._sent(nbytes)
+
+    def _send_verified(
+        self,
+        out: wire.Outbound,
+        verified: _Verified,
+        view: memoryview,
+        ranges: Sequence[tuple[int, int]],
+        copies: Sequence[Copy],
+        *,
+        exact: bool,
+    ) -> None:
+        for begin, end in ranges:
+            if exact:
+                verified.add_ends(begin, end)
+            self._send_range(out, view, begin, end)
+        self._send_blocks(out, verified, copies)
+        out.frame(verified.tail())
 
     def _send_range(self, out: wire.Outbound, view: memoryview, begin: int, end: int) -> None:
         """Send a range straight from the mapping."""
@@ -89,7 +112,6 @@ class Answers:
             flipped[len(flipped) // 2] ^= 0x10
             piece = memoryview(flipped)
         out.send(piece, more=more)
-        self._sent(piece.nbytes)
 
     def _send_blocks(self, out: wire.Outbound, verified: _Verified, copies: Sequence[Copy]) -> None:
         """Send what the copies read, verified."""
@@ -171,6 +193,8 @@ def _checked(request: BulkRequest, file_bytes: int) -> tuple[list[tuple[int, int
     for begin, end in ranges:
         if not begin <= end <= file_bytes:
             raise Refusal("INVALID_ARGUMENT", f"the range [{begin}, {end}) is not inside {file_bytes} bytes")
+    if not request.blocks:
+        return ranges, []
     try:
         copies = blocks.copies_of(request.blocks, file_bytes)
         blocks.check_spread(copies)

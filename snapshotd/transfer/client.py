@@ -14,8 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import AccessDenied, CorruptionError, PeerUnreachable, RemoteProtocolError, UsageError
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["BulkClient", "ObjectInfo"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """What a peer says of an object. ``root`` is that of ``digests`` (checked); that it is the sealed one is not."""
 
     file_bytes: int

@@ -12,9 +12,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import UsageError
@@ -42,8 +41,7 @@ class Receiver(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steering:
+class Steering(NamedTuple):
     """What the caller may do between pieces: see BulkClient."""
 
     cancel: threading.Event | None

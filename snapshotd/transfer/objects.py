@@ -9,11 +9,9 @@ Rule 3: what is held can be read over any connection, also when its owner has gi
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -22,7 +20,7 @@ from snapshotd.errors import SnapshotdError
 from snapshotd.transfer import wire
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
-__all__ = ["HELD_MAX", "Holding", "Lookup", "Objects", "Refusal", "Servable"]
+__all__ = ["HELD_MAX", "Holding", "Leased", "Lookup", "Objects", "Refusal", "Servable"]
 
 HELD_MAX: Final = 4096
 """Objects that one connection may hold: far more than there are ranks on a node."""
@@ -50,7 +48,16 @@ class Servable(Protocol):
         """Root digest."""
 
 
-Lookup = Callable[[ObjectKey], AbstractContextManager[Servable | None]]
+class Leased(Protocol):
+    """The right to read an object until it is closed: an arena's leases are such."""
+
+    @property
+    def obj(self) -> Servable: ...
+
+    def close(self) -> None: ...
+
+
+Lookup = Callable[[ObjectKey], "Leased | None"]
 
 
 class Refusal(SnapshotdError):
@@ -65,8 +72,8 @@ class Refusal(SnapshotdError):
 class _Held:
     """An object under lease, for whoever holds it and for those who read it at the moment."""
 
-    obj: Servable
-    lease: ExitStack
+    key: ObjectKey
+    lease: Leased
     num_users: int = 1
 
 
@@ -75,7 +82,7 @@ class Objects:
     The objects of a server; safe to use from many threads.
 
     Args:
-        lookup: finds an object and leases it for the length of its block; None for what is not here.
+        lookup: finds an object and leases it; None for what is not here.
         holders_max: so many connections may hold something.
     """
 
@@ -86,26 +93,22 @@ class Objects:
         self._num_holders = 0
         self._held: dict[KeyId, list[_Held]] = {}
 
-    @contextlib.contextmanager
-    def leased(self, key: ObjectKey) -> Iterator[Servable]:
-        """Yield a sealed object that stays until the end of the block; Refusal when it is not here."""
-        with ExitStack() as lease:
-            obj = self._find(key, lease)
-            if obj is None:
-                held = self._share(key)
-                lease.callback(self._let_go, key, held)
-                obj = held.obj
-            yield obj
+    def lease(self, key: ObjectKey) -> Leased:
+        """Return the right to read a sealed object until it is closed; Refusal when it is not here."""
+        return self._find(key) or _Share(self, key)
 
-    def _find(self, key: ObjectKey, lease: ExitStack) -> Servable | None:
+    def _find(self, key: ObjectKey) -> Leased | None:
         try:
-            obj = lease.enter_context(self._lookup(key))
+            lease = self._lookup(key)
         except SnapshotdError as error:
             raise Refusal(error.code, str(error)) from error
         except Exception as error:
             _log.exception("lookup failed")
             raise Refusal("INTERNAL", f"the lookup of {describe(key)} failed") from error
-        return None if obj is None or obj.digests is None else obj
+        if lease is None or lease.obj.digests is not None:
+            return lease
+        lease.close()
+        return None
 
     def _share(self, key: ObjectKey) -> _Held:
         with self._lock:
@@ -117,30 +120,30 @@ class Objects:
 
     def _hold(self, key: ObjectKey, *, first: bool) -> _Held:
         """For a connection that holds nothing yet (``first``), or something already."""
-        with ExitStack() as lease:
-            obj = self._find(key, lease)
-            if obj is None:
-                raise _missing(key)
-            with self._lock:
-                if first and self._num_holders >= self._holders_max:
-                    raise Refusal(
-                        wire.PeerBusy.code,
-                        f"{self._num_holders} connections hold snapshots here already, and that is the most that may",
-                    )
+        lease = self._find(key)
+        if lease is None:
+            raise _missing(key)
+        with self._lock:
+            if not first or self._num_holders < self._holders_max:
                 self._num_holders += first
-                held = _Held(obj, lease.pop_all())
+                held = _Held(key, lease)
                 self._held.setdefault(key_id(key), []).append(held)
                 return held
+        lease.close()
+        raise Refusal(
+            wire.PeerBusy.code,
+            f"{self._num_holders} connections hold snapshots here already, and that is the most that may",
+        )
 
-    def _let_go(self, key: ObjectKey, held: _Held) -> None:
+    def _let_go(self, held: _Held) -> None:
         with self._lock:
             held.num_users -= 1
             if held.num_users:
                 return
-            others = self._held[key_id(key)]
+            others = self._held[key_id(held.key)]
             others.remove(held)
             if not others:
-                del self._held[key_id(key)]
+                del self._held[key_id(held.key)]
         held.lease.close()
 
     def _leave(self) -> None:
@@ -148,12 +151,27 @@ class Objects:
             self._num_holders -= 1
 
 
+class _Share:
+    """The right to read what somebody else holds."""
+
+    def __init__(self, objects: Objects, key: ObjectKey) -> None:
+        self._objects = objects
+        self._held = objects._share(key)
+
+    @property
+    def obj(self) -> Servable:
+        return self._held.lease.obj
+
+    def close(self) -> None:
+        self._objects._let_go(self._held)
+
+
 class Holding:
     """What one connection holds, true if it is anything; for the thread of the connection."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        self._held: dict[KeyId, tuple[ObjectKey, _Held]] = {}
+        self._held: dict[KeyId, _Held] = {}
 
     def __bool__(self) -> bool:
         return bool(self._held)
@@ -164,15 +182,15 @@ class Holding:
         if name not in self._held:
             if len(self._held) >= HELD_MAX:
                 raise Refusal("INVALID_ARGUMENT", f"one connection holds at most {HELD_MAX} objects")
-            self._held[name] = key, self._objects._hold(key, first=not self._held)
-        return self._held[name][1].obj
+            self._held[name] = self._objects._hold(key, first=not self._held)
+        return self._held[name].lease.obj
 
     def close(self) -> None:
         """Let go of everything."""
         if self._held:
             self._objects._leave()
         while self._held:
-            self._objects._let_go(*self._held.popitem()[1])
+            self._objects._let_go(self._held.popitem()[1])
 
 
 def _missing(key: ObjectKey) -> Refusal:

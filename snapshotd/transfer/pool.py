@@ -43,7 +43,7 @@ class Connection:
         if time.monotonic() - self.used_at > _KEEP_S or not self.inbound.is_empty:
             return False
         try:
-            return not wire.is_readable(self.sock)
+            return not self.inbound.wait(0)
         except (OSError, ValueError):
             return False
 
@@ -272,11 +272,11 @@ class Pool:
 
     def _take(self, address: str, cancel: threading.Event | None) -> tuple[Connection | None, list[Connection]]:
         """Wait for a place; return an idle connection (None: make one) and those that are to be closed."""
-        wire.parse_address(address)
         stale: list[Connection] = []
         with self._changed:
-            peer = self._peers.setdefault(address, _Peer())
-            self._await_turn(peer, cancel)
+            peer = self._peers.get(address) or self._peers.setdefault(address, _Peer())
+            if self._closed or peer.waiting or peer.num_in_use >= self._limit:
+                self._await_turn(peer, cancel)
             peer.num_in_use += 1
             while peer.idle:
                 connection = peer.idle.pop()  # the newest: the least likely to be stale

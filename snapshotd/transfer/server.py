@@ -39,7 +39,7 @@ class BulkServer:
 
     Args:
         listen: (host, port); port 0 takes a free one, see ``address``. UsageError when it cannot be had.
-        lookup: finds an object and holds it for the length of its block; None for what is not here.
+        lookup: finds an object and leases it; None for what is not here.
         tls: a context that asks for the peer's certificate; None for plain TCP.
         suspected: hears, in a thread of a connection, that a reader found an object rotten; it is to be verified.
         guard: who is served. Default: on loopback our own user and root, nobody else without TLS.
@@ -184,7 +184,7 @@ class BulkServer:
 
     def _serve_one(self, connection: _Connection, inbound: wire.Inbound, outbound: wire.Outbound) -> bool:
         """Read and answer one request; returns whether the connection goes on."""
-        if inbound.is_empty and not wire.is_readable(connection.sock, within_s=self._idle_timeout_s):
+        if inbound.is_empty and not inbound.wait(self._idle_timeout_s):
             raise TimeoutError("idle")
         request = inbound.frame(BulkRequest, within_s=self._timeout_s)
         with self._lock:

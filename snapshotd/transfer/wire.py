@@ -37,7 +37,6 @@ __all__ = [
     "TransferCancelled",
     "format_address",
     "hang_up",
-    "is_readable",
     "is_tls",
     "parse_address",
     "tune",
@@ -187,6 +186,12 @@ class Inbound:
         self._wakes_at = 1
         self._is_short = True
         self._timeout_s = 0.0
+        self._poll = select.poll()  # select() fails for descriptors above 1023
+        self._poll.register(sock, select.POLLIN)
+
+    def wait(self, within_s: float) -> bool:
+        """Return whether there is something to read on the socket, or the connection has ended, within that time."""
+        return bool(self._poll.poll(within_s * 1000))
 
     @property
     def is_empty(self) -> bool:
@@ -247,9 +252,9 @@ class Inbound:
     def _wait(self, left: int) -> None:
         """Sleep until a piece of bulk is there, or less of it after the timeout; TimeoutError when there is nothing."""
         self._wake_at(min(_WAKE_BYTES, left))
-        if not is_readable(self._sock, within_s=self._timeout_s):
+        if not self.wait(self._timeout_s):
             self._wake_at(1)  # not silent, but slow?
-            if not is_readable(self._sock):
+            if not self.wait(0):
                 raise TimeoutError
 
     def _have(self, nbytes: int) -> None:
@@ -295,13 +300,6 @@ class Inbound:
             self._wakes_at = nbytes
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-
-
-def is_readable(sock: socket.socket, *, within_s: float = 0.0) -> bool:
-    """Return whether there is something to read now, or soon, or the connection has ended."""
-    poll = select.poll()  # select() fails for descriptors above 1023
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(within_s * 1000))
 
 
 def hang_up(sock: socket.socket) -> None:

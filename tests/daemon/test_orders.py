@@ -28,7 +28,7 @@ def orders_of(node, cluster, found: list[events.CorruptionFound], counts: dict[s
     orders.on_corruption = found.append
     orders.on_count = lambda name, amount: counts.update({name: counts.get(name, 0) + amount})
     node.server.close()
-    node.server = BulkServer(("127.0.0.1", 0), node.arena.lookup, suspected=orders.suspected)
+    node.server = BulkServer(("127.0.0.1", 0), node.arena.acquire, suspected=orders.suspected)
     return orders
 
 

@@ -30,7 +30,7 @@ def served_by_a_process(node) -> Iterator[tuple[control.PeerAddress, int]]:
     ours, theirs = context.Pipe()
 
     def run() -> None:
-        theirs.send(BulkServer(("127.0.0.1", 0), node.arena.lookup).address_text)
+        theirs.send(BulkServer(("127.0.0.1", 0), node.arena.acquire).address_text)
         threading.Event().wait()
 
     child = context.Process(target=run)

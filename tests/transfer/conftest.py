@@ -6,7 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -51,19 +51,22 @@ class Shelf:
         self.things[key_id(key)] = thing
         return thing
 
-    @contextmanager
-    def lookup(self, key: ObjectKey) -> Iterator[Thing | None]:
+    def lookup(self, key: ObjectKey) -> Reading | None:
         thing = self.things.get(key_id(key))
-        if thing is None:
-            yield None
-            return
-        with self.lock:
+        return None if thing is None else Reading(self, thing)
+
+
+class Reading:
+    """A lease on a thing."""
+
+    def __init__(self, shelf: Shelf, thing: Thing) -> None:
+        self.shelf, self.obj = shelf, thing
+        with shelf.lock:
             thing.num_readers += 1
-        try:
-            yield thing
-        finally:
-            with self.lock:
-                thing.num_readers -= 1
+
+    def close(self) -> None:
+        with self.shelf.lock:
+            self.obj.num_readers -= 1
 
 
 @pytest.fixture(autouse=True)

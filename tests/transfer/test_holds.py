@@ -67,7 +67,7 @@ def read(client: BulkClient, address: str, key: ObjectKey) -> bytes:
 def test_a_held_slot_is_not_written_again_until_the_hold_ends(arena: Arena, client: BulkClient) -> None:
     """The next step would be written over what somebody is converting."""
     made, ref = sealed(arena, 7)
-    with BulkServer(("127.0.0.1", 0), arena.lookup) as server:
+    with BulkServer(("127.0.0.1", 0), arena.acquire) as server:
         with client.hold(server.address_text, [slot_key(ref)]):
             assert not arena.invalidate(made)
             assert bytes([7]) * made.file_bytes == read(client, server.address_text, slot_key(ref))
@@ -80,7 +80,7 @@ def test_a_held_slot_is_not_written_again_until_the_hold_ends(arena: Arena, clie
 def test_what_its_owner_deletes_can_be_read_to_the_end(arena: Arena, client: BulkClient) -> None:
     """A rebuilt slot, or one of an older layout, is deleted with the next commit: a conversion goes on all the same."""
     made, ref = sealed(arena, 7)
-    with BulkServer(("127.0.0.1", 0), arena.lookup) as server:
+    with BulkServer(("127.0.0.1", 0), arena.acquire) as server:
         with client.hold(server.address_text, [slot_key(ref)]):
             used = arena.used_bytes
             assert not arena.delete(made)
@@ -95,7 +95,7 @@ def test_what_its_owner_deletes_can_be_read_to_the_end(arena: Arena, client: Bul
 def test_what_is_there_anew_comes_before_what_is_held(arena: Arena, client: BulkClient) -> None:
     """A rotten slot was rebuilt under the same name: whoever holds the old one would read rot for ever."""
     made, ref = sealed(arena, 7)
-    with BulkServer(("127.0.0.1", 0), arena.lookup) as server, client.hold(server.address_text, [slot_key(ref)]):
+    with BulkServer(("127.0.0.1", 0), arena.acquire) as server, client.hold(server.address_text, [slot_key(ref)]):
         arena.delete(made)
         sealed(arena, 7, fill=9)
         assert bytes([9]) * made.file_bytes == read(client, server.address_text, slot_key(ref))

@@ -175,7 +175,7 @@ def test_out_of_an_arena_into_a_mapping(client: BulkClient) -> None:
         ref = SlotRef(job="j", epoch=1, step=1, file_bytes=3 * MIB, root_digest=root_digest(digests))
         arena.seal(obj, ref, digests)
         seen: list[bool] = []
-        with BulkServer(("127.0.0.1", 0), arena.lookup) as server, mmap.mmap(-1, 3 * MIB) as out:
+        with BulkServer(("127.0.0.1", 0), arena.acquire) as server, mmap.mmap(-1, 3 * MIB) as out:
             info = client.digests(server.address_text, slot_key(ref))
             assert info.root == ref.root_digest
             client.read_verified(
@@ -312,12 +312,10 @@ def test_a_user_who_is_not_served(shelf, make_thing, serve: Serve, client: BulkC
 
 
 def test_a_lookup_that_fails(client: BulkClient) -> None:
-    @contextmanager
-    def lookup(key: ObjectKey) -> Iterator[None]:
+    def lookup(key: ObjectKey) -> None:
         if key.slot.rank:
             raise UsageError("no such job")
         raise KeyError("secret")
-        yield
 
     with BulkServer(("127.0.0.1", 0), lookup) as server:
         with pytest.raises(RemoteProtocolError, match=r"lookup of slot of rank 0 .* failed \(INTERNAL\)") as caught:
