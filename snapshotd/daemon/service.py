@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,8 +207,8 @@ class DaemonService:
             case events.SealSlot():
                 self._begin(self._sealing, self._seal, effect)
             case events.BuildParity(protect=protect):
-                self._parity_cancels[protect.job, protect.epoch, protect.step] = threading.Event()
-                self._begin(self._working, self._build_parity, effect)
+                cancel = self._parity_cancels[protect.job, protect.epoch, protect.step] = threading.Event()
+                self._begin(self._working, partial(self._build_parity, cancel), effect)
             case events.ServeRestore():
                 self._begin(self._restoring, self._serve_restore, effect)
             case events.CreateSlot():
@@ -274,15 +275,16 @@ class DaemonService:
             slot=order.slot, ref=sealed.ref, data_digest=sealed.data_digest, seconds=sealed.seconds
         )
 
-    def _build_parity(self, order: events.BuildParity) -> events.Event:
+    def _build_parity(self, cancel: threading.Event, order: events.BuildParity) -> events.Event:
         job, epoch, step = order.protect.job, order.protect.epoch, order.protect.step
         began = time.monotonic()
         try:
-            parities = self._orders.build_parity(order.protect, self._parity_cancels[job, epoch, step])
+            parities = self._orders.build_parity(order.protect, cancel)
         except (SnapshotdError, OSError) as error:
             return events.ParityAborted(job=job, epoch=epoch, step=step, reason=str(error))
         finally:
-            del self._parity_cancels[job, epoch, step]
+            if self._parity_cancels.get((job, epoch, step)) is cancel:  # not ordered again meanwhile
+                del self._parity_cancels[job, epoch, step]
         seconds = time.monotonic() - began
         return events.ParityFinished(job=job, epoch=epoch, step=step, parities=tuple(parities), seconds=seconds)
 
