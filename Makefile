@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
 MEGATRON := .venv-megatron
 FAULTS ?= all
+DEVICE ?= cpu
 
 ONLY ?=
 CHECK ?=
@@ -14,8 +15,9 @@ CASES ?=
 .PHONY: demo test test-big test-deepspeed test-megatron check fmt sim faults bench bench-peers bench-convert proto clean
 
 # Train, kill, recover, compare: the main job, in a live view. FAULTS=none|all|worker,daemon,coordinator,node|shrink
+# DEVICE=cuda trains on the GPUs of this machine; one is enough.
 demo: $(READY)
-	$(BIN)/python -m examples.demo --faults $(FAULTS)
+	$(BIN)/python -m examples.demo --faults $(FAULTS) --device $(DEVICE)
 
 # All tests.
 test: $(READY)

@@ -106,11 +106,11 @@ class Run:
                 np.add(noise[: len(part)], np.uint64(begin), out=part)
         return memoryview(mapping)
 
-    def training(self, nbytes: float = STATE_BYTES, *, tensors: int = STATE_TENSORS, threads: int = 0) -> Training:
-        """A GPT with AdamW whose whole state has about that many bytes, scaled (imports torch)."""
+    def training(self, nbytes: float = STATE_BYTES, *, tensors: int = STATE_TENSORS, **more: Any) -> Training:
+        """A GPT with AdamW whose whole state has about that many bytes, scaled (imports torch); see Training."""
         from .state import Training
 
-        return Training(self.size(nbytes), tensors=tensors, threads=threads)
+        return Training(self.size(nbytes), tensors=tensors, **more)
 
     def cluster(self, nodes: int, **options: Any) -> Cluster:
         """A coordinator and that many daemons, serving; see Cluster for the options."""

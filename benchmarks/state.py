@@ -18,7 +18,6 @@ _PER_LAYER, _OUTSIDE = 12, 4
 
 _HEAD_DIM = 64
 _CONTEXT = 128
-_TOKENS_PER_STEP = 128
 
 
 class Training:
@@ -26,7 +25,7 @@ class Training:
     Model and optimizer, with all optimizer state there; `step` is a real one.
 
     592 tensors are 12 layers, 10,000 are 208. The width follows from the bytes, the vocabulary takes up the rest.
-    wrap: shards the model in place, before there is an optimizer.
+    wrap: shards the model in place, before there is an optimizer. sequences: of 128 tokens each, in a batch.
     """
 
     def __init__(
@@ -37,6 +36,8 @@ class Training:
         threads: int = 0,
         seed: int = 0,
         wrap: Callable[[nn.Module], object] = lambda model: None,
+        device: str = "cpu",
+        sequences: int = 1,
     ) -> None:
         layers = (tensors // 4 - _OUTSIDE) // _PER_LAYER
         if layers < 1 or tensors != 4 * (layers * _PER_LAYER + _OUTSIDE):
@@ -44,10 +45,11 @@ class Training:
         torch.set_num_threads(threads or os.cpu_count() or 1)
         torch.manual_seed(seed)
         width, vocabulary = _shape(nbytes // 12, layers)
-        self.model = _GPT(layers, width, vocabulary)
+        with torch.device(device):
+            self.model = _GPT(layers, width, vocabulary)
         wrap(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.tokens = torch.randint(vocabulary, (_TOKENS_PER_STEP // _CONTEXT, _CONTEXT + 1))
+        self.tokens = torch.randint(vocabulary, (sequences, _CONTEXT + 1), device=device)
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -55,10 +57,14 @@ class Training:
 
     def backward(self) -> float:
         """Forward and backward; returns the loss."""
-        logits = self.model(self.tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
+        loss = self.loss()
         loss.backward()
         return loss.item()
+
+    def loss(self) -> Tensor:
+        """Forward."""
+        logits = self.model(self.tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
 
     def update(self) -> None:
         self.optimizer.step()

@@ -122,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = start_processes(options.parallel)
+    device = start_processes(options)
 
     torch.manual_seed(options.seed)  # the same parameters on every worker, before they are sharded
     model: nn.Module = GPT(
@@ -132,7 +132,7 @@ def main() -> None:
         context=options.context,
         dropout=options.dropout,
     ).to(device)
-    model = parallelize(model, options.parallel, world)
+    model = parallelize(model, options.parallel, world, device)
     torch.manual_seed(options.seed + 1 + rank)  # from here on (dropout) each worker has its own numbers
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.1)
@@ -177,26 +177,28 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def start_processes(parallel: str) -> torch.device:
+def start_processes(options: argparse.Namespace) -> torch.device:
     """Join the process group of torchrun, if there is one; returns this worker's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.device_count() >= local_world else "cpu"
+    if kind == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    elif parallel != "none":
-        raise SystemExit(f"--parallel {parallel} needs torchrun; use --parallel none for one plain process")
-    return device
+        dist.init_process_group(options.backend or ("nccl" if kind == "cuda" else "gloo"))
+    elif options.parallel != "none":
+        raise SystemExit(f"--parallel {options.parallel} needs torchrun; use --parallel none for one plain process")
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
 
 
-def parallelize(model: nn.Module, parallel: str, world: int) -> nn.Module:
+def parallelize(model: nn.Module, parallel: str, world: int, device: torch.device) -> nn.Module:
     if parallel == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world,))
+        mesh = init_device_mesh(device.type, (world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
@@ -267,6 +269,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", choices=("fsdp2", "ddp", "none"), default="fsdp2")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA for all, or none")
+    parser.add_argument("--backend", default="", help="of torch.distributed; default: nccl on CUDA, else gloo")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)

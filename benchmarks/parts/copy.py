@@ -5,36 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import Row, Run, Series
+
+if TYPE_CHECKING:
+    from snapshotd_client.binding import Binding
+
+    from snapshotd.v1 import worker_pb2 as pb
+
+    from ..state import Training
+
+__all__ = ["bound", "rows"]
 
 GOAL = 1
 
 
 def rows(run: Run) -> Iterator[Row]:
     import torch
-    from snapshotd_client.binding import Binding
     from snapshotd_client.copier import Copier
-    from snapshotd_client.inventory import Inventory
 
-    from snapshotd.v1 import worker_pb2 as pb
-
-    training = run.training()
-    inventory = Inventory(
-        model=training.model, optimizer=training.optimizer, scheduler=None, scaler=None, extra=None, world_size=1
-    )
-    reading = inventory.rescan()
-    meta = reading.meta(0, 0, 1, 0)
-    plan = inventory.plan(reading, sum(map(len, meta)), 0, True)
-    binding = Binding(plan)
-    binding.bind(reading.lasting, reading.sync)
-    nbytes = plan.layout.file_bytes
+    binding, meta, grant = bound(run, run.training())
+    plan, nbytes = binding.plan, grant.file_bytes
     views = plan.slot_views(_array(run.memory(nbytes, fill=False)))
-    path = run.directory / "slot"
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-    grant = pb.Grant(slot_id=1, path=str(path), file_bytes=nbytes, layout_hash=plan.layout.hash)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         copier = Copier(threads, {})
@@ -57,6 +50,27 @@ def rows(run: Run) -> Iterator[Row]:
             against=name,
             nbytes=nbytes,
         )
+
+
+def bound(run: Run, training: Training) -> tuple[Binding, list[bytes], pb.Grant]:
+    """A capture of that state as the hook prepares it, and a warm slot of that size."""
+    from snapshotd_client.binding import Binding
+    from snapshotd_client.inventory import Inventory
+
+    from snapshotd.v1 import worker_pb2 as pb
+
+    inventory = Inventory(
+        model=training.model, optimizer=training.optimizer, scheduler=None, scaler=None, extra=None, world_size=1
+    )
+    reading = inventory.rescan()
+    meta = reading.meta(0, 0, 1, 0)
+    binding = Binding(inventory.plan(reading, sum(map(len, meta)), 0, True))
+    binding.bind(reading.lasting, reading.sync)
+    layout = binding.plan.layout
+    path = run.directory / "slot"
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, layout.file_bytes)
+    return binding, meta, pb.Grant(slot_id=1, path=str(path), file_bytes=layout.file_bytes, layout_hash=layout.hash)
 
 
 def _plain(run: Run, targets: list[Any], sources: list[Any], threads: int) -> dict[str, Callable[[], None]]:

@@ -16,7 +16,6 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
-import xxhash
 
 from snapshotd_client.arrays import Array, carrier_dtype, version_of, view_of
 from snapshotd_client.dtensors import is_dtensor, local_of
@@ -117,17 +116,10 @@ class Binding:
             for number in parts:
                 self.sources[number] = _NOTHING
 
-    def replica_digest(self) -> str:
-        """Return the digest over the values of all replicated tensors of the main group."""
-        digest = xxhash.xxh3_128()
+    def replicated(self) -> list[torch.Tensor]:
+        """Return the local parts of all replicated tensors of the main group."""
         tensors = [*self._locals, *self._scratch]
-        for index in self.plan.replicated:
-            local = tensors[index]
-            if local.numel() == 0:
-                continue
-            raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().tobytes() if raw.numel() < 4096 else raw.numpy().data)
-        return digest.hexdigest()
+        return [tensors[index] for index in self.plan.replicated]
 
     def _take(self, lasting: list[Leaf]) -> bool:
         """Other leaves than before: by their objects, or because there was a doubt."""

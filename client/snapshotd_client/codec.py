@@ -6,7 +6,7 @@ ints of any size, sets, torch.Size, dtypes, devices, NumPy scalars. Types are co
 in the table is refused, because its behaviour could not be brought back.
 Rule 2: plain JSON values stand for themselves; all else is ``{"$": tag, "v": ...}``.
 Rule 3: tensors and arrays go to the ``sink``, which gives back JSON that stands for them ("leaf"); small ones are
-kept inline.
+kept inline. Those of accelerators never are: to read one waits for all that the device still has to do.
 Rule 4: decoding calls nothing but the table below and what the user registered.
 """
 
@@ -182,7 +182,8 @@ def _encode_slice(value: Any, path: str, sink: Sink | None, depth: int) -> Json:
 
 def _encode_tensor(value: torch.Tensor, path: str, sink: Sink | None) -> Json:
     nbytes = value.numel() * value.element_size()
-    if sink is not None and (nbytes >= sink.inline_bytes or type(value) not in (torch.Tensor, torch.nn.Parameter)):
+    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_cpu
+    if sink is not None and (nbytes >= sink.inline_bytes or not is_plain):
         return sink(path, value)
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
         raise CannotExpress(path, f"a tensor of type {type(value).__name__} and layout {value.layout}")

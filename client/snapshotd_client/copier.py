@@ -79,13 +79,12 @@ class Copier:
             self._slots[grant.path] = slot
         return slot
 
-    def issue(self, slot: Slot, binding: Binding, marks: Marks) -> Marks:
-        """Issue the copies that go on by themselves, behind ``marks``; return the marks that end them."""
+    def issue(self, slot: Slot, binding: Binding, marks: Marks) -> None:
+        """Issue the copies that go on by themselves, behind ``marks``."""
         for stream, mark in marks:
             stream.begin(mark)
         for stream, targets, sources in self._copies(slot, binding).on_device:
             stream.copy(targets, sources, slot.pinned)
-        return [(stream, stream.mark_copied()) for stream, _ in marks]
 
     def copy(self, slot: Slot, binding: Binding) -> None:
         """Make the copies that need us."""

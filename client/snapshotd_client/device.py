@@ -13,10 +13,13 @@ from typing import Any, Final, Protocol
 import torch
 
 from snapshotd_client.arrays import Array
+from snapshotd_client.sums import content_sums
 
 __all__ = ["CopyStream", "DeviceStream", "HostStream", "stream_for"]
 
 _BOUNCE_BYTES: Final = 64 * 1024 * 1024
+_FOR_ALL_DEVICES: Final = 1
+"""cudaHostRegisterPortable: the slot of a worker that uses several devices is pinned for each of them."""
 
 
 class CopyStream(Protocol):
@@ -31,8 +34,11 @@ class CopyStream(Protocol):
     def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], pinned: bool) -> None:
         """Issue copies of ``sources`` into host memory of the same shapes and types, which may be ``pinned``."""
 
+    def sums(self, sources: list[torch.Tensor]) -> torch.Tensor:
+        """Issue the ``content_sums`` of ``sources``; the memory returned has them once a later mark is reached."""
+
     def mark_copied(self) -> Any:
-        """A mark behind all copies that were issued."""
+        """A mark behind all copies and sums that were issued."""
 
     def hold_compute(self, mark: Any) -> None:
         """Called on the training thread: what it issues from now on runs after ``mark``. Does not block the host."""
@@ -74,6 +80,13 @@ class DeviceStream:
             for target, source in zip(targets, sources, strict=True):
                 self._copy_by_bounce(target, source)
 
+    def sums(self, sources: list[torch.Tensor]) -> torch.Tensor:
+        with self._module.stream(self._stream):
+            found = content_sums(sources)
+            return torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True).copy_(
+                found, non_blocking=True
+            )
+
     def mark_copied(self) -> Any:
         event = self._module.Event(**self._asleep)
         event.record(self._stream)
@@ -90,7 +103,7 @@ class DeviceStream:
         if cudart is None:
             return False
         with self._module.device(self._device):
-            return int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0
+            return int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _FOR_ALL_DEVICES)) == 0
 
     def unpin(self, memory: Array) -> None:
         cudart = getattr(self._module, "cudart", None)
@@ -123,6 +136,9 @@ class HostStream:
 
     def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], pinned: bool) -> None:
         torch._foreach_copy_(targets, sources)
+
+    def sums(self, sources: list[torch.Tensor]) -> torch.Tensor:
+        return content_sums(sources).cpu()
 
     def mark_copied(self) -> Any:
         return None

@@ -52,7 +52,7 @@ class Extras:
         sink = LeafSink("extra", sync=True, name=names.take)
         data: dict[str, Json] = {
             "schedulers": [[s.name, encode(s.target.state_dict(), s.name, sink)] for s in self._schedulers],
-            "scaler": None if self._scaler is None else encode(self._scaler.state_dict(), "scaler", sink),
+            "scaler": None if self._scaler is None else encode(_scaler_state(self._scaler), "scaler", sink),
             "modules": {n: encode(m.get_extra_state(), f"extra_state.{n}", sink) for n, m in modules.items()},
             "extra": {name: self._encode_extra(name, value, sink) for name, value in self.values.items()},
         }
@@ -82,7 +82,8 @@ class Extras:
         for scheduler, (_, state) in zip(self._schedulers, stored, strict=True):
             scheduler.target.load_state_dict(decode(state, source))
         if self._scaler is not None and data["scaler"] is not None:
-            self._scaler.load_state_dict(decode(data["scaler"], source))
+            state = decode(data["scaler"], source)
+            self._scaler.load_state_dict({key: _number(value) for key, value in state.items()})
 
     def load_extra(self, data: Json, source: Callable[[Json], Any], modules: Mapping[str, nn.Module]) -> list[str]:
         """Load the modules' extra states and the user's extra; return the names that the snapshot does not have."""
@@ -119,6 +120,26 @@ class Extras:
             value[:] = state
         elif isinstance(self.values, MutableMapping):
             self.values[name] = state
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return ``scaler.state_dict()``, with the tensors that it would wait for where they lie on an accelerator."""
+    scale = getattr(scaler, "_scale", None)
+    is_known = getattr(type(scaler), "state_dict", None) is torch.amp.GradScaler.state_dict and scaler.is_enabled()
+    if not is_known or scale is None or scale.is_cpu:
+        state: dict[str, Any] = scaler.state_dict()
+        return state
+    return {
+        "scale": scale,
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "_growth_tracker": scaler._growth_tracker,
+    }
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _is_stateful(value: object) -> bool:

@@ -33,6 +33,7 @@ from snapshotd_client.counters import Counters, Warner, logger
 from snapshotd_client.device import CopyStream
 from snapshotd_client.link import Link
 from snapshotd_client.plan import Plan
+from snapshotd_client.replicas import ReplicaDigest
 
 __all__ = ["Job", "Pipeline", "Registration"]
 
@@ -98,6 +99,7 @@ class Pipeline:
         self._counters = counters
         self._warner = warner
         self._compare = compare
+        self._streams = streams
         self._copier = Copier(copy_threads, streams)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -368,15 +370,17 @@ class Pipeline:
         begun = time.perf_counter_ns()
         try:
             slot = self._copier.open(grant, plan)
-            job.copied_marks = marks = self._copier.issue(slot, binding, job.marks)
+            self._copier.issue(slot, binding, job.marks)
+            wants_digest = job.wants_digest and plan.replicated
+            digest = ReplicaDigest(binding.replicated(), self._streams) if wants_digest else None
+            job.copied_marks = marks = _ends(job.marks)
             self._copier.copy(slot, binding)
-            digest = binding.replica_digest() if job.wants_digest and plan.replicated else ""
             moved = binding.moved()
             if self._compare and not moved:
                 self._copier.check_equal(slot, binding)
         finally:
             if job.marks and not job.copied_marks:  # an error: what was issued must still be waited for
-                job.copied_marks = [(stream, stream.mark_copied()) for stream, _ in job.marks]
+                job.copied_marks = _ends(job.marks)
             with self._changed:
                 job.state = _State.COPIED
                 self._changed.notify_all()
@@ -398,7 +402,7 @@ class Pipeline:
             step=job.step,
             layout_hash=plan.layout.hash,
             replica_hash=plan.replica_hash,
-            replica_digest=digest,
+            replica_digest=digest.hexdigest() if digest else "",
             copy_ns=copy_ns,
             stall_ns=job.stall_ns,
         )
@@ -409,3 +413,8 @@ class Pipeline:
         self._counters.add("copy_ns", copy_ns)
         self._counters.add("copied_bytes", plan.layout.file_bytes)
         return None, True
+
+
+def _ends(marks: Marks) -> Marks:
+    """Return the marks behind what was issued so far on the streams of ``marks``."""
+    return [(stream, stream.mark_copied()) for stream, _ in marks]

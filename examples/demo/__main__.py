@@ -33,8 +33,9 @@ _RUN_S = 150.0
 class Demo:
     """One run of the demo under `root`."""
 
-    def __init__(self, root: Path, wanted: Plan, *, steps: int, console: Console) -> None:
+    def __init__(self, root: Path, wanted: Plan, *, steps: int, device: str, console: Console) -> None:
         self._root, self._wanted, self._steps, self._console = root, wanted, steps, console
+        self._device = device
         self.outcomes = [
             Outcome(name=name, at_step=steps * (index + 1) // (len(wanted.faults) + 1) - 1)
             for index, name in enumerate(wanted.faults)
@@ -57,7 +58,10 @@ class Demo:
         return all(check.equal for check in checks)
 
     def _training(self, out: str, *more: str) -> list[str]:
-        return [training_script(), "--steps", str(self._steps), "--out", str(self._root / out), *more]
+        where = ["--device", self._device, "--backend", "gloo"]  # NCCL does not let workers share a device
+        if self._device == "cuda":
+            where += ["--parallel", "ddp"]  # gloo on CUDA tensors has not all that FSDP2 asks for
+        return [training_script(), "--steps", str(self._steps), "--out", str(self._root / out), *where, *more]
 
     def _disturbed(self, view: View) -> None:
         more = ["--digest-restored"] if self._wanted.changes_world else []
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="snapshotd-demo-", dir=memory if memory.is_dir() else None))
-    demo = Demo(root, options.faults, steps=options.steps, console=console)
+    demo = Demo(root, options.faults, steps=options.steps, device=options.device, console=console)
     equal = False
     try:
         equal = demo.run()
@@ -157,6 +161,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--faults", default="all", metavar="LIST", help=f"all, none, or some of {', '.join(FAULTS)}")
     parser.add_argument("--steps", type=int, default=0, help="default: 40, or 24 with fewer than two faults")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all workers on the first GPUs")
     parser.add_argument("--keep", action="store_true", help=f"keep the logs in {_KEPT}/ even when all went well")
     options = parser.parse_args(argv)
     try:

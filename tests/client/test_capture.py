@@ -198,6 +198,8 @@ def test_wait_does_not_wait_for_a_daemon_that_is_gone(daemon, snapshotter):
     train(model, opt)
     snap.capture(2)
     assert not snap.wait(20)
+    daemon.wait_for(lambda: not daemon.peers)
+    daemon.layouts.clear()  # it may have heard of the first one before it ended
     daemon.start()
     daemon.wait_for(lambda: daemon.layouts)
     train(model, opt)

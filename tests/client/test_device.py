@@ -12,6 +12,7 @@ import pytest
 import torch
 from snapshotd_client import binding
 from snapshotd_client import snapshotter as module
+from snapshotd_client.sums import content_sums
 from torch import nn
 
 
@@ -37,6 +38,9 @@ class LazyStream:
     def copy(self, targets, sources, pinned):
         assert pinned == self.pins
         self.pending += zip(targets, sources, strict=True)
+
+    def sums(self, sources):
+        return content_sums(sources)
 
     def mark_copied(self):
         self.log.append("mark_copied")

@@ -195,7 +195,7 @@ class Job:
             "seen": [random.random()],
             "notes": {"losses": (0.0, float("inf"))},
             "epoch": random.randrange(10),
-            "generator": torch.Generator().manual_seed(random.randrange(100)),
+            "generator": torch.Generator(torch.get_default_device()).manual_seed(random.randrange(100)),
         }
 
     def step(self):
@@ -231,8 +231,9 @@ def flat(value, path="", out=None):
         for i, item in enumerate(value):
             flat(item, f"{path}/{i}", out)
     elif isinstance(value, torch.Tensor):
-        raw = value.detach().contiguous().reshape(-1)
-        out[path] = (value.dtype, value.shape, raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+        flattened = value.detach().cpu().contiguous().reshape(-1)
+        raw = flattened.view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        out[path] = (value.dtype, value.device.type, value.shape, raw)
     elif isinstance(value, np.ndarray):
         out[path] = (value.dtype, value.shape, value.tobytes())
     elif isinstance(value, torch.Generator):

@@ -1,0 +1,185 @@
+"""
+The hook on a real CUDA device. What can be tested without one is in test_device.py.
+"""
+
+import random
+
+import pytest
+import torch
+from snapshotd_client.device import DeviceStream
+from snapshotd_client.sums import content_sums
+from test_roundtrip import OPTIMIZERS, SCHEDULERS, Job, assert_equal_run
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+LONG_CYCLES = 1_000_000_000
+"""Half a second or more, of a device that does nothing else."""
+
+ON_DEVICE = {
+    **OPTIMIZERS,
+    "adamw_capturable": lambda ps: torch.optim.AdamW(ps, lr=torch.tensor(1e-2), capturable=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.device("cuda"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(params=["pinned", "bounced"])
+def memory(request, monkeypatch):
+    if request.param == "bounced":
+        monkeypatch.setattr(DeviceStream, "pin", lambda self, memory: False)
+    return request.param
+
+
+@pytest.mark.parametrize("optimizer", ON_DEVICE)
+def test_optimizer_goes_on_bit_by_bit(optimizer, snapshotter, seed, monkeypatch):
+    """Breaks: the recovered run drifts from the undisturbed one."""
+    monkeypatch.setitem(OPTIMIZERS, optimizer, ON_DEVICE[optimizer])
+    job = assert_equal_run(snapshotter, seed, lambda: Job(optimizer))
+    assert job.model.scale.is_cuda
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "none"])
+def test_scheduler_goes_on_bit_by_bit(scheduler, snapshotter, seed):
+    """Breaks: the learning rate jumps after a recovery."""
+    assert_equal_run(snapshotter, seed, lambda: Job("adamw_fused", scheduler))
+
+
+class Amp(Job):
+    """Half precision with a scaler, whose state lies on the device."""
+
+    def __init__(self):
+        self.model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 4))
+        self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=2.0 ** random.randrange(4, 9), growth_interval=2)
+        self.sched, self.extra = None, {"seen": torch.zeros(())}
+
+    def step(self):
+        with torch.autocast("cuda", torch.float16):
+            loss = self.model(torch.randn(5, 8)).square().mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        self.opt.zero_grad()
+        self.extra["seen"] += 1
+        return loss.item()
+
+    def snapshotter(self, make):
+        return make(self.model, self.opt, scaler=self.scaler, extra=self.extra)
+
+
+def test_grad_scaler_and_amp(snapshotter, seed):
+    """Breaks: mixed precision loses its scale, or how long it has been stable."""
+    seed(1)
+    straight = Amp()
+    for _ in range(8):
+        straight.step()
+    job = assert_equal_run(snapshotter, seed, Amp)
+    assert straight.scaler.state_dict() == job.scaler.state_dict()
+
+
+def test_a_step_is_what_it_was_however_far_the_host_runs_ahead(daemon, snapshotter, memory):
+    """Breaks: an update overtakes the copies of the step before, or copies begin before the update has ended."""
+    compute = torch.cuda.Stream()
+    kept = {}
+    with torch.cuda.stream(compute):
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        snap = snapshotter(model, opt)
+        for step in range(24):
+            torch.cuda._sleep(5_000_000)  # the device is behind
+            model(torch.randn(16, 512)).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+            snap.capture(step)
+            kept[step] = {name: value.detach().clone() for name, value in model.named_parameters()}
+    assert snap.wait(60)
+    torch.cuda.synchronize()
+    stats = snap.stats
+    daemon.wait_for(lambda: len(daemon.sealed) == stats["sealed"])
+    assert (0, 0) == (stats["torn"], stats["errors"])
+    assert len(daemon.sealed) >= 2
+    for step, ranks in daemon.sealed.items():
+        for name, value in kept[step].items():
+            assert ranks[0].tensor(f"model.{name}").tobytes() == value.cpu().numpy().tobytes(), (step, name)
+
+
+def test_the_host_does_not_wait_for_the_device(daemon, snapshotter):
+    """Breaks: the host cannot run ahead; the device idles at each step."""
+    job = Amp()
+    snap = job.snapshotter(snapshotter)
+    for step in range(3):  # layouts, slots, pinned memory
+        job.step()
+        snap.capture(step)
+        assert snap.wait(20)
+    job.step()
+    torch.cuda._sleep(LONG_CYCLES)
+    behind = torch.cuda.Event()
+    behind.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        snap.capture(3)
+        snap.fence()
+        assert not behind.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert snap.wait(20)
+    assert (0, 4) == (snap.stats["errors"], snap.stats["sealed"])
+    daemon.wait_for(lambda: 3 in daemon.sealed)
+
+
+def test_slots_are_pinned_until_the_end(daemon, snapshotter):
+    """Breaks: each copy goes by way of the driver's own memory, at a third of the speed, or pages stay locked."""
+    job = Job()
+    snap = job.snapshotter(snapshotter)
+    for step in range(2):
+        job.step()
+        snap.capture(step)
+        assert snap.wait(20)
+        snapshotter.sealed(step)
+    slots = [*snap._pipeline._copier._slots.values()]
+    assert [True] * 2 == [slot.pinned for slot in slots]
+    memory = [torch.from_numpy(slot.mapping.bytes) for slot in slots]
+    assert all(one.is_pinned() for one in memory)
+    del slots
+    snap._pipeline._copier._forget("")
+    assert not any(one.is_pinned() for one in memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128])
+def test_sums_are_those_of_the_host(dtype):
+    """Breaks: replicas on a device are said to differ, or a difference is not seen."""
+    tensor = torch.randn(3, 5_000_001, device="cpu").to(dtype).t()
+    there = tensor.cuda()
+    expected = content_sums([tensor, tensor[:7]])
+    assert torch.equal(expected, content_sums([there, there[:7]]).cpu())
+    raw = there.view(torch.uint8) if dtype is not torch.complex128 else torch.view_as_real(there)
+    raw[4_999_999, 1] += 1
+    assert not torch.equal(expected, content_sums([there, there[:7]]).cpu())
+
+
+def test_large_state_comes_back_to_the_device(daemon, snapshotter, seed):
+    """Breaks: boxes larger than what is read at once."""
+    seed(1)
+    model = nn.Linear(8192, 4096)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 8192)).sum().backward()
+    opt.step()
+    snap = snapshotter(model, opt)
+    snap.capture(0)
+    assert snap.wait(60)
+    snapshotter.sealed(0)
+    expected = [value.clone() for value in model.parameters()]
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    other = snapshotter(model, opt)
+    assert other.restore() == 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
