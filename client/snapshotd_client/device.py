@@ -8,6 +8,7 @@ copies (no update can overtake them). The host waits for neither; only the copy 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final, Protocol
 
 import torch
@@ -103,12 +104,20 @@ class DeviceStream:
         if cudart is None:
             return False
         with self._module.device(self._device):
-            return int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _FOR_ALL_DEVICES)) == 0
+            pinned = int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _FOR_ALL_DEVICES)) == 0
+            if not pinned:
+                self._take_error()
+        return pinned
 
     def unpin(self, memory: Array) -> None:
         cudart = getattr(self._module, "cudart", None)
-        if cudart is not None:
-            cudart().cudaHostUnregister(memory.ctypes.data)
+        if cudart is not None and int(cudart().cudaHostUnregister(memory.ctypes.data)) != 0:
+            self._take_error()
+
+    def _take_error(self) -> None:
+        """CUDA keeps the error of a call that failed, for the next kernel of this thread to raise: let one do so."""
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
 
     def _copy_by_bounce(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if source.numel() == 0:

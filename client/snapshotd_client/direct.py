@@ -84,6 +84,7 @@ class DirectReader:
         self._failed: set[str] = set()
         self._digests: dict[str, bytes] = {}  # of all chunks of a peer's slot, by their root
         self._files: dict[str, SlotFile] = {}  # of this node, by their root
+        self._placing: set[torch.device] = set()  # devices that go on copying by themselves
         self.read_s = 0.0
         self.own_bytes = self.peer_bytes = 0
 
@@ -113,6 +114,8 @@ class DirectReader:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+        for device in self._placing:
+            torch.get_device_module(device).synchronize(device)
         self.read_s = time.monotonic() - begun
         return left
 
@@ -160,6 +163,8 @@ class DirectReader:
         for number, spot in enumerate(batch):
             if spot.staged is not None and number not in others:
                 _place(spot.want, spot.staged)
+                if spot.staged.is_pinned():
+                    self._placing.add(spot.want.target.device)
         return [batch[number].want for number in sorted(others)]
 
     def _read_slot(
@@ -231,7 +236,8 @@ def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
         else:
             for part in cut(want):
                 dtype = carrier_dtype(want.target.element_size())
-                staged = torch.empty(part.piece.box.lengths, dtype=dtype, device="cpu")
+                pinned = part.target.is_cuda
+                staged = torch.empty(part.piece.box.lengths, dtype=dtype, device="cpu", pin_memory=pinned)
                 yield _Spot(part, view_of(staged).reshape(-1).view(np.uint8).data, staged)
 
 
@@ -248,7 +254,8 @@ def _room_of(want: Want) -> memoryview | None:
 def _place(want: Want, staged: torch.Tensor) -> None:
     target, slices = want.target.detach().view(staged.dtype), want.piece.slices()
     with torch.no_grad():
-        (target[slices] if slices else target).copy_(staged)
+        # torch hands out pinned memory again only when the device has read it.
+        (target[slices] if slices else target).copy_(staged, non_blocking=staged.is_pinned())
 
 
 def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:

@@ -8,8 +8,10 @@ Rule 2: the data digest leaves out the step's own JSON. Two successive steps wit
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +36,12 @@ __all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
 _BATCH_BYTES: Final = 32 * CHUNK_BYTES
 """8 MiB, some milliseconds: how long a cancel may go unnoticed."""
+
+_PART_BYTES: Final = 8 * _BATCH_BYTES
+"""Less is not worth another thread: that takes some 0.1 ms."""
+
+_MAX_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Of one slot. A node with accelerators has cores to spare, and steps shorter than what one core takes to hash them."""
 
 _MAX_LAYOUTS: Final = 64
 _meta_begins: Final[dict[tuple[str, int], int]] = {}
@@ -72,14 +80,29 @@ def seal_slot(arena: Arena, slot: SlotFile, ref: control.SlotRef, cancel: thread
     return SealedSlot(ref=sealed, data_digest=data_digest, digests=digests, seconds=time.monotonic() - began)
 
 
-def digests_of(view: memoryview, length: int, cancel: threading.Event | None = None) -> bytes:
+def digests_of(
+    view: memoryview, length: int, cancel: threading.Event | None = None, *, max_threads: int = _MAX_THREADS
+) -> bytes:
     """Return the chunk digests of ``view[0:length]``; Cancelled soon after ``cancel`` is set."""
-    parts: list[bytes] = []
-    for begin in range(0, length, _BATCH_BYTES):
+    count = max(1, min(max_threads, length // _PART_BYTES))
+    share = -(-length // (count * _BATCH_BYTES)) * _BATCH_BYTES or _BATCH_BYTES
+    parts = [(begin, min(begin + share, length)) for begin in range(0, length, share)]
+    if len(parts) <= 1:
+        return _digests_between(view, 0, length, cancel)
+    with ThreadPoolExecutor(len(parts) - 1, thread_name_prefix="snapshotd-digest") as pool:
+        others = [pool.submit(_digests_between, view, begin, end, cancel) for begin, end in parts[1:]]
+        first = _digests_between(view, *parts[0], cancel)
+        return b"".join([first, *(other.result() for other in others)])
+
+
+def _digests_between(view: memoryview, begin: int, end: int, cancel: threading.Event | None) -> bytes:
+    """``begin`` is where a batch begins."""
+    found: list[bytes] = []
+    for at in range(begin, end, _BATCH_BYTES):
         check_cancel(cancel, "hashing")
-        with view[begin : min(begin + _BATCH_BYTES, length)] as part:
-            parts.append(chunk_digests(part, part.nbytes))
-    return b"".join(parts)
+        with view[at : min(at + _BATCH_BYTES, end)] as part:
+            found.append(chunk_digests(part, part.nbytes))
+    return b"".join(found)
 
 
 class DigestsInPassing:

@@ -66,6 +66,7 @@ class FakeDaemon:
 
     def __init__(self, *, slots: int = 2, capture_every: int = 1, grant: bool = True, min_step: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fd-"))
+        self.slot_folder = self.folder  # on a disk, most often
         self.path = str(self.folder / "d.sock")
         self.num_slots = slots
         self.capture_every = capture_every
@@ -211,7 +212,7 @@ class FakeDaemon:
 
     def _make_slots(self, peer: Peer) -> None:
         for _ in range(self.num_slots):
-            path = self.folder / f"slot-{self._next}"
+            path = self.slot_folder / f"slot-{self._next}"
             with path.open("wb") as file:
                 file.truncate(peer.layout.file_bytes)
             path.chmod(0o600)

@@ -10,7 +10,7 @@ import pytest
 from snapshotd import failpoints
 from snapshotd.arena import slot_key
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.seal import seal_slot
+from snapshotd.daemon.seal import digests_of, seal_slot
 from snapshotd.errors import CorruptionError
 from snapshotd.layout import Box, Layout, TensorBox, chunk_digests, root_digest
 from snapshotd.v1 import control_pb2 as control
@@ -90,3 +90,20 @@ def test_a_failure_before_the_record_leaves_nothing_sealed(cluster, site: str) -
     with pytest.raises(failpoints.FailpointError):
         seal_slot(node.arena, slot, ref)
     assert node.arena.sealed() == []
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, (64 << 20) - 1, 128 << 20, (192 << 20) + 5, (350 << 20) + 262_144])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_many_threads_find_the_same_digests(nbytes: int, threads: int) -> None:
+    """Breaks: on a node with many cores chunks are left out, or come in another order."""
+    data = np.arange(nbytes // 8 + 1, dtype=np.uint64).view(np.uint8)[:nbytes]
+    found = digests_of(memoryview(data), nbytes, max_threads=threads)
+    assert chunk_digests(data, nbytes) == found
+
+
+def test_each_thread_hears_of_a_cancel() -> None:
+    """Breaks: a daemon that is to end hashes some more gigabytes."""
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Cancelled):
+        digests_of(memoryview(np.zeros(256 << 20, np.uint8)), 256 << 20, cancel, max_threads=4)
