@@ -167,6 +167,36 @@ def test_windows_and_mappings(tested: Codec) -> None:
 
 
 @pytest.mark.parametrize("tested", CODECS)
+def test_buffers_of_any_shape_are_rows_of_bytes(tested: Codec) -> None:
+    """A tensor's memory comes as it is, and its first dimension is not its bytes."""
+    sources = [np.arange(6, dtype=np.float32).reshape(2, 3), np.full((24, 1), 7, np.uint8), np.zeros((0, 4))]
+    flat = [source.tobytes().ljust(30, b"\0") for source in sources]
+    parity = np.full((5, 3), 99, np.uint16)
+    tested.encode_rows(3, 2, [0], sources, [parity])
+    assert parity.tobytes() == products(parity_row(3, 0), flat, 30)
+    lost = np.full((2, 3), 9, np.float32)
+    tested.decode(3, 2, [(3, parity), (2, sources[2]), (1, sources[1])], 0, lost)
+    assert lost.tobytes() == flat[0][:24]
+    for whole in (np.zeros((0, 4), np.float32), np.zeros(0, np.uint8)):
+        tested.encode_rows(2, 1, [0], [whole, None], [whole])
+        tested.decode(2, 1, [(0, whole), (2, None)], 1, whole)
+
+
+@pytest.mark.parametrize("tested", CODECS)
+def test_what_is_wrong_with_a_buffer_is_said(tested: Codec) -> None:
+    gaps = np.zeros(8, np.uint8)[::2]
+    with pytest.raises(UsageError, match="a source buffer is not contiguous"):
+        tested.encode_row(1, 1, 0, [gaps], bytearray(4))
+    for out in (gaps, b"1234"):
+        with pytest.raises(UsageError, match="the output buffer is read-only or not contiguous"):
+            tested.decode(2, 1, [(0, b"a"), (2, b"a")], 1, out)
+    with pytest.raises(UsageError, match=r"the outputs must have one size, not \[4, 5\]"):
+        tested.encode_rows(1, 2, [0, 1], [b"a"], [bytearray(4), bytearray(5)])
+    with pytest.raises(UsageError, match=r"rows \[0, 2\] of 0..1 do not fit 2 outputs"):
+        tested.encode_rows(1, 2, [0, 2], [b"a"], [bytearray(4), bytearray(4)])
+
+
+@pytest.mark.parametrize("tested", CODECS)
 def test_wrong_arguments_are_refused(tested: Codec) -> None:
     """Behind these checks are raw pointers."""
     out = bytearray(4)
