@@ -31,7 +31,7 @@ def test_each_bit_of_each_element_counts(dtype, monkeypatch):
 
 
 def test_an_exchange_of_two_elements_counts_and_how_they_lie_does_not(monkeypatch):
-    """Breaks: two values that changed places go unnoticed, or the same values in other strides are called other ones."""
+    """Breaks: two values that changed places go unnoticed, or the same values in other strides are called others."""
     monkeypatch.setattr(sums, "_STRETCH", 8)
     tensor = torch.arange(40.0).reshape(5, 8)
     same = tensor.t().contiguous().t()
