@@ -16,7 +16,7 @@ import xxhash
 from snapshotd.layout import CHUNK_BYTES
 
 from .. import Row, Run, Sample, Series
-from ..processes import BenchError
+from ..processes import BenchError, wait_for
 from .copy import bound
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ def _steps(run: Run, training: Training) -> Iterator[Row]:
     )
     sealed, skipped = (stats[key] - before[key] for key in ("sealed", "skipped"))
     yield Row.note("steps kept on the device", f"{sealed} sealed, {skipped} skipped, {stats['torn']} torn")
+    snap.capture(last := next(numbers))  # plain steps came after the last one
+    assert snap.wait(60)
+    wait_for(lambda: (cluster.job().get("committed") or {}).get("step") == last, "the commit", 60.0)
     snap.close()
     yield _restore(run, training, cluster)
 

@@ -28,6 +28,8 @@ from examples.demo.watch import Watcher
 
 _KEPT = Path("demo-out")
 _RUN_S = 150.0
+_STEP_MS = "300"
+"""At least, while there are faults: a machine with a GPU would be done before what was killed is there again."""
 
 
 class Demo:
@@ -65,6 +67,7 @@ class Demo:
 
     def _disturbed(self, view: View) -> None:
         more = ["--digest-restored"] if self._wanted.changes_world else []
+        more += ["--step-ms", _STEP_MS] if self.outcomes else []
         cluster = Cluster(
             self._root,
             nnodes=self._wanted.nnodes,

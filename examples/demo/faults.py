@@ -168,6 +168,8 @@ class Stage:
     def _each(self) -> None:
         self.refresh()
         self.cluster.check()
+        if all(node.launcher.code is not None for node in self.cluster.running()):
+            raise DemoFailed("the training ended before that: give it more --steps")
 
 
 def _worker(stage: Stage, outcome: Outcome) -> None:

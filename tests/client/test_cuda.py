@@ -136,6 +136,8 @@ def test_the_host_does_not_wait_for_the_device(daemon, snapshotter):
     torch.cuda.set_sync_debug_mode("error")
     try:
         snap.capture(3)
+        with snap._pipeline._changed:  # forward and backward would be here: what has not begun by now is given up
+            assert snap._pipeline._changed.wait_for(lambda: snap._pipeline._job.state.name != "WAITING", 20)
         snap.fence()
         assert not behind.query()
     finally:
@@ -168,10 +170,10 @@ def test_sums_are_those_of_the_host(dtype):
     """Breaks: replicas on a device are said to differ, or a difference is not seen."""
     tensor = torch.randn(3, 5_000_001, device="cpu").to(dtype).t()
     there = tensor.cuda()
+    assert not there.is_contiguous()
     expected = content_sums([tensor, tensor[:7]])
     assert torch.equal(expected, content_sums([there, there[:7]]).cpu())
-    raw = there.view(torch.uint8) if dtype is not torch.complex128 else torch.view_as_real(there)
-    raw[4_999_999, 1] += 1
+    there[4_999_999, 1] += 1
     assert not torch.equal(expected, content_sums([there, there[:7]]).cpu())
 
 
