@@ -1,8 +1,9 @@
 """
 Publish a run's results: `python -m benchmarks.readme [RESULTS.json | --check]`.
 
-With a file it becomes benchmarks/results/published.json. From that come the figures in README.md (between its markers),
-the page docs/reference/benchmark-results.md and the plot; --check says whether they are those of the results.
+With a file it becomes benchmarks/results/published.json, or accelerator.json when it has that part only: such a run is
+of another machine. From both come the figures in README.md (between its markers), the page
+docs/reference/benchmark-results.md and the plot; --check says whether they are those of the results.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .table import figure, with_peers
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.json"
+ACCELERATOR = ROOT / "benchmarks" / "results" / "accelerator.json"
 PLOT = ROOT / "benchmarks" / "results" / "peers.svg"
 PAGE = ROOT / "docs" / "reference" / "benchmark-results.md"
 README = ROOT / "README.md"
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = json.loads(options.results.read_text(encoding="utf-8"))
         if results["short"] or results["scale"] != 1:
             parser.error(f"{options.results} is not of a whole run: only those are published")
-        PUBLISHED.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        apart = {row["part"] for row in results["rows"]} == {"accelerator"}
+        (ACCELERATOR if apart else PUBLISHED).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.check:
         stale = [path for path, text in contents().items() if path.read_text(encoding="utf-8") != text]
         for path in stale:
@@ -50,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def contents() -> dict[Path, str]:
     """What each file must hold."""
-    results = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    results, accelerator = (json.loads(path.read_text(encoding="utf-8")) for path in (PUBLISHED, ACCELERATOR))
     readme = README.read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return {
-        README: f"{before}{BEGIN}\n{_summary(results)}{END}{after}",
-        PAGE: _page(results),
+        README: f"{before}{BEGIN}\n{_summary(results)}{_on_device(accelerator)}{END}{after}",
+        PAGE: _page(results, accelerator),
         PLOT: draw(_charts(results["rows"])),
     }
 
@@ -83,6 +86,19 @@ def _summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _on_device(results: Mapping[str, Any]) -> str:
+    """The part of the README on an accelerator: what has a goal, in a table."""
+    device = next(row["text"] for row in results["rows"] if row["what"] == "device")
+    lines = ["", f"On a GPU ({device}; {_where(results)}):", "", "| | snapshotd | floor | ratio | goal |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    for row in results["rows"]:
+        if row.get("goal") is not None:
+            ours, floor = _median(row["ours"], row), f"{_median(row['floor'], row)} ({row['against']})"
+            goal = f"{'≥' if row['better'] == 'higher' else '≤'} {row['goal']:g}"
+            lines.append(f"| {row['what']} | **{ours}** | {floor} | {row['ratio']['value']:.3g} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
 def _matrix(rows: Rows) -> list[str]:
     """Ours and the others in lines, a column per row of the results."""
     names = dict.fromkeys(name for row in rows for name in row["peers"])
@@ -94,19 +110,27 @@ def _matrix(rows: Rows) -> list[str]:
     return [*lines, ""]
 
 
-def _page(results: Mapping[str, Any]) -> str:
+def _page(results: Mapping[str, Any], accelerator: Mapping[str, Any]) -> str:
     lines = [
         "# Benchmark results",
         "",
-        "Made by `python -m benchmarks.readme` from `benchmarks/results/published.json`; do not edit.",
+        "Made by `python -m benchmarks.readme` from `published.json` and `accelerator.json` of `benchmarks/results`;",
+        "do not edit. [How to read them](benchmarks.md).",
         "",
-        f"{_where(results)}. [How to read them](benchmarks.md).",
+        f"{_where(results)}:",
     ]
-    for part, rows in groupby(results["rows"], key=lambda row: row["part"]):
+    lines += _tables(row for row in results["rows"] if row["part"] != "accelerator")
+    lines += ["", f"On another machine, with a GPU ({_where(accelerator)}):", *_tables(accelerator["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for part, some in groupby(rows, key=lambda row: row["part"]):
         lines += ["", f"## {part}", "", "| what | ours | floor | against | ratio | goal | verdict |"]
         lines += ["| --- | ---: | ---: | --- | ---: | ---: | --- |"]
-        lines += [_line(row) for row in rows]
-    return "\n".join(lines) + "\n"
+        lines += [_line(row) for row in some]
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:
