@@ -9,6 +9,7 @@ copies (no update can overtake them). The host waits for neither; only the copy 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import Any, Final, Protocol
 
 import torch
@@ -22,12 +23,18 @@ _BOUNCE_BYTES: Final = 64 * 1024 * 1024
 _FOR_ALL_DEVICES: Final = 1
 """cudaHostRegisterPortable: the slot of a worker that uses several devices is pinned for each of them."""
 
+_RELAXED: Final = 2
+"""cudaStreamCaptureModeRelaxed."""
+
 
 class CopyStream(Protocol):
     """The seam: what the capture pipeline needs of an accelerator, so that it can be tested without one."""
 
     def mark_compute(self) -> Any:
         """Called on the training thread: a mark behind all work that it has issued so far."""
+
+    def recording(self) -> bool:
+        """Called on the training thread: whether what it issues now is recorded, to be run later and more than once."""
 
     def begin(self, mark: Any) -> None:
         """The copies that follow see everything before ``mark``."""
@@ -70,6 +77,10 @@ class DeviceStream:
         event.record(self._module.current_stream(self._device))
         return event
 
+    def recording(self) -> bool:
+        asks = getattr(self._module, "is_current_stream_capturing", None)
+        return asks is not None and bool(asks())
+
     def begin(self, mark: Any) -> None:
         self._stream.wait_event(mark)
 
@@ -103,6 +114,7 @@ class DeviceStream:
         cudart = getattr(self._module, "cudart", None)
         if cudart is None:
             return False
+        _leave_graphs_alone()
         with self._module.device(self._device):
             pinned = int(cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _FOR_ALL_DEVICES)) == 0
             if not pinned:
@@ -140,6 +152,9 @@ class HostStream:
     def mark_compute(self) -> Any:
         return None
 
+    def recording(self) -> bool:
+        return False
+
     def begin(self, mark: Any) -> None:
         pass
 
@@ -163,6 +178,20 @@ class HostStream:
 
     def unpin(self, memory: Array) -> None:
         pass
+
+
+def _leave_graphs_alone() -> None:
+    """
+    Let this thread pin memory and wait for events while another thread records a CUDA graph, which would fail of it.
+
+    By cudaThreadExchangeStreamCaptureMode of the library that torch has loaded; torch does not pass it on.
+    """
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libcudart" in line}
+    for path in paths:
+        with contextlib.suppress(OSError, AttributeError):
+            mode = ctypes.c_int(_RELAXED)
+            ctypes.CDLL(path).cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def stream_for(device: torch.device) -> CopyStream:

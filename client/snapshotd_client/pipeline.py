@@ -158,8 +158,20 @@ class Pipeline:
             self._last_step = step
             self._count_away(step)
 
-    def fence(self) -> None:
-        """Return when nothing reads the tensors any more; a capture that has not begun is given up."""
+    def hold(self) -> None:
+        """Fence the capture that was just handed over, once it has begun: nobody may call ``fence`` in time."""
+        with self._changed:
+            job = self._job
+            self._changed.wait_for(lambda: job is None or job.state is not _State.WAITING or not self._job_is_ready())
+        self.fence()
+
+    def fence(self, *, recording: bool = False) -> None:
+        """
+        Return when nothing reads the tensors any more; a capture that has not begun is given up.
+
+        On an accelerator the copies may still run: what is issued from now on runs after them. When it is only
+        ``recording`` what is issued, to run it again and again, they have ended instead.
+        """
         if self._job is None:
             return
         begun = time.perf_counter_ns()
@@ -170,10 +182,10 @@ class Pipeline:
                 return
             if job.state is _State.WAITING:
                 skip = self._give_up(job)
-            while job.state is _State.COPYING:
+            while job.state is _State.COPYING or (recording and job.state is not _State.DONE):
                 self._changed.wait()
             job.fenced = True
-            marks = job.copied_marks
+            marks = [] if recording else job.copied_marks
         for stream, mark in marks:
             stream.hold_compute(mark)
         stall = time.perf_counter_ns() - begun

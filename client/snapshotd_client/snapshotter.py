@@ -85,6 +85,7 @@ class Snapshotter:
         self._binding: Binding | None = None
         self._last_step = -1
         self._first_step = 0
+        self._unfenced = 0  # captures since an update was announced
         self._was_welcome = False
         self._last_restore: dict[str, Any] = {}
         self._streams: dict[str, CopyStream] = {}  # by device, made when its first tensor is seen
@@ -150,7 +151,7 @@ class Snapshotter:
             if not self._accept(step):
                 return
             failpoint("client.capture")
-            self.fence()
+            self._finish_reading()
             begun = time.perf_counter_ns()
             self._capture(step)
             self._counters.add("prepare_ns", time.perf_counter_ns() - begun)
@@ -164,14 +165,20 @@ class Snapshotter:
         """
         Wait until nothing reads the state any more. The optimizers' ``step`` does this by itself.
 
-        Call it before you change parameters or optimizer state in any other way.
+        Call it before you change parameters or optimizer state in any other way, such as by a CUDA graph that has an
+        optimizer's ``step`` in it: before each ``replay``.
         """
-        if self._inert:
-            return
-        self._pipeline.fence()
+        if not self._inert and not self._finish_reading():
+            self._unfenced = 0
+
+    def _finish_reading(self) -> bool:
+        """Fence; return whether an accelerator only records what is issued now."""
+        recording = any(stream.recording() for stream in self._streams.values())
+        self._pipeline.fence(recording=recording)
         binding = self._binding
         if binding is not None and self._inventory.forget_moving():
             binding.forget()
+        return recording
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """
@@ -269,9 +276,26 @@ class Snapshotter:
         job = Job(step, binding, meta, self._wants_digest(step), session)
         job.marks = [(stream, stream.mark_compute()) for stream in self._streams.values()]
         self._pipeline.submit(job)
+        if job.marks and self._unfenced:
+            self._hold()
+        self._unfenced += 1
         self._counters.add("captured")
         if self.settings.debug_copy:
             self._pipeline.wait(_DEBUG_WAIT_S)
+
+    def _hold(self) -> None:
+        """
+        Let the device finish this capture before all that comes: since the last one no update was announced.
+
+        A CUDA graph with an optimizer's step in it calls nobody, and leaves no trace in the tensors' versions.
+        """
+        self._pipeline.hold()
+        if self._unfenced > 1:  # a GradScaler leaves out a step now and then
+            self._warner.warn(
+                "unfenced",
+                "snapshotd: no optimizer step called the fence between captures, as where a CUDA graph has it: the "
+                "device waits for each copy now; call fence() before each replay, and they overlap",
+            )
 
     def _prepare(self, step: int) -> tuple[Binding, list[bytes]]:
         """Return this step's tensors, bound to a plan that fits them, and its meta."""

@@ -195,3 +195,45 @@ def test_large_state_comes_back_to_the_device(daemon, snapshotter, seed):
     other = snapshotter(model, opt)
     assert other.restore() == 1
     assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fences", [True, False])
+def test_an_update_inside_a_cuda_graph(daemon, snapshotter, fences):
+    """Breaks: a replay changes what is being copied, unseen; or the copy thread makes the recording fail."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+    opt = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), capturable=True)
+    inputs = torch.randn(16, 1024)
+
+    def step():
+        opt.zero_grad(set_to_none=False)
+        model(inputs).square().mean().backward()
+        opt.step()
+
+    snap = snapshotter(model, opt)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(3):
+            step()
+            snap.capture(number)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    kept = {}
+    for number in range(3, 24):
+        if fences:
+            snap.fence()
+        graph.replay()
+        snap.capture(number)
+        kept[number] = [value.detach().clone() for value in model.parameters()]
+    assert snap.wait(60)
+    stats = snap.stats
+    daemon.wait_for(lambda: len(daemon.sealed) == stats["sealed"])
+    assert (0, 0) == (stats["torn"], stats["errors"])
+    steps = [number for number in daemon.sealed if number in kept]
+    assert steps
+    names = [f"model.{name}" for name, _ in model.named_parameters()]
+    for number in steps:
+        found = [daemon.sealed[number][0].tensor(name).tobytes() for name in names]
+        assert found == [value.cpu().numpy().tobytes() for value in kept[number]]

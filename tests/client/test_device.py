@@ -27,6 +27,10 @@ class LazyStream:
         self.lock = threading.Lock()
         self.pins = pins
         self.pinned = 0
+        self.records = False
+
+    def recording(self):
+        return self.records
 
     def mark_compute(self):
         self.log.append("mark_compute")
@@ -137,6 +141,76 @@ def test_change_before_the_fence_is_torn(daemon, snapshotter, stream):
     stream.release.set()
     assert snap.wait(20)
     assert snap.stats["torn"] == 1
+
+
+def in_a_graph(model, opt):
+    """What a replay does: an update that calls no Python of ours and leaves the tensors' versions as they were."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+
+
+def issued(snap, stream, count):
+    with snap._pipeline._changed:
+        assert snap._pipeline._changed.wait_for(lambda: stream.log.count("mark_copied") == count, 20)
+
+
+def test_an_update_that_calls_nobody_comes_after_the_copies(daemon, snapshotter, stream, caplog):
+    """Breaks: a CUDA graph with the optimizer's step in it changes what is being copied, and nobody sees it."""
+    model, opt, snap = job(snapshotter, stream)
+    train(model, opt)
+    snap.capture(0)
+    assert snap.wait(20)
+    snapshotter.sealed(0)
+    in_a_graph(model, opt)
+    expected = model[0].weight.detach().clone()
+    stream.log.clear()
+    stream.release.clear()
+    snap.capture(1)
+    assert ["mark_compute", "begin", "mark_copied", "hold_compute"] == stream.log
+    in_a_graph(model, opt)
+    stream.release.set()
+    assert snap.wait(20)
+    snapshotter.sealed(1)
+    assert daemon.sealed[1][0].tensor("model.0.weight").tobytes() == expected.numpy().tobytes()
+    assert not [text for text in caplog.messages if "fence()" in text]  # may be a GradScaler's
+    snap.capture(2)
+    assert snap.wait(20)
+    snapshotter.sealed(2)
+    assert 1 == len([text for text in caplog.messages if "fence()" in text])
+    in_a_graph(model, opt)
+    snap.fence()  # as the warning asks for
+    stream.log.clear()
+    stream.release.clear()
+    snap.capture(3)
+    issued(snap, stream, 1)
+    assert ["mark_compute", "begin", "mark_copied"] == stream.log
+    stream.release.set()
+    assert snap.wait(20)
+    assert (4, 0, 0) == tuple(snap.stats[key] for key in ("sealed", "skipped", "torn"))
+
+
+def test_nothing_of_ours_is_recorded(daemon, snapshotter, stream):
+    """Breaks: recording a CUDA graph with the optimizer's step in it fails, since it would wait for our stream."""
+    model, opt, snap = job(snapshotter, stream)
+    train(model, opt)
+    stream.release.clear()
+    snap.capture(0)
+    issued(snap, stream, 1)
+    stream.records = True
+    fence = threading.Thread(target=snap.fence)
+    fence.start()
+    stream.release.set()
+    fence.join(20)
+    stream.records = False
+    assert "hold_compute" not in stream.log
+    assert "wait" in stream.log  # all is copied before the first replay
+    assert snap.wait(20)
+    stream.release.clear()
+    snap.capture(1)
+    assert "hold_compute" in stream.log  # and no replay is a call of the fence
+    stream.release.set()
+    assert snap.wait(20)
+    assert (2, 0, 0) == tuple(snap.stats[key] for key in ("sealed", "skipped", "torn"))
 
 
 def test_real_accelerators_get_streams(monkeypatch):
