@@ -155,8 +155,9 @@ def _steps(run: Run, training: Training) -> Iterator[Row]:
         against="the step without",
         nbytes=training.nbytes,
     )
-    sealed, skipped = (stats[key] - before[key] for key in ("sealed", "skipped"))
-    yield Row.note("steps kept on the device", f"{sealed} sealed, {skipped} skipped, {stats['torn']} torn")
+    counted = {key: stats[key] - before[key] for key in stats if key == "sealed" or key.startswith("skipped")}
+    text = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in counted.items() if count or key == "sealed")
+    yield Row.note("steps kept on the device", text)
     snap.capture(last := next(numbers))  # plain steps came after the last one
     assert snap.wait(60)
     wait_for(lambda: (cluster.job().get("committed") or {}).get("step") == last, "the commit", 60.0)

@@ -12,7 +12,8 @@ from snapshotd_client.sums import content_sums
 from test_roundtrip import OPTIMIZERS, SCHEDULERS, Job, assert_equal_run
 from torch import nn
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no CUDA device", allow_module_level=True)
 
 LONG_CYCLES = 1_000_000_000
 """Half a second or more, of a device that does nothing else."""
