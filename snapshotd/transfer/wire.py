@@ -57,7 +57,9 @@ _SHORT_BYTES: Final = 4 * 64 * 1024
 
 _LENGTH: Final = struct.Struct("<I")
 _GROWTH_BYTES: Final = 64 * 1024
-_AHEAD_BYTES: Final = 64 * 1024  # touched as far as so much arrives at once
+_AHEAD_BYTES: Final = 4 * 1024
+"""Most heads and requests, and little of the bulk behind them, which is received in its place otherwise."""
+
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -163,9 +165,10 @@ class Outbound:
             return
         sent = self._sock.sendmsg(parts)
         for part in parts:
-            with memoryview(part) as view, view[sent:] as rest:
-                self._sock.sendall(rest)
-                sent -= view.nbytes - rest.nbytes
+            if sent < len(part):  # sending nothing would be two system calls, too
+                with memoryview(part) as view, view[sent:] as rest:
+                    self._sock.sendall(rest)
+            sent = max(0, sent - len(part))
 
 
 class Inbound:
