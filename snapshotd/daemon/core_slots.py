@@ -60,20 +60,22 @@ class Slots:
     def _serve_worker(self, job: JobState, one: Worker) -> None:
         if not one.layout_hash or one.finished or (job.epoch and one.epoch and one.epoch < job.epoch):
             return
-        own = self._own(job, one)
-        for slot in own:
+        own: list[Slot] = []
+        for slot in self._own(job, one):
             if slot.state is State.FREE and slot.layout_hash != one.layout_hash:
                 self._delete(slot)
-        own = [slot for slot in own if slot.slot in self._state.slots]
-        free = next((slot for slot in own if slot.state is State.FREE), None)
-        if free is None and not any(slot.state in (State.CREATING, State.VOIDING) for slot in own):
-            if one.granted is None or len(own) < self._limit(job, own):
-                self._acquire(job, one, own)
+            else:
+                own.append(slot)
+        states = [slot.state for slot in own]
+        coming = State.FREE in states or State.CREATING in states or State.VOIDING in states
+        if not coming and (one.granted is None or len(own) < self._limit(job, own)):
+            self._acquire(job, one, own)
             own = self._own(job, one)
-            free = next((slot for slot in own if slot.state is State.FREE), None)
-        if one.layout_request is not None and not any(slot.state is State.CREATING for slot in own):
+            states = [slot.state for slot in own]
+        if one.layout_request is not None and State.CREATING not in states:
             self._reply_layout(one, accepted=True, reason="")
-        if free is not None and one.granted is None and one.epoch and one.epoch == job.epoch:
+        if State.FREE in states and one.granted is None and one.epoch and one.epoch == job.epoch:
+            free = own[states.index(State.FREE)]
             free.state, free.conn, one.granted = State.GRANTED, one.conn, free.slot
             grant = worker.Grant(
                 slot_id=free.slot,
@@ -86,7 +88,12 @@ class Slots:
 
     def _own(self, job: JobState, one: Worker) -> list[Slot]:
         """The slots of a worker's rank, without those that readers hold."""
-        return [slot for slot in self.of_job(job.name) if slot.rank == one.rank and not self._is_held(slot)]
+        rank, name = one.rank, job.name
+        return [
+            slot
+            for slot in self._state.slots.values()
+            if slot.rank == rank and slot.job == name and not self._is_held(slot)
+        ]
 
     def _is_held(self, slot: Slot) -> bool:
         return slot.state is State.VOIDING and self._state.now - slot.voided_at >= _HELD_S

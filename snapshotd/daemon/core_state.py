@@ -16,7 +16,6 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 from snapshotd.daemon.events import (
-    Count,
     Effect,
     NodeSettings,
     Note,
@@ -214,8 +213,8 @@ class NodeState:
         self._effects.append(effect)
 
     def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter that status and metrics show; heartbeats carry them."""
         self.counters[name] = self.counters.get(name, 0) + amount
-        self._effects.append(Count(name=name, amount=amount))
 
     def note(self, stream: str, job: str, text: str, *, epoch: int = 0, step: int = -1) -> None:
         self._effects.append(Note(stream=stream, job=job, text=text, epoch=epoch, step=step))

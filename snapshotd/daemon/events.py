@@ -307,14 +307,6 @@ class Note:
     step: int = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Count:
-    """Add to a counter that status and metrics show."""
-
-    name: str
-    amount: int = 1
-
-
 Effect: TypeAlias = (
     ToWorker
     | CloseWorker
@@ -332,7 +324,6 @@ Effect: TypeAlias = (
     | ServeRestore
     | ReleaseRestore
     | Note
-    | Count
 )
 
 

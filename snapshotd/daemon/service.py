@@ -81,14 +81,10 @@ class DaemonService:
         self._restoring = ThreadPoolExecutor(max_workers=16, thread_name_prefix="restore")
         self._parity_cancels: dict[tuple[str, int, int], threading.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()  # of the threads; the core has its own
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self.fatal: asyncio.Future[None] | None = None
-
-    @property
-    def counters(self) -> dict[str, int]:
-        return dict(self._counters)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -184,8 +180,6 @@ class DaemonService:
                 log.info(
                     "%s job=%s epoch=%d step=%d: %s", effect.stream, effect.job, effect.epoch, effect.step, effect.text
                 )
-            case events.Count(name=name, amount=amount):
-                self._counters[name] += amount
             case events.DeleteSlot(slot=slot):
                 file = self._slots.pop(slot, None)
                 if file is not None:
@@ -226,7 +220,7 @@ class DaemonService:
     def _report(self, message: Any) -> None:
         if message.HasField("heartbeat"):
             for name, value in self._counters.items():
-                message.heartbeat.counters[name] = value
+                message.heartbeat.counters[name] += value
             message.heartbeat.arena_bytes = self._arena.used_bytes
             message.heartbeat.budget_bytes = self._arena.budget_bytes
             message.heartbeat.resident_bytes = _resident_bytes()

@@ -159,8 +159,12 @@ class SimNode:
     def handle(self, event: events.Event) -> None:
         if self.core is None:
             return
+        counted = dict(self.core.state.counters)
         for effect in self.core.handle(event, self._world.clock.now):
             self._obey(effect)
+        for name, count in self.core.state.counters.items() if self.core is not None else ():
+            if count != counted.get(name):
+                self._world.probe(f"node_{name}")
         self._world.checks.after_node(self)
 
     def _later(self, seconds: float, event: events.Event) -> None:
@@ -236,8 +240,6 @@ class SimNode:
                 self._run(0.1, self._serve, effect)
             case events.Note(stream=stream, text=text):
                 tell(f"{self.node_id} note {stream}: {text}")
-            case events.Count(name=name):
-                self._world.probe(f"node_{name}")
             case events.ReleaseRestore():
                 pass
 
