@@ -155,7 +155,7 @@ class Arena:
         if obj.state is not State.OPEN:
             raise LocalProtocolError(f"{obj!r} cannot be sealed")
         data = records.encode(records.make_record(ref, digests, self._clock()))
-        write_record(obj.record_path, data)
+        write_record(obj, data)
         failpoint("arena.after_seal_record")
         with self._lock:
             if obj.state is not State.OPEN:

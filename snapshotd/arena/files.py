@@ -85,15 +85,20 @@ class _MappedFile:
         """Where the seal record of this file is, if it has one."""
         return self.path.with_suffix(".rec")
 
+    @cached_property
+    def draft_path(self) -> Path:
+        """Where its record is written before it has its name, and where the memory for it is kept."""
+        return draft_path(self.path)
+
     def unseal(self) -> None:
         """Take the record away; its memory is kept for the next one."""
         with suppress(FileNotFoundError):
-            os.replace(self.record_path, draft_path(self.record_path))
+            os.replace(self.record_path, self.draft_path)
 
     def unlink(self) -> None:
         """Remove the file and the memory that was kept for its record."""
         self.path.unlink(missing_ok=True)
-        draft_path(self.record_path).unlink(missing_ok=True)
+        self.draft_path.unlink(missing_ok=True)
 
     @property
     def sealed(self) -> bool:
@@ -154,9 +159,9 @@ SealableFile = SlotFile | ParityFile
 AnyFile = SlotFile | ParityFile | BufferFile
 
 
-def draft_path(record_path: Path) -> Path:
-    """Return where a record is written before it has its name."""
-    return record_path.with_suffix(".rec.tmp")
+def draft_path(path: Path) -> Path:
+    """Return where the record of the file at ``path`` is written before it has its name."""
+    return path.with_suffix(".rec.tmp")
 
 
 def create_file(path: Path, nbytes: int, *, record_bytes: int = 0) -> mmap.mmap | None:

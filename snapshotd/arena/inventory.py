@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snapshotd.arena import records
 from snapshotd.arena.budget import page_bytes
-from snapshotd.arena.files import ParityFile, SlotFile, check_private, draft_path, open_file
+from snapshotd.arena.files import ParityFile, SealableFile, SlotFile, check_private, open_file
 from snapshotd.errors import BudgetError, FormatError
 from snapshotd.failpoints import failpoint
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
@@ -63,15 +63,14 @@ def read_folder(folder: Path, kind: str) -> tuple[list[Found], list[tuple[str, s
     return found, dropped
 
 
-def write_record(path: Path, data: bytes) -> None:
+def write_record(obj: SealableFile, data: bytes) -> None:
     """
-    Let ``path`` appear whole, by rename, in the memory that its draft has. Syncing means nothing on tmpfs.
+    Let the record of a file appear whole, by rename, in the memory that its draft has. Syncing means nothing on tmpfs.
 
     BudgetError when it needs more, and there is none.
     """
-    draft = draft_path(path)
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(obj.draft_path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             rest = memoryview(data)
             while rest:
@@ -80,10 +79,10 @@ def write_record(path: Path, data: bytes) -> None:
         finally:
             os.close(descriptor)
         failpoint("arena.before_seal_record")
-        os.rename(draft, path)
+        os.rename(obj.draft_path, obj.record_path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
-            raise BudgetError(f"no memory for a record of {len(data)} bytes in {path.parent}") from error
+            raise BudgetError(f"no memory for a record of {len(data)} bytes in {obj.path.parent}") from error
         raise
 
 

@@ -9,6 +9,7 @@ Rule 3: every wait ends: the socket has a timeout, and each wait of that length 
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -155,15 +156,15 @@ class Outbound:
         if more:
             self._waiting.append(data)
             return
-        if not self._waiting:
-            self._sock.sendall(data)
-            return
         parts, self._waiting = [*self._waiting, data], []
         if is_tls(self._sock):
             for part in parts:
                 self._sock.sendall(part)
             return
-        sent = self._sock.sendmsg(parts)
+        try:
+            sent = os.writev(self._sock.fileno(), parts)  # mostly there is room: Python's socket would ask first
+        except BlockingIOError:
+            sent = 0
         for part in parts:
             if sent < len(part):  # sending nothing would be two system calls, too
                 with memoryview(part) as view, view[sent:] as rest:
