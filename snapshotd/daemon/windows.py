@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.source import Source, Stream
 from snapshotd.errors import AccessDenied, CorruptionError, PeerError, SnapshotdError
@@ -142,7 +144,8 @@ class _Part:
         chunks = max(1, min(WINDOW_BYTES, _SCRATCH_BYTES // max(1, num_remote)) // CHUNK_BYTES)
         step = min(chunks * CHUNK_BYTES, self.end - self.at)
         in_place = self._place is not None and len(self._inputs) == 1
-        rooms = [memoryview(bytearray(step if _is_remote(item) and not in_place else 0)) for item in self._inputs]
+        needed = [step if _is_remote(item) and not in_place else 0 for item in self._inputs]
+        rooms = [np.empty(nbytes, np.uint8).data for nbytes in needed]  # not zeroed: all that is read is written
         with ExitStack() as stack:
             # All are asked before the first answer is awaited.
             streams = [self._open(item, stack) for item in self._inputs]

@@ -25,6 +25,9 @@ from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse
 __all__ = ["Borrowed", "Connection", "Pool"]
 
 _KEEP_S: Final = 60.0  # half of what the server keeps an idle connection for
+_FRESH_S: Final = 5.0
+"""A connection that was used just now is tried as it is: to ask it takes longer than rule 2 does in the rare case."""
+
 _POLL_S: Final = 0.05
 _STALE: Final = (wire.ConnectionClosed, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """What becomes of a connection that the peer has closed since."""
@@ -40,10 +43,11 @@ class Connection:
 
     def usable(self) -> bool:
         """Whether it is worth a try: young enough, and silent as an idle connection has to be."""
-        if time.monotonic() - self.used_at > _KEEP_S or not self.inbound.is_empty:
+        idle_s = time.monotonic() - self.used_at
+        if idle_s > _KEEP_S or not self.inbound.is_empty:
             return False
         try:
-            return not self.inbound.wait(0)
+            return idle_s < _FRESH_S or not self.inbound.wait(0)
         except (OSError, ValueError):
             return False
 
