@@ -63,7 +63,8 @@ class HangWatch:
         settings = self._ctx.settings
         if settings.hang_factor <= 0 or len(self._step_s) < _STEPS_NEEDED:
             return False
-        return self._ctx.now - self._since > max(settings.hang_least_s, settings.hang_factor * median(self._step_s))
+        silent_s = self._ctx.now - self._since
+        return silent_s > settings.hang_least_s and silent_s > settings.hang_factor * median(self._step_s)
 
     def _say(self, epoch: Epoch, progress: dict[int, int]) -> None:
         behind = sorted(rank for rank in epoch.ranks if progress.get(rank, -1) < self._newest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from snapshotd.coordinator.events import Answer, Delete, Note, Output, Put, SessionId, ToAgent, ToNode
 from snapshotd.v1 import control_pb2 as control
@@ -18,6 +18,9 @@ __all__ = ["NOTES_KEPT", "Outbox"]
 
 NOTES_KEPT = 50
 """Newest notes per job that `status` shows."""
+
+_NOTHING: Final = Output()
+_encode: Final = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 
 
 class Outbox:
@@ -33,7 +36,7 @@ class Outbox:
         self._close: list[SessionId] = []
 
     def put(self, job: str, key: str, value: Mapping[str, object], *, sync: bool) -> None:
-        text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+        text = _encode(value)
         for index, earlier in enumerate(self._persist):
             if isinstance(earlier, Put) and (earlier.job, earlier.key) == (job, key):
                 self._persist[index] = Put(job=job, key=key, value=text, sync=sync or earlier.sync)
@@ -77,6 +80,8 @@ class Outbox:
         self._close.append(session)
 
     def take(self) -> Output:
+        if not (self._persist or self._send or self._answers or self._notes or self._close):
+            return _NOTHING  # as for most messages: the others of the step are awaited
         output = Output(
             persist=tuple(self._persist),
             send=tuple(self._send),

@@ -73,18 +73,13 @@ class Store:
         if not changes:
             return
         self._set_sync(any(isinstance(change, Put) and change.sync for change in changes))
+        if len(changes) == 1:
+            self._make(changes[0])  # a statement is a transaction
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for change in changes:
-                if isinstance(change, Put):
-                    self._db.execute(
-                        "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (job, key) DO UPDATE SET value = excluded.value",
-                        (change.job, change.key, change.value),
-                    )
-                elif change.key is None:
-                    self._db.execute("DELETE FROM rows WHERE job = ?", (change.job,))
-                else:
-                    self._db.execute("DELETE FROM rows WHERE job = ? AND key = ?", (change.job, change.key))
+                self._make(change)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
@@ -107,6 +102,17 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+
+    def _make(self, change: Put | Delete) -> None:
+        if isinstance(change, Put):
+            self._db.execute(
+                "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (job, key) DO UPDATE SET value = excluded.value",
+                (change.job, change.key, change.value),
+            )
+        elif change.key is None:
+            self._db.execute("DELETE FROM rows WHERE job = ?", (change.job,))
+        else:
+            self._db.execute("DELETE FROM rows WHERE job = ? AND key = ?", (change.job, change.key))
 
     def _set_sync(self, sync: bool) -> None:
         if sync != self._sync:
