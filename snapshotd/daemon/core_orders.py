@@ -88,6 +88,8 @@ class Orders:
 
     def _on_formed(self, job: JobState, formed: control.EpochFormed) -> None:
         job.formed = formed
+        me = self._state.settings.node_id
+        job.ranks_here = {rank for rank, node_id in enumerate(formed.nodes) if node_id == me}
         for one in self._state.workers_of(job.name):
             self.assign_epoch(job, one)
         self._slots.drop_orphans(job)
@@ -146,10 +148,10 @@ class Orders:
 
     def report_sealed(self, job: JobState, step: int) -> None:
         """Say that all ranks here have sealed a step, once they have."""
-        sealed = {slot.rank: slot for slot in self._slots.sealed(job.name, (job.epoch, step)) if not slot.rebuilt}
+        slots = self._slots.sealed(job.name, (job.epoch, step))
         expected = self._expected_ranks(job)
-        if expected and expected <= sealed.keys():
-            self._send_sealed(job, step)
+        if expected and expected <= {slot.rank for slot in slots if not slot.rebuilt}:
+            self._send_sealed(job, step, slots)
 
     def report_partial(self, job: JobState) -> None:
         """Say which ranks sealed a step that another rank here has left out: it cannot become whole."""
@@ -160,12 +162,13 @@ class Orders:
             key = (job.epoch, step)
             if not self._is_uncommitted(job, key):
                 continue
-            sealed = {slot.rank for slot in self._slots.sealed(job.name, key)}
+            slots = self._slots.sealed(job.name, key)
+            sealed = {slot.rank for slot in slots}
             sealing = [slot for slot in self._slots.of_job(job.name) if slot.state is State.SEALING]
             pending = {slot.rank for slot in sealing if slot.key == key}
             left_out = expected - sealed - pending
             if sealed and any(job.progress.get(rank, -1) >= step for rank in left_out):
-                self._send_sealed(job, step)
+                self._send_sealed(job, step, slots)
 
     def report_late(self, job: JobState, slot: Slot) -> None:
         """Say that a slot is sealed whose worker is gone; with all of the step here, none of which may be known."""
@@ -173,18 +176,17 @@ class Orders:
         added = [one.ref for one in self._slots.sealed(job.name, slot.key) if one.ref is not None]
         self._state.tell(control.NodeMessage(inventory_change=control.InventoryChange(slots_added=added)))
 
-    def _send_sealed(self, job: JobState, step: int) -> None:
-        slots = sorted(self._slots.sealed(job.name, (job.epoch, step)), key=lambda slot: slot.rank)
+    def _send_sealed(self, job: JobState, step: int, slots: list[Slot]) -> None:
         if self._state.connected:
             job.reported.add((job.epoch, step))
+        slots = sorted(slots, key=lambda slot: slot.rank)
         shards = [slot.shard for slot in slots if slot.shard is not None and not slot.rebuilt]
         report = control.NodeSealed(job=job.name, epoch=job.epoch, step=step, shards=shards)
         self._state.tell(control.NodeMessage(sealed=report))
 
     def _expected_ranks(self, job: JobState) -> set[int]:
-        here = job.ranks_here(self._state.settings.node_id)
-        if here is not None:
-            return set(here)
+        if job.ranks_here is not None:
+            return job.ranks_here
         current = [one for one in self._state.workers_of(job.name) if one.epoch == job.epoch]
         count = max((one.hello.local_world_size for one in current), default=0)
         return {one.rank for one in current} if current and len(current) >= count else set()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from snapshotd.daemon.core_state import JobState, NodeState, Slot, SnapshotKey, State, Worker, parity_key
+from snapshotd.daemon.core_state import JobState, NodeState, Slot, SnapshotKey, State, Worker
 from snapshotd.daemon.events import (
     CancelParity,
     CreateSlot,
@@ -44,8 +44,11 @@ class Slots:
         return [slot for slot in self._state.slots.values() if slot.job == job]
 
     def sealed(self, job: str, key: SnapshotKey | None = None) -> list[Slot]:
-        found = [slot for slot in self.of_job(job) if slot.state is State.SEALED]
-        return found if key is None else [slot for slot in found if slot.key == key]
+        return [
+            slot
+            for slot in self._state.slots.values()
+            if slot.state is State.SEALED and slot.job == job and (key is None or slot.key == key)
+        ]
 
     def holding(self, job: str, key: SnapshotKey, rank: int) -> Slot | None:
         return next((slot for slot in self.sealed(job, key) if slot.ref is not None and slot.ref.rank == rank), None)
@@ -182,8 +185,7 @@ class Slots:
     def _is_orphan(self, job: JobState, slot: Slot) -> bool:
         if slot.state is not State.FREE:
             return False
-        here = job.ranks_here(self._state.settings.node_id)
-        return here is not None and slot.rank not in here
+        return job.ranks_here is not None and slot.rank not in job.ranks_here
 
     def _is_committed(self, job: JobState, key: SnapshotKey) -> bool:
         return job.committed is not None and key <= job.committed
@@ -313,14 +315,14 @@ class Slots:
         self.serve(job)
 
     def free_parities(self, job: JobState, gone: Callable[[SnapshotKey], bool]) -> None:
-        removed = [ref for key, ref in job.parities.items() if gone((key[0], key[1]))]
-        for ref in removed:
-            del job.parities[parity_key(ref)]
+        removed = {key: ref for key, ref in job.parities.items() if gone(key[:2])}
+        for key, ref in removed.items():
+            del job.parities[key]
             self._state.do(DeleteParity(parity=ref))
         job.built = {key for key in job.built if not gone(key)}
         job.reported = {key for key in job.reported if not gone(key)}
         job.unsure = {key for key in job.unsure if not gone(key)}
-        self._state.freed(parities=removed)
+        self._state.freed(parities=removed.values())
 
     def free_doomed(self, job: JobState) -> None:
         for slot in self.of_job(job.name):

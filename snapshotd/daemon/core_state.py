@@ -134,6 +134,7 @@ class JobState:
     """
     One job on this node.
 
+    formed: the epoch's membership, once it is complete, and ranks_here: which of them are on this node.
     progress: the highest step that each rank sealed or skipped in the epoch. unsure: snapshots found at the start of
     the daemon; until the coordinator commits or abandons it, each of them may be the committed one. displaced: nonces
     of processes whose rank another one has taken; they do not take it back from one that is there.
@@ -142,6 +143,7 @@ class JobState:
     name: str
     epoch: int = 0
     formed: control.EpochFormed | None = None
+    ranks_here: set[int] | None = None
     committed: SnapshotKey | None = None
     line_epoch: int = 0
     kept: set[SnapshotKey] = field(default_factory=set)
@@ -170,16 +172,11 @@ class JobState:
         """Go to a newer epoch: what belonged to the older one's membership is over. False if it is not newer."""
         if epoch <= self.epoch:
             return False
-        self.epoch, self.formed, self.plan, self.plan_asked = epoch, None, None, False
+        self.epoch, self.plan, self.plan_asked = epoch, None, False
+        self.formed, self.ranks_here = None, None
         self.min_step, self.split, self.split_reason = 0, True, ""
         self.progress, self.assigned, self.built, self.reported = {}, {}, set(), set()
         return True
-
-    def ranks_here(self, node_id: str) -> list[int] | None:
-        """Ranks of the epoch on this node, once its membership is complete."""
-        if self.formed is None:
-            return None
-        return [rank for rank, node in enumerate(self.formed.nodes) if node == node_id]
 
 
 class NodeState:
