@@ -187,7 +187,8 @@ class Pool:
         self._tls = tls
         self._limit = limit
         self._peers: dict[str, _Peer] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # of what those wait for who are in line
         self._closed = False
 
     def borrow(self, address: str, cancel: threading.Event | None) -> Borrowed:
@@ -230,7 +231,7 @@ class Pool:
 
     def failed(self, address: str, message: str) -> PeerUnreachable:
         """Note that the peer cannot be reached, for those who wait; return the exception to raise."""
-        with self._changed:
+        with self._lock:
             peer = self._peers.get(address)
             if peer is not None:
                 peer.num_failures += 1
@@ -240,7 +241,7 @@ class Pool:
 
     def forget_idle(self, address: str) -> None:
         """Close the idle connections to that peer."""
-        with self._changed:
+        with self._lock:
             peer = self._peers.get(address)
             idle = [] if peer is None else peer.idle[:]
             if peer is not None:
@@ -250,7 +251,7 @@ class Pool:
 
     def take_back(self, address: str, connection: Connection | None) -> None:
         """End a loan; None when there is no connection to keep."""
-        with self._changed:
+        with self._lock:
             peer = self._peers[address]
             peer.num_in_use -= 1
             if connection is not None and not self._closed:
@@ -259,13 +260,14 @@ class Pool:
                 connection = None
             if not peer.num_in_use and not peer.waiting and not peer.idle:
                 del self._peers[address]  # nothing is known about it; addresses come and go
-            self._changed.notify_all()
+            if peer.waiting:
+                self._changed.notify_all()
         if connection is not None:
             connection.close()
 
     def close(self) -> None:
         """Close all idle connections, and those in use when they come back."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             idle = [connection for peer in self._peers.values() for connection in peer.idle]
             for peer in self._peers.values():
@@ -277,7 +279,7 @@ class Pool:
     def _take(self, address: str, cancel: threading.Event | None) -> tuple[Connection | None, list[Connection]]:
         """Wait for a place; return an idle connection (None: make one) and those that are to be closed."""
         stale: list[Connection] = []
-        with self._changed:
+        with self._lock:
             peer = self._peers.get(address) or self._peers.setdefault(address, _Peer())
             if self._closed or peer.waiting or peer.num_in_use >= self._limit:
                 self._await_turn(peer, cancel)
