@@ -188,6 +188,7 @@ class Inbound:
         self._begin = self._end = 0  # of what has arrived in it
         self._left = 0  # of bulk, behind that
         self._wakes_at = 1
+        self._is_there = False  # very likely, something to read
         self._is_short = True
         self._timeout_s = 0.0
         self._poll = select.poll()  # select() fails for descriptors above 1023
@@ -195,7 +196,8 @@ class Inbound:
 
     def wait(self, within_s: float) -> bool:
         """Return whether there is something to read on the socket, or the connection has ended, within that time."""
-        return bool(self._poll.poll(within_s * 1000))
+        self._is_there = bool(self._poll.poll(within_s * 1000))
+        return self._is_there
 
     @property
     def is_empty(self) -> bool:
@@ -241,7 +243,7 @@ class Inbound:
         while at < end:
             try:
                 with out[at:end] as rest:
-                    count = self._sock.recv_into(rest)
+                    count = self._read(rest) if self._is_short else self._sock.recv_into(rest)
             except BlockingIOError:
                 self._wait(self._left - at)
                 continue
@@ -252,6 +254,15 @@ class Inbound:
         if not self._left and not self._is_short:
             self._wake_at(1)
             self._sock.settimeout(self._timeout_s)
+
+    def _read(self, room: memoryview) -> int:
+        """Read what is there; what is not is waited for. As ``recv_into``, but that asks first, for its timeout."""
+        if is_tls(self._sock):
+            return self._sock.recv_into(room)
+        try:
+            return os.readv(self._sock.fileno(), [room])
+        except BlockingIOError:
+            return self._sock.recv_into(room)
 
     def _wait(self, left: int) -> None:
         """Sleep until a piece of bulk is there, or less of it after the timeout; TimeoutError when there is nothing."""
@@ -270,7 +281,8 @@ class Inbound:
             self._begin, self._end = 0, self._end - self._begin
         while self._end - self._begin < nbytes:
             with self._ahead[self._end :] as room:
-                count = self._sock.recv_into(room)
+                count = self._read(room) if self._is_there else self._sock.recv_into(room)
+                self._is_there = False
             if count == 0:
                 if self._begin == self._end:
                     raise ConnectionClosed
