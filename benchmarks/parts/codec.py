@@ -121,7 +121,7 @@ class _Stripes:
                 for part, block in zip(window[k:], bare.encode(window[:k], list(range(k, k + m))), strict=True):
                     part[:] = block
 
-        found = run.rounds({"ours": ours, "floor": floor}, rounds=25, within_s=4.0)
+        found = run.rounds({"ours": ours, "floor": floor}, rounds=21, within_s=4.0)
         yield Row.speed(
             f"encode ({k}, {m}) by zfec",
             found["ours"],
