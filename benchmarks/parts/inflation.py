@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 GOAL = 3
 _NICE = 5
 """What the daemon runs at."""
+_SLACK = 0.45
+"""What is added is a tenth of a step, and steps without snapshots differ by as much: runs of the same code on two
+cores gave 0.99 to 1.64, most of them below 1.2, and one of five rounds gave 30."""
 
 
 def rows(run: Run) -> Iterator[Row]:
@@ -33,9 +36,8 @@ def rows(run: Run) -> Iterator[Row]:
     training = run.training()
     pairs, path, nbytes = bare_slot(run, training)
     hasher = _Hasher(run, path)
-    copy_only, copy_and_digest = BareCopy(pairs), BareCopy(pairs, hasher.begin)
-    for bare in (copy_only, copy_and_digest):
-        run.finally_do(bare.close)
+    bare = BareCopy(pairs, hasher.begin)
+    run.finally_do(bare.close)
     cluster = run.cluster(1, m=0)
     snap = Snapshotter(training.model, training.optimizer, settings=cluster.settings())
     run.finally_do(snap.close)
@@ -44,14 +46,12 @@ def rows(run: Run) -> Iterator[Row]:
     for _ in range(3):  # layouts, slots, mappings
         kept.step(training)
     before = snap.stats
-    floor = _bare_step(training, copy_and_digest, hasher, os.getpid())
     ways: dict[str, Callable[[], Sample]] = {
         "none": lambda: _timed(training.step, [os.getpid()]),
-        "bare copy": _bare_step(training, copy_only, None, os.getpid()),
-        "bare copy and digest": floor,
+        "bare copy and digest": _bare_step(training, bare, hasher, os.getpid()),
         "kept": lambda: kept.step(training),
     }
-    found = run.rounds(ways, rounds=15, within_s=35.0)
+    found = run.rounds(ways, rounds=15, within_s=48.0)
     stats = snap.stats
     added = {name: series - found["none"] for name, series in found.items() if name != "none"}
     yield Row.cost(
@@ -59,10 +59,10 @@ def rows(run: Run) -> Iterator[Row]:
         added["kept"],
         added["bare copy and digest"],
         at_most=1.15,
+        slack=_SLACK,
         against="bare fenced copy + digest",
         nbytes=nbytes,
     )
-    yield Row.shown("added by the bare fenced copy alone", added["bare copy"], unit="s", nbytes=nbytes)
     yield Row.shown("a step without snapshots", found["none"], unit="s")
     yield from _stalls(kept, found["kept"])
     steps, sealed, skipped = (stats[key] - before[key] for key in ("captured", "sealed", "skipped"))
@@ -125,7 +125,7 @@ class _Hasher:
         self._link.recv(1)
 
 
-def _bare_step(training: Training, copy: BareCopy, hasher: _Hasher | None, pid: int) -> Callable[[], Sample]:
+def _bare_step(training: Training, copy: BareCopy, hasher: _Hasher, pid: int) -> Callable[[], Sample]:
     def step() -> None:
         copy.begin()
         training.backward()
@@ -133,9 +133,8 @@ def _bare_step(training: Training, copy: BareCopy, hasher: _Hasher | None, pid: 
         training.update()
 
     def run() -> Sample:
-        sample = _timed(step, [pid] if hasher is None else [pid, hasher.pid])
-        if hasher is not None:
-            hasher.wait()
+        sample = _timed(step, [pid, hasher.pid])
+        hasher.wait()
         return sample
 
     return run

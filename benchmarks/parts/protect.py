@@ -29,7 +29,7 @@ def rows(run: Run) -> Iterator[Row]:
             "send": floors.send,
             "encode": floors.encode,
         }
-        found = run.rounds(ways, rounds=7, within_s=60.0, pids=[*cluster.pids, floors.owner])
+        found = run.rounds(ways, rounds=5, within_s=60.0, pids=[*cluster.pids, floors.owner])
     ours = found["ours"]
     parts = {name: found[name] * _NODES for name in ("digest", "send", "encode")}
     floor = parts["digest"] + parts["send"] + parts["encode"]

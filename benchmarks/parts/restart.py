@@ -26,7 +26,7 @@ GOAL = 21
 
 BYTES = 300_000_000
 JOBS, KILLS = 2, 1
-START_S = 40.0
+START_S = 25.0
 STEPS_BEFORE = 3
 """Steps that must be complete before a worker is killed."""
 

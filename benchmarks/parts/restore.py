@@ -37,7 +37,7 @@ def rows(run: Run) -> Iterator[Row]:
         (1, 0.8, "plain TCP recv_into, one stream", ways.receive),
     ):
         found = run.rounds(
-            {"ours": lambda node=node: ways.restore(node), "floor": floor}, rounds=7, within_s=25.0, pids=cluster.pids
+            {"ours": lambda node=node: ways.restore(node), "floor": floor}, rounds=6, within_s=25.0, pids=cluster.pids
         )
         goal = None if run.short else at_least  # what a restore costs however small the state is counts too much then
         what = "restore from the own node's slot" if node == 0 else "restore from a peer"
