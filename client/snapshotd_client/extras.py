@@ -83,7 +83,7 @@ class Extras:
             scheduler.target.load_state_dict(decode(state, source))
         if self._scaler is not None and data["scaler"] is not None:
             state = decode(data["scaler"], source)
-            self._scaler.load_state_dict({key: _number(value) for key, value in state.items()})
+            self._scaler.load_state_dict(_numbers(state) if _is_torchs(self._scaler) else state)
 
     def load_extra(self, data: Json, source: Callable[[Json], Any], modules: Mapping[str, nn.Module]) -> list[str]:
         """Load the modules' extra states and the user's extra; return the names that the snapshot does not have."""
@@ -122,11 +122,14 @@ class Extras:
             self.values[name] = state
 
 
+def _is_torchs(scaler: Any) -> bool:
+    return getattr(type(scaler), "state_dict", None) is torch.amp.GradScaler.state_dict
+
+
 def _scaler_state(scaler: Any) -> dict[str, Any]:
     """Return ``scaler.state_dict()``, with the tensors that it would wait for where they lie on an accelerator."""
     scale = getattr(scaler, "_scale", None)
-    is_known = getattr(type(scaler), "state_dict", None) is torch.amp.GradScaler.state_dict and scaler.is_enabled()
-    if not is_known or scale is None or scale.is_cpu:
+    if not _is_torchs(scaler) or not scaler.is_enabled() or scale is None or scale.is_cpu:
         state: dict[str, Any] = scaler.state_dict()
         return state
     return {
@@ -138,8 +141,9 @@ def _scaler_state(scaler: Any) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Return it as torch's scaler gives it: without tensors."""
+    return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
 def _is_stateful(value: object) -> bool:

@@ -393,6 +393,30 @@ def test_grad_scaler_and_amp(snapshotter, seed):
     assert job.scaler.state_dict()["_growth_tracker"] in (0, 1)
 
 
+def test_a_scaler_of_ones_own_gets_back_what_it_gave(snapshotter, seed):
+    """Breaks: a tensor in its state comes back as a number."""
+
+    class Scaler:
+        def __init__(self):
+            self.state = {"scale": torch.zeros(()), "hits": 0}
+
+        def state_dict(self):
+            return dict(self.state)
+
+        def load_state_dict(self, state):
+            self.state = dict(state)
+
+    model, scaler = nn.Linear(2, 2), Scaler()
+    snap = snapshotter(model, None, scaler=scaler)
+    scaler.state = {"scale": torch.tensor(8.0), "hits": 3}
+    snap.capture(0)
+    assert snap.wait(20)
+    snapshotter.sealed(0)
+    again = Scaler()
+    assert 1 == snapshotter(model, None, scaler=again).restore()
+    assert flat(scaler.state) == flat(again.state)
+
+
 def test_group_added_in_training_is_added_again(snapshotter, seed):
     """Breaks: gradual unfreezing: the group of the running job is not in the script's start."""
     seed(1)

@@ -9,19 +9,14 @@ from snapshotd_client.sums import content_sums
 DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 
 
-def raw(tensor):
-    return tensor.view(torch.uint8) if tensor.dtype is not torch.complex128 else torch.view_as_real(tensor)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_bit_of_each_element_counts(dtype, monkeypatch):
     """Breaks: replicas that drifted apart are taken for equal, and parts of both are put together at a restore."""
     monkeypatch.setattr(sums, "_STRETCH", 8)
     tensor = torch.randint(0, 2, (5, 7)).to(dtype)
     before = content_sums([tensor]).tolist()
-    bytes_of = tensor.view(torch.uint8).reshape(-1) if dtype is not torch.complex128 else None
-    if bytes_of is None:
-        bytes_of = torch.view_as_real(tensor).reshape(-1).view(torch.uint8)
+    parts = torch.view_as_real(tensor) if dtype.is_complex else tensor
+    bytes_of = parts.reshape(-1).view(torch.uint8)
     for place in range(0, bytes_of.numel(), 3):
         for bit in (0, 7):
             bytes_of[place] ^= 1 << bit
