@@ -2,10 +2,10 @@
 The messages of a protected step and nothing else: what a small step costs before anybody does anything with it.
 
 `python -m benchmarks.messages coordinate PORT_FILE NODES`, and for each node `... node ADDRESS SOCKET RANK UNIT_BYTES`:
-a worker says that it sealed, its node tells the coordinator over gRPC, which tells all when all have; each node then
-reads a unit of each other one over TCP into memory, in a thread, and reports it; when all have the coordinator tells
-all that the step is committed, and the nodes tell their workers. The messages are a daemon's own, with as much in
-them. Nothing is hashed, encoded, written, looked up or decided.
+a worker says that it sealed, its node tells the coordinator over gRPC, which tells all when all have. The slots are one
+unit each: rank 0 then reads those of all others over TCP into memory, in a thread, rank 1 that of rank 0, and each node
+reports; when all have, the coordinator tells all that the step is committed, and the nodes tell their workers. The
+messages are a daemon's own, with as much in them. Nothing is hashed, encoded, written, looked up or decided.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ class _Node:
                 writer = asyncio.create_task(self._write(call))
                 loop = asyncio.get_running_loop()
                 async for message in call:
-                    if message.HasField("protect"):
+                    if message.HasField("protect") and self._rank < 2:
                         loop.run_in_executor(self._pool, self._build, message.protect, loop)
+                    elif message.HasField("protect"):
+                        self._report(message.protect, [])
                     else:
                         self._commit()
                 await writer
@@ -135,7 +137,7 @@ class _Node:
 
     def _build(self, protect: control.Protect, loop: asyncio.AbstractEventLoop) -> None:
         for peer in protect.peers:
-            if peer.node_id == self._name:
+            if peer.node_id == self._name or self._rank > 0 and peer.node_id != "n0":
                 continue
             if peer.node_id not in self._socks:
                 host, port = peer.bulk.split(":")
@@ -151,8 +153,11 @@ class _Node:
         ref = control.ParityRef(
             set=protect.sets[0], position=self._rank, file_bytes=self._unit_bytes, root_digest=_HASH
         )
-        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, parities=[ref])
-        loop.call_soon_threadsafe(self._outbox.put_nowait, control.NodeMessage(parity_built=built))
+        loop.call_soon_threadsafe(self._report, protect, [ref])
+
+    def _report(self, protect: control.Protect, parities: list[control.ParityRef]) -> None:
+        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, parities=parities)
+        self._outbox.put_nowait(control.NodeMessage(parity_built=built))
 
     def _commit(self) -> None:
         data = worker.Frame(grant=worker.Grant(slot_id=1, path="/dev/shm/slot", file_bytes=100_000)).SerializeToString()

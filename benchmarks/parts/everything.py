@@ -16,8 +16,8 @@ from .peers import OURS, measure
 GOAL = 3
 
 _NODES = 2
-_WITHIN_S = 45.0
-"""Ten steps and ten plain ones: what a step of two seconds takes differs by more than what is looked for."""
+_WITHIN_S = 32.0
+"""Seven steps and seven plain ones: what a step of two seconds takes differs by more than what is looked for."""
 
 _PARTS = ("copy", "digest", "send", "encode")
 

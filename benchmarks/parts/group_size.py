@@ -20,7 +20,7 @@ def rows(run: Run) -> Iterator[Row]:
     sizes = _SIZES[:2] if run.short else _SIZES
     with ExitStack() as stack:
         ways: dict[str, Callable[[], Sample]] = {str(nodes): _way(run, nodes, stack) for nodes in sizes}
-        found = run.rounds(ways, rounds=7, within_s=20.0)
+        found = run.rounds(ways, rounds=5, within_s=20.0)
     least = str(sizes[0])
     for nodes in sizes[1:]:
         yield Row.cost(

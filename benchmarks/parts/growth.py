@@ -36,7 +36,7 @@ def _by_bytes(run: Run) -> Iterator[Row]:
             yield Row.note(f"a GB of {size / 1e9:g} GB", "this machine has too little free memory for it now")
             continue
         large = _Copy(run, nbytes)
-        found = run.rounds({"small": small, "large": large}, rounds=7, within_s=6.0)
+        found = run.rounds({"small": small, "large": large}, rounds=5, within_s=4.0)
         large.close()
         yield Row.cost(
             f"a GB of {size / 1e9:g} GB",

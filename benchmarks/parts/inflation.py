@@ -51,7 +51,7 @@ def rows(run: Run) -> Iterator[Row]:
         "bare copy and digest": _bare_step(training, bare, hasher, os.getpid()),
         "kept": lambda: kept.step(training),
     }
-    found = run.rounds(ways, rounds=15, within_s=42.0)
+    found = run.rounds(ways, rounds=15, within_s=38.0)
     stats = snap.stats
     added = {name: series - found["none"] for name, series in found.items() if name != "none"}
     yield Row.cost(

@@ -54,7 +54,7 @@ def _messages(run: Run) -> Played:
     wait_for(port.exists, "the bare coordinator to serve", 60.0, of=children)
     paths = [run.directory / f"bare-{index}" for index in range(_NODES)]
     for index, path in enumerate(paths):
-        arguments = ["node", port.read_text(encoding="ascii"), str(path), str(index), str(_BYTES // (_NODES - 1))]
+        arguments = ["node", port.read_text(encoding="ascii"), str(path), str(index), str(_BYTES)]
         children.append(run.start(f"messages-{index}", ["-m", module, *arguments]))
     for path in paths:
         wait_for(path.exists, "a bare node to serve", 60.0, of=children)

@@ -23,7 +23,7 @@ def rows(run: Run) -> Iterator[Row]:
     files, shown, own = [], [], []
     with Company(cluster, size) as company:
         slot_bytes = company.workers[0].layout.file_bytes
-        for _ in range(2 if run.short else 5):
+        for _ in range(2 if run.short else 3):
             for _ in range(3):
                 company.step()
                 files.append(float(max(_held(node.arena) for node in cluster.nodes)))

@@ -36,7 +36,7 @@ TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
 OURS, UNDIGESTED = "snapshotd", "snapshotd without digests"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
-_OURS_S = 18.0
+_OURS_S = 14.0
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
@@ -113,7 +113,7 @@ def _inflation(system: Mapping[str, Any]) -> Series:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(run: Run, family: str, world: int, nbytes: int, within_s: float = 8.0) -> Found:
+def measure(run: Run, family: str, world: int, nbytes: int, within_s: float = 7.0) -> Found:
     """
     What each system of a family costs, with so many ranks that have a state of ``nbytes`` together, each measured for
     ``within_s``.

@@ -99,6 +99,9 @@ class _Job:
         else:
             mode = str(home / "checkpoints")
             Path(mode).mkdir()
+            # The store that torchrun shares between attempts still has gloo's addresses of the attempt before: most
+            # restarts fail once or hang by that. With a store for each attempt all come back.
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             arguments += ["--standalone"]
         module = f"{__package__.rpartition('.')[0]}.peers.restarted"
         arguments += ["-m", module, mode, str(self._notes), str(run.size(BYTES))]

@@ -65,7 +65,7 @@ def rows(run: Run) -> Iterator[Row]:
     for _ in range(3):  # layouts, slots, mappings
         ours()
     before = snap.stats
-    found = run.rounds({"ours": ours, "floor": plain}, rounds=9, within_s=20.0)
+    found = run.rounds({"ours": ours, "floor": plain}, rounds=9, within_s=14.0)
     sealed, skipped = (snap.stats[key] - before[key] for key in ("sealed", "skipped"))
     yield Row.cost(
         "thread held, forward and backward shorter than the copy",

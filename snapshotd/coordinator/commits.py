@@ -2,7 +2,8 @@
 From sealed to committed: which step is whole, protected, relied on; and how ranks that lost step find together again.
 
 Rule 1: a step is committed only when every rank of the current, complete epoch has sealed it and, where the epoch has
-parity, every node of it has built its part. A step that cannot be protected is given up, never committed half.
+parity, every node of it has built its part. A step that cannot be protected is given up, never committed half. A node
+without a part answers all the same: from then on it does not give the step's slots away to a newer step.
 Rule 2: one Protect is in flight per job; of several whole steps the latest wins.
 Rule 3: a step that some rank left out can never be whole. Then all ranks start again at one step further on, and
 further each time that this fails in a row (1, 2, 4 ... 64 steps), until a commit succeeds.
@@ -121,7 +122,8 @@ class Commits:
         if self._abandon is not None:
             self._ctx.out.to_node(node.session, abandon=self._abandon)
         if self.in_flight is not None:
-            self._note_built(node)
+            if self.in_flight.expected.get(node.node_id):
+                self._note_built(node)
             if node.node_id in self.in_flight.waiting:
                 self._ctx.out.to_node(node.session, protect=self.in_flight.order_of(node.node_id))
 

@@ -20,7 +20,7 @@ from snapshotd.daemon import events
 from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.layouts import Layouts
 from snapshotd.daemon.persist import persist_slots, seal_persisted
-from snapshotd.daemon.protect import build_parity
+from snapshotd.daemon.protect import build_parity, has_part
 from snapshotd.daemon.rebuild import rebuild
 from snapshotd.daemon.restore import Restore
 from snapshotd.daemon.scrub import scrub_once
@@ -98,6 +98,9 @@ class Orders:
 
     def seal(self, slot: SlotFile, ref: control.SlotRef) -> SealedSlot:
         return seal_slot(self._arena, slot, ref, self.cancel)
+
+    def has_part(self, protect: control.Protect) -> bool:
+        return has_part(protect, self._node_id)
 
     def build_parity(self, protect: control.Protect, cancel: threading.Event) -> list[control.ParityRef]:
         refs = build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)

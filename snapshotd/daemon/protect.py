@@ -21,12 +21,12 @@ from snapshotd.daemon.seal import DigestsInPassing
 from snapshotd.daemon.sources import Source, Sources
 from snapshotd.daemon.windows import Input, run_windows
 from snapshotd.erasure import Codec, ParityRow, StripeGeometry
-from snapshotd.errors import UsageError
+from snapshotd.errors import LayoutError, UsageError
 from snapshotd.failpoints import failpoint
 from snapshotd.layout import root_digest
 from snapshotd.v1 import control_pb2 as control
 
-__all__ = ["build_parity", "check_stripe_set", "clear_gaps", "geometry_of", "seal_parity"]
+__all__ = ["build_parity", "check_stripe_set", "clear_gaps", "geometry_of", "has_part", "seal_parity"]
 
 
 def build_parity(
@@ -52,13 +52,32 @@ def build_parity(
             if (stripe_set.job, stripe_set.epoch, stripe_set.step) != (protect.job, protect.epoch, protect.step):
                 raise UsageError(f"a stripe set of step {stripe_set.step} in an order for step {protect.step}")
             for position, member in enumerate(stripe_set.members):
-                if member.node_id == node_id and stripe_set.m > 0:
+                if member.node_id == node_id and _holds_parity(stripe_set, position):
                     refs.append(_build(stripe_set, position, arena, sources, codec, cancel, built))
     except BaseException:
         for parity in built:
             arena.release(parity)
         raise
     return refs
+
+
+def has_part(protect: control.Protect, node_id: str) -> bool:
+    """
+    Whether this node holds any of the parity of that step: of small slots not every node does. Of an order that is
+    wrong, too: to build it says why.
+    """
+    try:
+        return any(
+            member.node_id == node_id and _holds_parity(stripe_set, position)
+            for stripe_set in protect.sets
+            for position, member in enumerate(stripe_set.members)
+        )
+    except LayoutError:
+        return True
+
+
+def _holds_parity(stripe_set: control.StripeSet, position: int) -> bool:
+    return stripe_set.m > 0 and geometry_of(stripe_set).parity_bytes(position) > 0
 
 
 def geometry_of(stripe_set: control.StripeSet) -> StripeGeometry:

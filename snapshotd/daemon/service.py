@@ -200,6 +200,8 @@ class DaemonService:
                 return self._seal(effect)
             case events.SealSlot():
                 self._begin(self._sealing, self._seal, effect)
+            case events.BuildParity(protect=protect) if not self._orders.has_part(protect):
+                return self._build_parity(threading.Event(), effect)
             case events.BuildParity(protect=protect):
                 cancel = self._parity_cancels[protect.job, protect.epoch, protect.step] = threading.Event()
                 self._begin(self._working, partial(self._build_parity, cancel), effect)

@@ -8,7 +8,8 @@ later, computes the same.
 Rule 1: there are n stripes. In stripe s, parity row t is held by position (s + t) mod n; the other k positions are the
 stripe's contributors, and in increasing order of position they are index 0..k-1 of the code. Row t is index k + t.
 Rule 2: a position contributes to k stripes. Its units 0..k-1 go to these stripes in increasing order: unit u is bytes
-``[u * unit_bytes, min((u + 1) * unit_bytes, length))``. So the units tile the member's bytes exactly.
+``[u * unit_bytes, min((u + 1) * unit_bytes, length))``. So the units tile the member's bytes exactly. A unit is no
+shorter than a digest chunk, unless the slots are: what is verified as a whole is not cut into more messages.
 Rule 3: units are padded with zeros in thought only. A unit without any bytes is known to everybody, so never missing.
 Rule 4: parity rows are as long as the longest unit of their stripe, and lie behind each other in one parity file per
 position, in order of stripe, each at a multiple of ``granule``.
@@ -106,6 +107,7 @@ class StripeGeometry:
             if type(length) is not int or not 0 <= length <= _MAX_LENGTH:
                 raise LayoutError(f"position {position} cannot have {length!r} bytes; possible are 0 to {_MAX_LENGTH}")
         k, longest = n - m, max(lengths)
+        least = min(_round_up(longest, SMALL_GRANULE_BYTES), CHUNK_BYTES)
         granule = CHUNK_BYTES if longest > k * CHUNK_BYTES * CHUNKED_FROM_CHUNKS else SMALL_GRANULE_BYTES
         put = object.__setattr__  # frozen
         put(self, "lengths", tuple(lengths))
@@ -113,7 +115,7 @@ class StripeGeometry:
         put(self, "n", n)
         put(self, "k", k)
         put(self, "granule", granule)
-        put(self, "unit_bytes", max(_round_up(-(-longest // k), granule), granule))
+        put(self, "unit_bytes", max(_round_up(-(-longest // k), granule), least, granule))
         put(self, "_parity_lengths", tuple(self._longest_unit(stripe) for stripe in range(n)))
 
     def holders(self, stripe: int) -> tuple[int, ...]:

@@ -60,9 +60,9 @@ class Bench:
         return self.handle(Ticked())
 
     def hello(self, node_id: str, **more: Any) -> Output:
-        nonce = more.pop("nonce", f"{node_id}#1")
+        nonce, session = more.pop("nonce", f"{node_id}#1"), more.pop("session", node_id)
         hello = control.NodeHello(node_id=node_id, nonce=nonce, bulk_address=f"{node_id}:1", **more)
-        return self.node(more.pop("session", node_id), hello=hello)
+        return self.node(session, hello=hello)
 
     def join(self, agent: str, *, least: int = 2, most: int = 2, round_: int = 1) -> Output:
         join = control.AgentJoin(

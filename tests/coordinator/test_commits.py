@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 from snapshotd.v1 import control_pb2 as control
-from tests.coordinator.bench import JOB, SETTINGS, Bench, running
+from tests.coordinator.bench import JOB, SETTINGS, Bench, running, slot_ref
 
 
 def test_all_ranks_attached_completes_the_epoch() -> None:
@@ -47,6 +47,29 @@ def test_a_step_is_committed_when_all_nodes_have_built_parity() -> None:
     committed = bench.to_node("n1", "committed")
     assert (committed.epoch, committed.step, committed.level) == (1, 5, control.Committed.LEVEL_PROTECTED)
     assert bench.job["margin"] == 1
+
+
+def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -> None:
+    """Two nodes of three hold the parity of slots this small. The third may still give way to a newer step."""
+    bench = Bench()
+    for index in range(3):
+        bench.hello(f"n{index}")
+    for index in range(3):
+        bench.join(f"a{index}", least=3, most=3)
+    for index in range(3):
+        bench.attach(f"n{index}", index, epoch=1, world=3)
+    for index in range(3):
+        bench.sealed(f"n{index}", 5, index, world=3)
+    bench.protect = bench.to_node("n2", "protect")
+    bench.built("n0")
+    bench.built("n1")
+    assert bench.to_node("n0", "committed") is None
+    # Its stream breaks, and with it the order or the answer: it is asked again.
+    bench.hello("n2", session="n2 again", slots=[slot_ref(5, 2, world=3)], epochs={JOB: 1})
+    assert bench.to_node("n0", "committed") is None
+    assert bench.to_node("n2 again", "protect") == bench.protect
+    bench.node("n2 again", parity_built=control.ParityBuilt(job=JOB, epoch=1, step=5))
+    assert bench.to_node("n0", "committed").step == 5
 
 
 def test_without_peers_a_sealed_step_is_committed_as_sealed() -> None:

@@ -9,7 +9,7 @@ import pytest
 from snapshotd import failpoints
 from snapshotd.arena import slot_key
 from snapshotd.daemon.cancel import Cancelled
-from snapshotd.daemon.protect import build_parity, geometry_of
+from snapshotd.daemon.protect import build_parity, geometry_of, has_part
 from snapshotd.daemon.windows import SourceFailed
 from snapshotd.errors import LayoutError, UsageError
 from snapshotd.v1 import control_pb2 as control
@@ -36,18 +36,30 @@ def expected_parity(cluster, stripe_set: control.StripeSet, position: int) -> by
     return bytes(out)
 
 
+@pytest.mark.parametrize("factor", [1, 10])
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (3, 1), (3, 2), (4, 2), (5, 2), (5, 3)])
-def test_parity_of_unequal_slots_is_what_the_codec_says(cluster, n: int, m: int) -> None:
-    """Each node computes its part alone: what they compute must fit together."""
+def test_parity_of_unequal_slots_is_what_the_codec_says(cluster, n: int, m: int, factor: int) -> None:
+    """Each node computes its part alone: what they compute must fit together. Slots of one unit and of more."""
     nodes = cluster.add(*(f"n{i}" for i in range(n)))
-    slots = [cluster.seal_random(node, SIZES[n][i], rank=i, world_size=n) for i, node in enumerate(nodes)]
+    slots = [cluster.seal_random(node, factor * SIZES[n][i], rank=i, world_size=n) for i, node in enumerate(nodes)]
     stripe_set = cluster.stripe_set(slots, m)
     refs = cluster.protect(stripe_set)
-    assert [ref.position for ref in refs] == list(range(n))
+    geometry = geometry_of(stripe_set)
+    assert [ref.position for ref in refs] == [p for p in range(n) if geometry.parity_bytes(p)]
     for ref in refs:
         assert ref.set == stripe_set
         assert cluster.parity_bytes(ref) == expected_parity(cluster, stripe_set, ref.position)
     assert cluster.protect(stripe_set) == refs  # the order may come twice
+
+
+def test_of_small_slots_not_every_node_has_a_part(cluster) -> None:
+    nodes = cluster.add("n0", "n1", "n2", "n3")
+    slots = [cluster.seal_random(node, 9000, rank=i) for i, node in enumerate(nodes)]
+    order = order_for(cluster, cluster.stripe_set(slots, 1))
+    assert [has_part(order, node.node_id) for node in nodes] == [True, True, False, False]
+    assert build_parity(order, "n3", nodes[3].arena, nodes[3].sources, cluster.codec) == parities(nodes[3]) == []
+    wrong = order_for(cluster, cluster.stripe_set(slots, 4))
+    assert has_part(wrong, "n3")  # and to build it says what is wrong
 
 
 def test_large_slots_go_window_by_window(cluster) -> None:
@@ -63,15 +75,15 @@ def test_large_slots_go_window_by_window(cluster) -> None:
 def test_lanes_and_absent_slots(cluster) -> None:
     """Nodes with one and with two ranks in one group: the second lane has members without a slot."""
     nodes = cluster.add("n0", "n1", "n2")
-    first = [cluster.seal_random(node, 5000 * (i + 1), rank=i) for i, node in enumerate(nodes)]
-    second = [cluster.seal_random(nodes[1], 7000, rank=3, lane=1), None]
+    first = [cluster.seal_random(node, 500_000 * (i + 1), rank=i) for i, node in enumerate(nodes)]
+    second = [cluster.seal_random(nodes[1], 700_000, rank=3, lane=1), None]
     sets = [
         cluster.stripe_set(first, 1),
         cluster.stripe_set([None, *second], 1, lane=1),
         cluster.stripe_set([None, None, None], 1, lane=2),
     ]
     refs = cluster.protect(*sets)
-    assert [(ref.set.lane, ref.position) for ref in refs] == [(lane, p) for p in range(3) for lane in range(3)]
+    assert [(ref.set.lane, ref.position) for ref in refs] == [(0, 0), (1, 0), (0, 1), (0, 2), (1, 2)]
     for ref in refs:
         assert cluster.parity_bytes(ref) == expected_parity(cluster, sets[ref.set.lane], ref.position)
 
@@ -131,7 +143,7 @@ def test_a_flipped_bit_is_not_encoded(cluster, where: str) -> None:
 def test_a_slot_that_is_not_the_one_meant_is_refused(cluster) -> None:
     """The peer has sealed that step anew since the coordinator was told: another root, valid digests."""
     nodes = cluster.add("n0", "n1", "n2")
-    slots = [cluster.seal_random(node, 50_000, rank=i) for i, node in enumerate(nodes)]
+    slots = [cluster.seal_random(node, 500_000, rank=i) for i, node in enumerate(nodes)]
     stale = control.SlotRef()
     stale.CopyFrom(slots[1])
     stale.root_digest = "0" * 32
@@ -144,7 +156,7 @@ def test_a_slot_that_is_not_the_one_meant_is_refused(cluster) -> None:
 
 def test_a_dead_or_unknown_peer_is_named(cluster) -> None:
     nodes = cluster.add("n0", "n1", "n2")
-    slots = [cluster.seal_random(node, 50_000, rank=i) for i, node in enumerate(nodes)]
+    slots = [cluster.seal_random(node, 500_000, rank=i) for i, node in enumerate(nodes)]
     order = order_for(cluster, cluster.stripe_set(slots, 1))
     nodes[0].arena.delete(nodes[0].arena.find(slot_key(slots[0])))
     with pytest.raises(SourceFailed, match="rank 0 .* on n0"):
@@ -159,7 +171,7 @@ def test_cancel_and_failpoints_leave_nothing(cluster) -> None:
     """A newer step overtakes an older one: half of its parity must not eat the budget."""
     nodes = cluster.add("n0", "n1", "n2")
     slots = [cluster.seal_random(node, 800_000, rank=i) for i, node in enumerate(nodes)]
-    two = cluster.stripe_set(slots, 1), cluster.stripe_set([slots[0], None, None], 1, lane=1)
+    two = cluster.stripe_set(slots, 1), cluster.stripe_set([None, *slots[1:]], 1, lane=1)
     order = order_for(cluster, *two)
     node = nodes[0]
     free = node.arena.used_bytes

@@ -10,9 +10,9 @@ from snapshotd.erasure import StripeGeometry, decode_plan, recoverable, reencode
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout import CHUNK_BYTES
 
-lengths_in_any_mode = st.sampled_from([0, 1, 63, 64, 65, 1000, 40 * CHUNK_BYTES, 200 * CHUNK_BYTES + 3]) | st.integers(
-    0, 300 * CHUNK_BYTES
-)
+SIZES = [0, 1, 63, 64, 65, 1000, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 40 * CHUNK_BYTES, 200 * CHUNK_BYTES + 3]
+
+lengths_in_any_mode = st.sampled_from(SIZES) | st.integers(0, 300 * CHUNK_BYTES)
 
 
 @st.composite
@@ -30,6 +30,7 @@ def test_invariants(geometry: StripeGeometry) -> None:
     assert n == m + k == len(geometry.lengths)
     assert geometry.unit_bytes % geometry.granule == 0
     assert longest <= k * geometry.unit_bytes
+    assert geometry.unit_bytes >= min(longest, CHUNK_BYTES)
     assert geometry.granule == (CHUNK_BYTES if longest > 16 * k * CHUNK_BYTES else 64)
     contributed = {p: [] for p in range(n)}
     held = {p: [] for p in range(n)}
@@ -66,7 +67,7 @@ def test_invariants(geometry: StripeGeometry) -> None:
             assert geometry.parity_row(row.stripe, row.row) == (p, row)
             free = row.offset + row.length
             assert free <= geometry.parity_bytes(p) or not row.length
-        assert geometry.parity_bytes(p) <= m * (-(-longest // k) + geometry.granule)
+        assert geometry.parity_bytes(p) <= m * max(-(-longest // k) + geometry.granule, CHUNK_BYTES)
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,12 +84,29 @@ def test_units_of_range(geometry: StripeGeometry, data: st.DataObject) -> None:
 
 def test_example() -> None:
     """The picture in the documentation: four members, one parity row."""
-    geometry = StripeGeometry([300, 300, 200, 10], 1)
-    assert (geometry.k, geometry.unit_bytes) == (3, 128)
+    geometry = StripeGeometry([900_000, 900_000, 600_000, 30], 1)
+    assert (geometry.k, geometry.unit_bytes) == (3, 300_032)
     assert [geometry.contributors(s) for s in range(4)] == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
-    assert [geometry.unit_range(0, s) for s in (1, 2, 3)] == [(0, 128), (128, 256), (256, 300)]
-    assert [geometry.unit_range(3, s) for s in (0, 1, 2)] == [(0, 10), (10, 10), (10, 10)]
-    assert [geometry.parity_bytes(p) for p in range(4)] == [128, 128, 128, 44]
+    assert [geometry.unit_range(0, s) for s in (1, 2, 3)] == [(0, 300_032), (300_032, 600_064), (600_064, 900_000)]
+    assert [geometry.unit_range(3, s) for s in (0, 1, 2)] == [(0, 30), (30, 30), (30, 30)]
+    assert [geometry.parity_bytes(p) for p in range(4)] == [300_032, 300_032, 300_032, 299_936]
+
+
+def test_small_slots_are_one_unit() -> None:
+    """Then one node codes those of all others, a second one mirrors the first, and no other has anything to do."""
+    geometry = StripeGeometry([1000, 1000, 900, 10], 1)
+    assert geometry.unit_bytes == 1024
+    assert [geometry.unit_range(p, 0) for p in (1, 2, 3)] == [(0, 1000), (0, 900), (0, 10)]
+    assert geometry.unit_range(0, 1) == (0, 1000)
+    assert [geometry.parity_bytes(p) for p in range(4)] == [1000, 1000, 0, 0]
+    two = StripeGeometry([1000] * 5, 2)
+    assert [two.parity_bytes(p) for p in range(5)] == [1000, 2024, 2024, 1000, 0]
+
+
+def test_units_of_slots_of_some_chunks_are_chunks() -> None:
+    geometry = StripeGeometry([CHUNK_BYTES + 5] * 4, 1)
+    assert geometry.unit_bytes == CHUNK_BYTES
+    assert [geometry.parity_bytes(p) for p in range(4)] == [CHUNK_BYTES, CHUNK_BYTES, 5, 0]
 
 
 def test_one_node_has_no_parity() -> None:
@@ -158,7 +176,7 @@ def test_reasons_name_the_stripe_and_the_parts() -> None:
 
 def test_plans_prefer_data_and_skip_zeros() -> None:
     """Zeros cost no traffic; data is used as it is, parity must be multiplied."""
-    geometry = StripeGeometry([400, 400, 400, 0, 400], 2)
+    geometry = StripeGeometry([4 * CHUNK_BYTES] * 3 + [0, 4 * CHUNK_BYTES], 2)
     # Stripe 2: parity on 2 and 3, contributors 0, 1, 4.
     plan = decode_plan(geometry, 2, 0, {1, 2, 3, 4}, {2, 3})
     assert [(p.position, p.is_parity, p.row, p.index) for p in plan] == [

@@ -15,7 +15,7 @@ from snapshotd.coordinator.job import Job
 from snapshotd.daemon.core_state import State
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
-from tests.simulation.arena import truth
+from tests.simulation.arena import parity_bytes, truth
 
 if TYPE_CHECKING:
     from tests.simulation.node import SimNode
@@ -75,7 +75,8 @@ class Checks:
         self._sealed: dict[tuple[int, int], dict[int, str]] = {}
         self._world_sizes: dict[tuple[int, int], int] = {}
         self._handed_over: dict[tuple[int, int], dict[int, HandedOver]] = {}
-        self._built: dict[tuple[int, int], set[str]] = {}
+        self._built: dict[tuple[int, int], set[tuple[int, int, int]]] = {}
+        self._sets: dict[tuple[int, int], dict[tuple[int, int], control.StripeSet]] = {}
         self._formed: dict[int, control.EpochFormed] = {}
         self._decided: dict[str, tuple[int, int, int]] = {}
         self._adopted: tuple[int, ...] | None = None
@@ -96,8 +97,23 @@ class Checks:
         if known.setdefault(ref.rank, content) != content:
             self.fail(f"rank {ref.rank} sealed step {ref.step} of epoch {ref.epoch} twice with other bytes")
 
-    def on_parity_built(self, node_id: str, key: tuple[int, int]) -> None:
-        self._built.setdefault(key, set()).add(node_id)
+    def on_parity_built(self, key: tuple[int, int], parities: list[control.ParityRef]) -> None:
+        built, sets = self._built.setdefault(key, set()), self._sets.setdefault(key, {})
+        for ref in parities:
+            built.add((ref.set.group, ref.set.lane, ref.position))
+            sets[ref.set.group, ref.set.lane] = ref.set
+
+    def _unprotected(self, key: tuple[int, int], world_size: int) -> list[str]:
+        """What lacks for the protection of a step: ranks that no parity covers, and parity that was never built."""
+        lacks, covered = [], set()
+        for where, one in self._sets.get(key, {}).items():
+            lengths = tuple(member.slot.file_bytes for member in one.members)
+            for position, member in enumerate(one.members):
+                if member.slot.file_bytes:
+                    covered.add(member.slot.rank)
+                if parity_bytes(lengths, one.m, position) and (*where, position) not in self._built[key]:
+                    lacks.append(f"parity of {member.node_id}")
+        return lacks + [f"any parity of rank {rank}" for rank in range(world_size) if rank not in covered]
 
     def after_node(self, node: SimNode) -> None:
         counts: dict[int, int] = {}
@@ -194,11 +210,11 @@ class Checks:
             self.fail(f"step {step} is committed in epoch {epoch}, which was never complete")
         assert formed is not None
         if level >= control.Committed.LEVEL_PROTECTED:
-            late = set(formed.nodes) - self._built.get(key, set())
+            lacks = self._unprotected(key, world_size)
             # The parity of an adopted step may have been completed by rebuild orders instead.
             alive = [node for node in self._world.nodes.values() if not node.lost]
-            if late and not (key == self._adopted and truth(alive, key).rebuildable()):
-                self.fail(f"step {step} is committed as protected, but {sorted(late)} have not built parity")
+            if lacks and not (key == self._adopted and truth(alive, key).rebuildable()):
+                self.fail(f"step {step} is committed as protected without {', '.join(lacks)}")
         elif formed.m and not (self._built.get(key) and self._world.coordinator.incarnation > 1):
             # Only a restarted coordinator that finds a step half protected may take it as it is.
             self.fail(f"step {step} is committed without parity, though the epoch has m={formed.m}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from snapshotd.daemon import events
 from snapshotd.daemon.core import NodeCore
+from snapshotd.daemon.protect import has_part
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from tests.simulation.arena import ArenaParity, ArenaSlot, Durable, can_rebuild, parity_bytes, parity_key
@@ -224,7 +225,7 @@ class SimNode:
                 self._world.checks.dirty = True
             case events.BuildParity(protect=protect):
                 self._cancelled.discard((protect.epoch, protect.step))
-                self._run(0.2, self._build, protect)
+                self._run(0.2 if has_part(protect, self.node_id) else 0.0, self._build, protect)
             case events.CancelParity(epoch=epoch, step=step):
                 self._cancelled.add((epoch, step))
             case events.DeleteParity(parity=parity):
@@ -275,7 +276,7 @@ class SimNode:
             self._cancelled.discard(key)
             return events.ParityAborted(job=protect.job, epoch=key[0], step=key[1], reason="cancelled")
         made = []
-        for one in protect.sets:
+        for one in protect.sets if has_part(protect, self.node_id) else ():
             contents = {}
             for position, member in enumerate(one.members):
                 if member.slot.file_bytes:
@@ -290,12 +291,13 @@ class SimNode:
         parities = []
         for one, position, contents in made:
             lengths = tuple(member.slot.file_bytes for member in one.members)
-            ref = control.ParityRef(
-                set=one, position=position, file_bytes=parity_bytes(lengths, one.m, position), root_digest="p"
-            )
+            nbytes = parity_bytes(lengths, one.m, position)
+            if not nbytes:
+                continue
+            ref = control.ParityRef(set=one, position=position, file_bytes=nbytes, root_digest="p")
             self.parities[parity_key(ref)] = ArenaParity(ref=ref, contents=contents)
             parities.append(ref)
-        self._world.checks.on_parity_built(self.node_id, key)
+        self._world.checks.on_parity_built(key, parities)
         return events.ParityFinished(job=protect.job, epoch=key[0], step=key[1], parities=tuple(parities), seconds=0.2)
 
     def _rebuild(self, order: control.Rebuild, slot_id: int) -> events.Event:

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1024)
 def layout_of(rank: int, world_size: int) -> Layout:
-    """Unequal shards: the layout depends on the rank and the world."""
-    count = 16 + rank * 7 + world_size
-    box = TensorBox(
-        name="w", dtype="float32", global_shape=(4096,), box=Box((rank * 64,), (count,)), scope="global", kind="param"
-    )
+    """
+    Unequal shards: the layout depends on the rank and the world. In every other world a shard has several units of a
+    stripe, elsewhere one.
+    """
+    most = 4096 if world_size % 2 else 1 << 20
+    count = most // 64 * (1 + rank % 16) + world_size
+    place = Box((rank * 64 % (most // 2),), (min(count, most // 2),))
+    box = TensorBox(name="w", dtype="float32", global_shape=(most,), box=place, scope="global", kind="param")
     return Layout.build([box], meta_capacity=64)
 
 
