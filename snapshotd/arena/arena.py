@@ -56,7 +56,7 @@ __all__ = ["Arena", "Lease"]
 
 _ID_HIGH_BITS: Final = 28
 _ID_LOW_BITS: Final = 24
-_VERIFY_WINDOW_BYTES: Final = 16 * digest.CHUNK_BYTES
+_VERIFY_WINDOW_BYTES: Final = 32 * digest.CHUNK_BYTES
 
 FileT = TypeVar("FileT", SlotFile, ParityFile, BufferFile)
 LeaseT = TypeVar("LeaseT", bound=AnyFile)

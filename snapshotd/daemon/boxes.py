@@ -150,6 +150,6 @@ def _differs(shards: Sequence[SourceShard], sources: Sequence[Source], cancel: t
 
 def _digest(source: Source, begin: int, nbytes: int) -> bytes:
     digest = xxhash.xxh3_128()
-    for at in range(begin, begin + nbytes, 16 * CHUNK_BYTES):
-        digest.update(read_bytes(source, at, min(at + 16 * CHUNK_BYTES, begin + nbytes)))
+    for at in range(begin, begin + nbytes, 32 * CHUNK_BYTES):
+        digest.update(read_bytes(source, at, min(at + 32 * CHUNK_BYTES, begin + nbytes)))
     return digest.digest()

@@ -12,7 +12,7 @@ from snapshotd.transfer import Piece
 
 __all__ = ["read_through_chunks"]
 
-_SPAN_BYTES: Final = 64 * CHUNK_BYTES
+_SPAN_BYTES: Final = 128 * CHUNK_BYTES
 """16 MiB: bounds the scratch memory."""
 
 

@@ -28,7 +28,7 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["export_snapshot", "persist_slots", "seal_persisted"]
 
-_PIECE_BYTES: Final = 16 * CHUNK_BYTES
+_PIECE_BYTES: Final = 32 * CHUNK_BYTES
 """4 MiB: verified, then written while it is in the cache."""
 
 

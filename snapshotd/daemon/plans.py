@@ -25,7 +25,7 @@ __all__ = ["PlanSources", "read_bytes", "read_layouts", "slots_of_plan"]
 
 _MAX_THREADS: Final = 8
 
-_HEADER_GUESS_BYTES: Final = CHUNK_BYTES
+_HEADER_GUESS_BYTES: Final = 2 * CHUNK_BYTES
 """Read at once from each source: the header of a thousand tensors, and a digest chunk is fetched whole anyway."""
 
 

@@ -34,7 +34,7 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
-_BATCH_BYTES: Final = 32 * CHUNK_BYTES
+_BATCH_BYTES: Final = 64 * CHUNK_BYTES
 """8 MiB, some milliseconds: how long a cancel may go unnoticed."""
 
 _PART_BYTES: Final = 8 * _BATCH_BYTES

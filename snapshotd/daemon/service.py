@@ -37,7 +37,7 @@ log = logging.getLogger("snapshotd.daemon")
 
 TICK_S = 0.2
 WORK_THREADS = 8
-SEALED_AT_ONCE_BYTES = CHUNK_BYTES
+SEALED_AT_ONCE_BYTES = 2 * CHUNK_BYTES
 """So little is hashed faster than a thread is woken up."""
 
 OrderT = TypeVar("OrderT", bound=events.Effect)

@@ -24,7 +24,7 @@ from snapshotd.layout import CHUNK_BYTES
 
 __all__ = ["MAX_THREADS", "WINDOW_BYTES", "Consume", "Input", "SourceFailed", "run_windows"]
 
-WINDOW_BYTES: Final = 4 * CHUNK_BYTES
+WINDOW_BYTES: Final = 8 * CHUNK_BYTES
 """1 MiB: large enough for the system calls and the codec."""
 
 _SCRATCH_BYTES: Final = 8 * WINDOW_BYTES

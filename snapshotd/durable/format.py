@@ -56,7 +56,10 @@ MAX_WORLD_SIZE: Final = 1 << 20
 """Ranks of one snapshot: ten times the largest training run that anybody has told of."""
 
 MAX_JSON_BYTES: Final = 256 * 1024 * 1024
-"""A marker has some 200 bytes per rank, a rank's JSON 64 bytes per MiB of its slot: this is for 4 TiB of slot."""
+"""A marker has some 200 bytes per rank, a rank's JSON 128 bytes per MiB of its slot: this is for 2 TiB of slot."""
+
+_MAX_CHUNK_BYTES: Final = 16 * 1024 * 1024
+"""What is read anew for a byte of it."""
 
 _MAX_NUMBER: Final = (1 << 63) - 1
 _MAX_QUOTED: Final = 200
@@ -107,16 +110,17 @@ def rank_record_name(rank: int) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
     """
-    What stands in a rank's JSON: the slot, and the digests of all of its chunks.
+    What stands in a rank's JSON: the slot, and the digests of all of its chunks, of ``chunk_bytes`` each.
 
     FormatError when the two contradict each other.
     """
 
     slot: control.SlotRef
     chunk_digests: bytes
+    chunk_bytes: int = CHUNK_BYTES
 
     def __post_init__(self) -> None:
-        if len(self.chunk_digests) != chunk_count(self.slot.file_bytes) * DIGEST_BYTES:
+        if len(self.chunk_digests) != chunk_count(self.slot.file_bytes, self.chunk_bytes) * DIGEST_BYTES:
             raise FormatError(
                 f"rank {self.slot.rank}: {len(self.chunk_digests)} bytes of digests do not belong to a file of "
                 f"{self.slot.file_bytes} bytes"
@@ -140,7 +144,7 @@ class RankRecord:
             "file_bytes": slot.file_bytes,
             "root_digest": slot.root_digest,
             "layout_hash": slot.layout_hash,
-            "chunk_bytes": CHUNK_BYTES,
+            "chunk_bytes": self.chunk_bytes,
             "chunk_digests": self.chunk_digests.hex(),
         }
         return json.dumps(fields, indent=1).encode() + b"\n"
@@ -149,8 +153,9 @@ class RankRecord:
     def decode(cls, text: bytes, what: str) -> RankRecord:
         """Return the record in ``text``; FormatError, naming ``what``, for anything else."""
         fields = _Fields(text, what, RANK_FORMAT)
-        if (chunk_bytes := fields.number("chunk_bytes", 1 << 40)) != CHUNK_BYTES:
-            raise FormatError(f"{what} has chunks of {chunk_bytes} bytes; this version reads chunks of {CHUNK_BYTES}")
+        chunk_bytes = fields.number("chunk_bytes", 1 << 40)
+        if not 1 <= chunk_bytes <= _MAX_CHUNK_BYTES:
+            raise FormatError(f"{what} has chunks of {chunk_bytes} bytes; possible are 1 to {_MAX_CHUNK_BYTES}")
         slot = control.SlotRef(
             job=fields.text("job"),
             epoch=fields.number("epoch"),
@@ -166,7 +171,7 @@ class RankRecord:
             digests = bytes.fromhex(fields.text("chunk_digests"))
         except ValueError as error:
             raise FormatError(f"{what}: chunk_digests is not hexadecimal") from error
-        return cls(slot=slot, chunk_digests=digests)
+        return cls(slot=slot, chunk_digests=digests, chunk_bytes=chunk_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

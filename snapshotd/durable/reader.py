@@ -32,7 +32,7 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["DurableSnapshot", "RankFile", "open_snapshot", "read_marker", "scan_durable"]
 
-_READ_BYTES: Final = 16 * CHUNK_BYTES
+_READ_BYTES: Final = 32 * CHUNK_BYTES
 """4 MiB: few calls, and small enough to stay in the cache between reading and hashing."""
 
 
@@ -50,6 +50,8 @@ class RankFile:
         record = RankRecord.decode(read_json_file(record_path), str(record_path))
         self.slot = record.slot
         self.digests = record.chunk_digests
+        self._chunk_bytes = record.chunk_bytes
+        self._read_bytes = max(1, _READ_BYTES // self._chunk_bytes) * self._chunk_bytes
         self._check_record(record_path, marker, rank)
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -72,24 +74,25 @@ class RankFile:
         end = begin + into.nbytes
         if not 0 <= begin <= end <= self.file_bytes:
             raise UsageError(f"[{begin}, {end}) is not inside the {self.file_bytes} bytes of {self.path}")
+        chunk_bytes = self._chunk_bytes
         scratch: bytearray | None = None
         at = begin
         while at < end:
-            first = at // CHUNK_BYTES * CHUNK_BYTES
-            last = min(-(-min(end, first + _READ_BYTES) // CHUNK_BYTES) * CHUNK_BYTES, self.file_bytes)
+            first = at // chunk_bytes * chunk_bytes
+            last = min(-(-min(end, first + self._read_bytes) // chunk_bytes) * chunk_bytes, self.file_bytes)
             if first == at and last <= end:
                 with into[at - begin : last - begin] as part:
                     self._read_chunks(first, part)
                 at = last
                 continue
-            if first == at and end - at > CHUNK_BYTES:  # the whole chunks of it go straight to their place
-                last = end // CHUNK_BYTES * CHUNK_BYTES
+            if first == at and end - at > chunk_bytes:  # the whole chunks of it go straight to their place
+                last = end // chunk_bytes * chunk_bytes
                 with into[at - begin : last - begin] as part:
                     self._read_chunks(first, part)
                 at = last
                 continue
-            last = min(first + CHUNK_BYTES, self.file_bytes)
-            scratch = scratch or bytearray(CHUNK_BYTES)
+            last = min(first + chunk_bytes, self.file_bytes)
+            scratch = scratch or bytearray(chunk_bytes)
             with memoryview(scratch)[: last - first] as whole:
                 self._read_chunks(first, whole)
                 stop = min(last, end)
@@ -106,11 +109,11 @@ class RankFile:
         """
         Read the whole file once, and return its bytes; CorruptionError for the first one that is wrong.
 
-        ``pace`` is called with the bytes of each piece of 4 MiB: it may sleep, show progress, or raise to stop.
+        ``pace`` is called with the bytes of each piece of some 4 MiB: it may sleep, show progress, or raise to stop.
         """
-        buffer = memoryview(bytearray(min(_READ_BYTES, self.file_bytes)))
-        for begin in range(0, self.file_bytes, _READ_BYTES):
-            with buffer[: min(_READ_BYTES, self.file_bytes - begin)] as part:
+        buffer = memoryview(bytearray(min(self._read_bytes, self.file_bytes)))
+        for begin in range(0, self.file_bytes, self._read_bytes):
+            with buffer[: min(self._read_bytes, self.file_bytes - begin)] as part:
                 self._read_chunks(begin, part)
                 if pace is not None:
                     pace(part.nbytes)
@@ -137,14 +140,15 @@ class RankFile:
             if not count:
                 raise CorruptionError(f"{self.path} ends at {begin + at}, expected {self.file_bytes} bytes")
             at += count
-        wrong = verify(into, self.digests, begin, begin + into.nbytes, base=begin)
+        chunk_bytes = self._chunk_bytes
+        wrong = verify(into, self.digests, begin, begin + into.nbytes, base=begin, chunk_bytes=chunk_bytes)
         if wrong:
-            first = wrong[0] * CHUNK_BYTES
-            with into[first - begin : first - begin + CHUNK_BYTES] as chunk:
-                got = chunk_digests(chunk, chunk.nbytes)
+            first = wrong[0] * chunk_bytes
+            with into[first - begin : first - begin + chunk_bytes] as chunk:
+                got = chunk_digests(chunk, chunk.nbytes, chunk_bytes)
             expected = self.digests[wrong[0] * DIGEST_BYTES : (wrong[0] + 1) * DIGEST_BYTES]
             raise CorruptionError(
-                f"{self.path} was changed in bytes [{first}, {first + CHUNK_BYTES}): "
+                f"{self.path} was changed in bytes [{first}, {first + chunk_bytes}): "
                 f"digest {got.hex()}, expected {expected.hex()}"
             )
 

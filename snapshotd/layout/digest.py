@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import xxhash
+from xxhash import xxh3_64_intdigest as digest_of
 
 from snapshotd.errors import UsageError
 
@@ -31,8 +32,11 @@ __all__ = [
     "verify",
 ]
 
-CHUNK_BYTES: Final = 256 * 1024
-"""Small enough to find rot precisely, large enough that Python's overhead per chunk (1 us of 20) vanishes."""
+CHUNK_BYTES: Final = 128 * 1024
+"""
+Small enough that little is hashed for nothing where parts of chunks are read, large enough that Python's overhead per
+chunk (0.3 us of 12) vanishes.
+"""
 
 DIGEST_BYTES: Final = 8
 """Bytes of one chunk's digest."""
@@ -40,12 +44,12 @@ DIGEST_BYTES: Final = 8
 _DIGEST: Final = struct.Struct("<Q")
 
 
-def chunk_count(length: int) -> int:
+def chunk_count(length: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """Return the number of chunks of ``length`` bytes: 0 for 0."""
-    return -(-length // CHUNK_BYTES)
+    return -(-length // chunk_bytes)
 
 
-def chunk_digests(buf: Buffer, length: int) -> bytes:
+def chunk_digests(buf: Buffer, length: int, chunk_bytes: int = CHUNK_BYTES) -> bytes:
     """
     Return the digests of ``buf[0:length]``: 8 bytes little-endian per chunk, ``chunk_count(length)`` of them.
 
@@ -54,7 +58,8 @@ def chunk_digests(buf: Buffer, length: int) -> bytes:
     with memoryview(buf) as whole, whole.cast("B") as view:
         if not 0 <= length <= view.nbytes:
             raise UsageError(f"cannot digest {length} bytes of a buffer of {view.nbytes}")
-        values = [_digest(view, begin, min(begin + CHUNK_BYTES, length)) for begin in range(0, length, CHUNK_BYTES)]
+        with view[:length] as all_of_it:
+            values = [digest_of(all_of_it[at : at + chunk_bytes]) for at in range(0, length, chunk_bytes)]
     return struct.pack(f"<{len(values)}Q", *values)
 
 
@@ -76,7 +81,8 @@ class RunningDigests:
         while at < piece.nbytes:
             end = min(at + self._room, piece.nbytes)
             if end - at == CHUNK_BYTES:
-                self._values.append(_digest(piece, at, end))
+                with piece[at:end] as part:
+                    self._values.append(digest_of(part))
             else:
                 with piece[at:end] as part:
                     self._hash.update(part)
@@ -105,38 +111,33 @@ def root_digest(digests: bytes) -> str:
 def is_right(view: memoryview, digests: bytes, chunk: int) -> bool:
     """Whether one chunk of ``view``, all bytes of a file, matches its digest: verify() for who looks at single ones."""
     with view[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES] as part:
-        return bool(xxhash.xxh3_64_intdigest(part) == _DIGEST.unpack_from(digests, chunk * DIGEST_BYTES)[0])
+        return bool(digest_of(part) == _DIGEST.unpack_from(digests, chunk * DIGEST_BYTES)[0])
 
 
-def verify(buf: Buffer, digests: bytes, begin: int, end: int, *, base: int = 0) -> list[int]:
+def verify(
+    buf: Buffer, digests: bytes, begin: int, end: int, *, base: int = 0, chunk_bytes: int = CHUNK_BYTES
+) -> list[int]:
     """
     Return the indexes of the chunks of file bytes ``[begin, end)`` that do not match: empty when all is well.
 
     ``buf`` holds the file from file offset ``base`` on (0: the whole file). ``digests`` are those of the whole file.
-    ``begin`` must be a multiple of CHUNK_BYTES; ``end`` too, unless it lies in the last chunk: then it is taken for
+    ``begin`` must be a multiple of ``chunk_bytes``; ``end`` too, unless it lies in the last chunk: then it is taken for
     the end of the file. UsageError for ranges that are not so, or that ``buf`` or ``digests`` do not reach.
     """
     if len(digests) % DIGEST_BYTES:
         raise UsageError(f"{len(digests)} bytes of digests are no multiple of {DIGEST_BYTES}")
     num_chunks = len(digests) // DIGEST_BYTES
-    if begin % CHUNK_BYTES or not 0 <= begin <= end:
-        raise UsageError(f"the range [{begin}, {end}) does not begin at a multiple of {CHUNK_BYTES}")
-    if chunk_count(end) > num_chunks:
+    if begin % chunk_bytes or not 0 <= begin <= end:
+        raise UsageError(f"the range [{begin}, {end}) does not begin at a multiple of {chunk_bytes}")
+    if chunk_count(end, chunk_bytes) > num_chunks:
         raise UsageError(f"the range [{begin}, {end}) reaches beyond the {num_chunks} chunks that have digests")
-    if end % CHUNK_BYTES and chunk_count(end) != num_chunks:
+    if end % chunk_bytes and chunk_count(end, chunk_bytes) != num_chunks:
         raise UsageError(f"the range [{begin}, {end}) ends inside a chunk that is not the last of {num_chunks}")
     with memoryview(buf) as whole, whole.cast("B") as view:
         if begin < base or end - base > view.nbytes:
             raise UsageError(f"the range [{begin}, {end}) is not inside the buffer [{base}, {base + view.nbytes})")
-        first, stop = begin // CHUNK_BYTES, chunk_count(end)
+        first, stop = begin // chunk_bytes, chunk_count(end, chunk_bytes)
         expected = struct.unpack_from(f"<{stop - first}Q", digests, first * DIGEST_BYTES) if end > begin else ()
-        return [
-            chunk
-            for chunk, digest in enumerate(expected, start=first)
-            if digest != _digest(view, chunk * CHUNK_BYTES - base, min((chunk + 1) * CHUNK_BYTES, end) - base)
-        ]
-
-
-def _digest(view: memoryview, begin: int, end: int) -> int:
-    with view[begin:end] as part:
-        return xxhash.xxh3_64_intdigest(part)
+        with view[begin - base : end - base] as part:
+            found = [digest_of(part[at : at + chunk_bytes]) for at in range(0, end - begin, chunk_bytes)]
+        return [first + place for place, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]

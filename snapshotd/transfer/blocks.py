@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 BLOCKS_MAX: Final = 4096
-BLOCK_BYTES_MAX: Final = 4 * CHUNK_BYTES
+BLOCK_BYTES_MAX: Final = 8 * CHUNK_BYTES
 _DIRECT_BYTES: Final = 64 * 1024
 """A run of so many bytes is worth a system call of its own."""
 

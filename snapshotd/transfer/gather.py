@@ -19,7 +19,7 @@ from snapshotd.transfer.wire import RANGES_MAX
 
 __all__ = ["BATCH_BYTES", "Piece", "Read", "gather"]
 
-BATCH_BYTES: Final = 64 * CHUNK_BYTES
+BATCH_BYTES: Final = 128 * CHUNK_BYTES
 """16 MiB of parts in one request: as much as a worker asks for at once."""
 
 _RUN_BYTES: Final = 64 * 1024

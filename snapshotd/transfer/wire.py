@@ -43,10 +43,10 @@ __all__ = [
     "tune",
 ]
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 RANGES_MAX: Final = 65_536
-DIGESTS_BYTES_MAX: Final = 64 * 1024 * 1024  # of a file of 2 TiB
+DIGESTS_BYTES_MAX: Final = 64 * 1024 * 1024  # of a file of 1 TiB
 PIECE_BYTES: Final = 1024 * 1024
 """Bulk is sent and received in pieces of this size: large enough for the system calls, small enough for the cache."""
 

@@ -249,12 +249,12 @@ def test_parity_is_sealed_found_and_used_again(open_arena: Restart) -> None:
 
 
 def test_verify_names_the_bad_chunks_and_paces(arena: Arena) -> None:
-    slot = _slot(arena, nbytes=20 * CHUNK_BYTES + 5)
+    slot = _slot(arena, nbytes=40 * CHUNK_BYTES + 5)
     slot.view[3 * CHUNK_BYTES] ^= 1
-    slot.view[20 * CHUNK_BYTES + 4] ^= 128
+    slot.view[40 * CHUNK_BYTES + 4] ^= 128
     paced: list[int] = []
-    assert arena.verify(slot, paced.append) == [3, 20]
-    assert paced == [16 * CHUNK_BYTES, 4 * CHUNK_BYTES + 5]
+    assert arena.verify(slot, paced.append) == [3, 40]
+    assert paced == [32 * CHUNK_BYTES, 8 * CHUNK_BYTES + 5]
 
     def stop(nbytes: int) -> None:
         raise InterruptedError

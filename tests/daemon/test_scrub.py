@@ -10,6 +10,7 @@ from snapshotd.arena import parity_key, slot_key
 from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.scrub import Scrubbed, scrub_once
 from snapshotd.errors import UsageError
+from snapshotd.layout import CHUNK_BYTES
 
 
 def scene(cluster):
@@ -39,7 +40,7 @@ def test_rot_in_slot_and_parity_is_reported(cluster) -> None:
     assert by_kind["slot"].slot_id == node.arena.find(slot_key(slot)).slot_id
     assert by_kind["parity"].parity == parity
     assert all(item.local and item.node_id == "n0" for item in found)
-    assert "chunk 3 does not match its digest, found by the scrub" in by_kind["slot"].detail
+    assert f"chunk {1_000_000 // CHUNK_BYTES} does not match its digest, found by the scrub" in by_kind["slot"].detail
 
 
 def test_what_is_freed_meanwhile_is_left_out(cluster) -> None:

@@ -51,8 +51,8 @@ def slot_bytes(rank: int, step: int, elements: int = 150_000) -> tuple[Layout, b
     return layout, layout.header + values.tobytes() + meta
 
 
-def record_of(rank: int, step: int, epoch: int, layout: Layout, data: bytes) -> RankRecord:
-    digests = chunk_digests(data, len(data))
+def record_of(rank: int, step: int, epoch: int, layout: Layout, data: bytes, chunk_bytes: int) -> RankRecord:
+    digests = chunk_digests(data, len(data), chunk_bytes)
     ref = control.SlotRef(
         job=JOB,
         epoch=epoch,
@@ -63,16 +63,18 @@ def record_of(rank: int, step: int, epoch: int, layout: Layout, data: bytes) -> 
         root_digest=root_digest(digests),
         layout_hash=layout.hash,
     )
-    return RankRecord(slot=ref, chunk_digests=digests)
+    return RankRecord(slot=ref, chunk_digests=digests, chunk_bytes=chunk_bytes)
 
 
-def write_snapshot(root: Path, step: int, epoch: int = 1, *, marker: bool = True) -> Path:
+def write_snapshot(
+    root: Path, step: int, epoch: int = 1, *, marker: bool = True, chunk_bytes: int = CHUNK_BYTES
+) -> Path:
     path = snapshot_path(root, JOB, epoch, step)
     make_directories(path, below=root)
     entries = []
     for rank in range(2):
         layout, data = slot_bytes(rank, step)
-        record = record_of(rank, step, epoch, layout, data)
+        record = record_of(rank, step, epoch, layout, data, chunk_bytes)
         with RankWriter(path, rank) as writer:
             writer.write(memoryview(data))
             writer.finish(record)
@@ -105,12 +107,14 @@ def test_what_was_written_is_read_and_any_tool_can_open_it(tmp_path: Path) -> No
     assert scan_durable(tmp_path / "nowhere") == []
 
 
-def test_any_range_is_read_as_a_slice(tmp_path: Path) -> None:
-    """A restore with another world size reads ranges that begin and end anywhere."""
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 256 * 1024, 99_999, 16 << 20])
+def test_any_range_is_read_as_a_slice(tmp_path: Path, chunk_bytes: int) -> None:
+    """A restore with another world size reads ranges that begin and end anywhere, whatever wrote the snapshot."""
     dice = random.Random(3)
     _, data = slot_bytes(0, 1)
-    with open_snapshot(write_snapshot(tmp_path, 1)) as snapshot:
+    with open_snapshot(write_snapshot(tmp_path, 1, chunk_bytes=chunk_bytes)) as snapshot:
         file = snapshot.rank_file(0)
+        assert file.verify() == len(data)
         edges = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES, len(data) - 1, len(data)]
         pairs = [(a, b) for a in edges for b in edges if a <= b]
         pairs += [tuple(sorted(dice.sample(range(len(data)), 2))) for _ in range(50)]
@@ -118,6 +122,24 @@ def test_any_range_is_read_as_a_slice(tmp_path: Path) -> None:
             assert file.read(begin, end) == data[begin:end]
         with pytest.raises(UsageError, match="not inside"):
             file.read(0, len(data) + 1)
+
+
+def test_a_changed_chunk_of_another_size_is_named(tmp_path: Path) -> None:
+    """Chunks have been larger once: what was kept then is read, and verified, as it was written."""
+    path = write_snapshot(tmp_path, 1, chunk_bytes=256 * 1024)
+    with (path / "rank-000000.safetensors").open("r+b") as file:
+        file.seek(300_000)
+        file.write(bytes(8))
+    with open_snapshot(path) as snapshot:
+        assert snapshot.rank_file(0).read(0, 262_144) == slot_bytes(0, 1)[1][:262_144]
+        for begin, end in ((262_144, 262_145), (0, 600_000)):
+            with pytest.raises(CorruptionError, match=r"changed in bytes \[262144, 524288\): digest"):
+                snapshot.rank_file(0).read(begin, end)
+    record = path / "rank-000000.json"
+    for wrong in ("0", "16777217"):
+        text = record.read_text().replace('"chunk_bytes": 262144', f'"chunk_bytes": {wrong}')
+        with pytest.raises(FormatError, match=f"chunks of {wrong} bytes; possible are 1 to 16777216"):
+            RankRecord.decode(text.encode(), "it")
 
 
 def test_each_changed_bit_is_found_when_it_is_read(tmp_path: Path) -> None:
@@ -338,5 +360,5 @@ def test_an_abandoned_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SnapshotdError), RankWriter(tmp_path, 0) as writer:
         writer.write(memoryview(b"abc"))
         layout, data = slot_bytes(0, 1)
-        writer.finish(record_of(0, 1, 1, layout, data))
+        writer.finish(record_of(0, 1, 1, layout, data, CHUNK_BYTES))
     assert os.listdir(tmp_path) == []

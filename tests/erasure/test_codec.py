@@ -365,7 +365,7 @@ def test_large_group_in_whole_chunks() -> None:
     """Units of whole digest chunks, as in real groups."""
     lengths = [9_000_000, 8_388_609, 1]
     geometry = StripeGeometry(lengths, 1)
-    assert geometry.granule == 256 * 1024
+    assert geometry.granule == 128 * 1024
     random_ = random.Random(3)
     slots = [random_.randbytes(length) for length in lengths]
     parity = protect(ISAL or ZFEC, geometry, slots)

@@ -210,10 +210,12 @@ def test_parallel_reads_use_several_connections(shelf, make_thing, server: BulkS
 def test_a_bit_that_flips_on_the_wire_is_found(shelf, make_thing, server: BulkServer, client: BulkClient) -> None:
     thing = shelf.put(slot(), make_thing(3 * MIB))
     failpoints.configure("transfer.corrupt_send=corrupt@2")
-    with pytest.raises(CorruptChunk, match=r"chunk 6 of slot of rank 0 of job 'j', epoch 1, step 1 from 127") as caught:
+    wrong = (MIB + MIB // 2) // CHUNK_BYTES  # the middle of the second piece
+    message = rf"chunk {wrong} of slot of rank 0 of job 'j', epoch 1, step 1 from 127"
+    with pytest.raises(CorruptChunk, match=message) as caught:
         out = bytearray(3 * MIB)
         client.read_verified(server.address_text, slot(), [(0, out)], digests=thing.digests, file_bytes=3 * MIB)
-    assert (caught.value.chunk, caught.value.peer) == (6, server.address_text)
+    assert (caught.value.chunk, caught.value.peer) == (wrong, server.address_text)
     assert _read_all(client, server.address_text, slot()) == thing.view  # over a new connection
 
 
