@@ -167,7 +167,7 @@ def test_a_holder_that_is_silent_lets_go_by_the_idle_timeout(shelf, make_thing, 
     thing = shelf.put(slot(), make_thing(MIB))
     server = serve(idle_timeout_s=0.2)
     with socket.create_connection(server.address) as sock:
-        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), hold=True))
+        wire.Outbound(sock).frame(BulkRequest(protocol=wire.PROTOCOL, object=slot(), hold=True))
         assert wire.Inbound(sock).frame(BulkResponse, within_s=10).held
         until(lambda: thing.num_readers == 0, "it is let go")
 

@@ -23,6 +23,10 @@ def slot() -> ObjectKey:
     return ObjectKey(job="j", epoch=1, step=1, slot=SlotKey(rank=0))
 
 
+def ask(**more: Any) -> BulkRequest:
+    return BulkRequest(protocol=wire.PROTOCOL, object=slot(), **more)
+
+
 def _copy(begin: int, run: int, *dims: tuple[int, int], to: int = 0) -> Copy:
     """Of a strided block; its runs go to ``to``, one behind the other."""
     there: list[tuple[int, int, int]] = []
@@ -144,7 +148,7 @@ def test_blocks_that_cannot_be(block: Block, shelf, make_thing, server: BulkServ
     """A peer that lies about what it wants gets a no, and the server goes on."""
     thing = shelf.put(slot(), make_thing(100))
     with socket.create_connection(server.address) as sock:
-        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), blocks=[block]))
+        wire.Outbound(sock).frame(ask(blocks=[block]))
         assert wire.Inbound(sock).frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
     assert thing.view == _read(client, server, thing, [_copy(0, 100)])
 
@@ -152,7 +156,7 @@ def test_blocks_that_cannot_be(block: Block, shelf, make_thing, server: BulkServ
 def test_more_blocks_than_allowed(shelf, make_thing, server: BulkServer) -> None:
     shelf.put(slot(), make_thing(100))
     with socket.create_connection(server.address) as sock:
-        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), blocks=[Block(run_bytes=1)] * 4097))
+        wire.Outbound(sock).frame(ask(blocks=[Block(run_bytes=1)] * 4097))
         assert wire.Inbound(sock).frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
 
 
@@ -205,14 +209,12 @@ def test_a_server_may_be_asked_for_exact_ranges_that_cannot_be(shelf, make_thing
     with socket.create_connection(server.address) as sock:
         inbound, outbound = wire.Inbound(sock), wire.Outbound(sock)
         for begin, end in ((50, 101), (7, 5), (2**63, 2**63)):
-            outbound.frame(
-                BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=begin, end=end)])
-            )
+            outbound.frame(ask(exact=True, ranges=[ByteRange(begin=begin, end=end)]))
             assert inbound.frame(BulkResponse, within_s=10).code == "INVALID_ARGUMENT"
-        outbound.frame(BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=3)]))
+        outbound.frame(ask(exact=True, ranges=[ByteRange(begin=3, end=3)]))
         assert inbound.frame(BulkResponse, within_s=10).payload_bytes == 0
         assert inbound.frame(BulkResponse, within_s=10).ok
-        outbound.frame(BulkRequest(protocol=1, object=slot(), exact=True, ranges=[ByteRange(begin=3, end=9)]))
+        outbound.frame(ask(exact=True, ranges=[ByteRange(begin=3, end=9)]))
         assert inbound.frame(BulkResponse, within_s=10).payload_bytes == 6
         data = bytearray(6)
         inbound.expect(6)

@@ -55,6 +55,10 @@ def slot(rank: int = 0, step: int = 1) -> ObjectKey:
     return ObjectKey(job="j", epoch=1, step=step, slot=SlotKey(rank=rank))
 
 
+def ask(**more: Any) -> BulkRequest:
+    return BulkRequest(protocol=wire.PROTOCOL, object=slot(), **more)
+
+
 def _read_all(client: BulkClient, address: str, key: ObjectKey) -> bytearray:
     info = client.digests(address, key)
     out = bytearray(info.file_bytes)
@@ -595,7 +599,7 @@ def test_closing_the_server_frees_what_it_serves(shelf, make_thing) -> None:
     thing = shelf.put(slot(), make_thing(64 * MIB))
     server = BulkServer(("127.0.0.1", 0), shelf.lookup)
     with socket.create_connection(server.address) as sock, socket.create_connection(server.address):
-        request = BulkRequest(protocol=1, object=slot(), ranges=[ByteRange(begin=0, end=64 * MIB)])
+        request = ask(ranges=[ByteRange(begin=0, end=64 * MIB)])
         wire.Outbound(sock).frame(request)
         wire.Inbound(sock).frame(BulkResponse, within_s=10)
         assert thing.num_readers == 1
@@ -608,7 +612,7 @@ def test_a_peer_that_stops_reading_is_dropped(shelf, make_thing, serve: Serve) -
     thing = shelf.put(slot(), make_thing(64 * MIB))
     server = serve(timeout_s=0.2, idle_timeout_s=0.2)
     with socket.create_connection(server.address) as sock, socket.create_connection(server.address) as idle:
-        wire.Outbound(sock).frame(BulkRequest(protocol=1, object=slot(), ranges=[ByteRange(begin=0, end=64 * MIB)]))
+        wire.Outbound(sock).frame(ask(ranges=[ByteRange(begin=0, end=64 * MIB)]))
         idle.settimeout(10)
         assert idle.recv(1) == b""
         threads = [thread for thread in threading.enumerate() if thread.name == "bulk-serve"]
