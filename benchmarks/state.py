@@ -18,6 +18,9 @@ _PER_LAYER, _OUTSIDE = 12, 4
 
 _HEAD_DIM = 64
 _CONTEXT = 128
+_EMBEDDING_STD = 0.02
+"""As GPT-2 begins. With torch's own 1.0 the logits saturate, and what is propagated back becomes subnormal: after some
+steps the backward pass takes five times as long, and differs by as much."""
 
 
 class Training:
@@ -92,6 +95,8 @@ class _GPT(nn.Module):
     def __init__(self, layers: int, width: int, vocabulary: int) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(_CONTEXT, width)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=_EMBEDDING_STD)
         heads = width // _HEAD_DIM if width % _HEAD_DIM == 0 else 4
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)

@@ -13,7 +13,8 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,13 @@ def _complete(system: Mapping[str, Any]) -> Series:
 
 
 def _inflation(system: Mapping[str, Any]) -> Series:
-    return Series(tuple(sample["step_s"] / sample["plain_s"] - 1 for sample in system["samples"]))
+    plain = plain_step(system["samples"])
+    return Series(tuple(sample["step_s"] / plain - 1 for sample in system["samples"]))
+
+
+def plain_step(samples: Sequence[Mapping[str, float]]) -> float:
+    """The seconds of the plain steps beside these samples: their median, which one slow step does not move."""
+    return statistics.median(sample["plain_s"] for sample in samples)
 
 
 # ---------------------------------------------------------------- measuring

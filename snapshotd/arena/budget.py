@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from snapshotd.errors import BudgetError, UsageError
+from snapshotd.layout import CHUNK_BYTES
 from snapshotd.sizes import format_bytes
 
 __all__ = [
@@ -38,7 +39,8 @@ class Need:
 
     slot_bytes: file bytes of each slot of one generation (one per rank of this node).
     generations: snapshots kept at once; one committed, one being filled: at least 2.
-    k, m: data and parity units of the stripes; the parity of a generation is m/k of its slots. m = 0: none.
+    k, m: data and parity units of the stripes; the parity of a generation is m/k of its slots, or up to m chunks of
+        each slot where that is more: no unit is shorter. m = 0: none.
     buffer_bytes: what restores may need on top.
     held_bytes: slots that nobody wants any more, but readers hold.
     """
@@ -68,7 +70,9 @@ class Need:
     @property
     def parity_total(self) -> int:
         """Bytes of parity of one generation, in whole pages."""
-        return sum(page_bytes(-(-size * self.m // self.k)) for size in self.slot_bytes)
+        return sum(
+            page_bytes(max(-(-size * self.m // self.k), self.m * min(size, CHUNK_BYTES))) for size in self.slot_bytes
+        )
 
     @property
     def total(self) -> int:
@@ -81,7 +85,7 @@ class Need:
         slots = (
             f"{len(self.slot_bytes)} slot{'s' * (len(self.slot_bytes) != 1)} of {format_bytes(self.slots_total)} in all"
         )
-        parity = f" + {self.m}/{self.k} parity of {format_bytes(self.parity_total)}" if self.m else ""
+        parity = f" + parity of {format_bytes(self.parity_total)} (k = {self.k}, m = {self.m})" if self.m else ""
         buffers = f" + {format_bytes(self.buffer_bytes)} for restores" if self.buffer_bytes else ""
         held = f" + {format_bytes(self.held_bytes)} that readers hold" if self.held_bytes else ""
         return f"{self.generations} generations x ({slots}{parity}){buffers}{held} = {format_bytes(self.total)}"

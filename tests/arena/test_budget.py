@@ -8,7 +8,9 @@ import pytest
 
 from snapshotd.arena import budget
 from snapshotd.arena.budget import Headroom, Need, check
+from snapshotd.erasure import StripeGeometry
 from snapshotd.errors import BudgetError, UsageError
+from snapshotd.layout import CHUNK_BYTES
 from snapshotd.sizes import format_bytes
 
 GIB = 1 << 30
@@ -16,17 +18,25 @@ GIB = 1 << 30
 
 def test_need_counts_pages_generations_and_parity() -> None:
     need = Need(slot_bytes=(4097, 8192), generations=3, k=4, m=2, buffer_bytes=1)
-    assert (need.slots_total, need.parity_total) == (16384, 8192)
-    assert need.total == 3 * (16384 + 8192) + 4096
-    assert (
-        need.words() == "3 generations x (2 slots of 16 KiB in all + 2/4 parity of 8 KiB) + 1 B for restores = 76 KiB"
-    )
+    assert (need.slots_total, need.parity_total) == (16384, 28672)
+    assert need.total == 3 * (16384 + 28672) + 4096
+    words = "3 generations x (2 slots of 16 KiB in all + parity of 28 KiB (k = 4, m = 2)) + 1 B for restores = 136 KiB"
+    assert need.words() == words
     need = Need(slot_bytes=(4096,), k=1, m=1, held_bytes=5000)
     assert need.total == 2 * (4096 + 4096) + 8192
     assert need.words().endswith(") + 4.9 KiB that readers hold = 24 KiB")
     for wrong in ({"slot_bytes": (-1,)}, {"slot_bytes": (1,), "held_bytes": -1}):
         with pytest.raises(UsageError):
             Need(**wrong)
+
+
+@pytest.mark.parametrize("size", [1, 100_000, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 5 << 20, 100 << 20])
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (4, 1), (4, 2), (8, 3)])
+def test_every_node_has_room_for_its_parity(size: int, n: int, m: int) -> None:
+    """Of small slots some nodes hold more than others."""
+    geometry = StripeGeometry((size,) * n, m)
+    need = Need(slot_bytes=(size,), k=n - m, m=m)
+    assert max(map(geometry.parity_bytes, range(n))) <= need.parity_total + m * geometry.granule
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,8 @@ def test_check_says_which_limit_and_all_numbers(
         return
     with pytest.raises(BudgetError) as caught:
         check(need, budget=limit_of_arena, root=tmp_path)
-    for part in (words, "1 slot of 1 GiB", "1/4 parity of 256 MiB", format_bytes(limit_of_arena), "free on the file"):
+    parity = "parity of 256 MiB (k = 4, m = 1)"
+    for part in (words, "1 slot of 1 GiB", parity, format_bytes(limit_of_arena), "free on the file"):
         assert part in str(caught.value)
     if "budget" not in limit:  # what the arena holds already needs no new memory
         check(need, budget=limit_of_arena, root=tmp_path, held_bytes=2 * GIB)
