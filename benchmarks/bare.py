@@ -6,7 +6,6 @@ What a snapshot of each step cannot do without: one background copy, fenced, and
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
+from snapshotd.mapping import map_file
 
 from .processes import die_with_parent
 
@@ -62,7 +63,7 @@ def _hash(path: str, address: str, niceness: str) -> None:
     die_with_parent()
     os.nice(int(niceness))
     with open(path, "r+b") as file:
-        view = memoryview(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)))
+        view = map_file(file.fileno(), os.path.getsize(path))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import socket
 import ssl
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotd.layout import chunk_digests, root_digest
+from snapshotd.mapping import map_file
 from snapshotd.security import TlsFiles
 from snapshotd.transfer import BulkServer
 
@@ -57,8 +57,7 @@ def certificate(cert: str, key: str) -> TlsFiles:
 
 def main(file: str, addresses: str, cert: str = "", key: str = "") -> None:
     with open(file, "r+b") as opened:
-        mapping = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    view = memoryview(mapping)
+        view = map_file(opened.fileno(), os.path.getsize(file))
     whole = Whole(view, chunk_digests(view, view.nbytes))
 
     found: dict[str, object] = {"digests": whole.digests.hex()}

@@ -6,7 +6,6 @@ What they measure is the daemons and the coordinator, without the cost of a trai
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from snapshotd.layout import Box, Layout, TensorBox
+from snapshotd.mapping import map_file
 from snapshotd.v1 import worker_pb2 as worker
 
 from .cluster import Cluster
@@ -82,7 +82,7 @@ class _Worker:
         slot = self._maps.get(grant.path)
         if slot is None:
             with open(grant.path, "r+b") as file:
-                slot = np.frombuffer(mmap.mmap(file.fileno(), grant.file_bytes), np.uint8)
+                slot = np.frombuffer(map_file(file.fileno(), grant.file_bytes), np.uint8)
             self._maps[grant.path] = slot
             words = slot[self.layout.data_begin : len(slot) // 8 * 8].view(np.uint64)
             noise = np.random.default_rng(self.rank).integers(1 << 63, size=_BLOCK, dtype=np.uint64)

@@ -6,7 +6,6 @@ A part runs in a process of its own. What it makes through its `Run` is taken aw
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from snapshotd.mapping import map_new_file
 
 from .cluster import Cluster
 from .figures import Sample, Series
@@ -93,18 +94,17 @@ class Run:
     # ------------------------------------------------------------------ what is measured
 
     def memory(self, nbytes: int, *, fill: bool = True) -> memoryview:
-        """Warm tmpfs memory (a file of this part, mapped and touched) with noise in it, or zeros."""
+        """Warm tmpfs memory, of the kind that slots have (a file of this part), with noise in it, or zeros."""
         path = self.directory / f"memory-{len(list(self.directory.glob('memory-*')))}"
         with path.open("w+b") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-            mapping = mmap.mmap(file.fileno(), nbytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+            view = map_new_file(file.fileno(), nbytes)
         if fill:
-            words = np.frombuffer(mapping, dtype=np.uint64, count=nbytes // 8)
+            words = np.frombuffer(view, dtype=np.uint64, count=nbytes // 8)
             noise = np.random.default_rng(0).integers(1 << 63, size=min(len(words), 1 << 20), dtype=np.uint64)
             for begin in range(0, len(words), len(noise) or 1):
                 part = words[begin : begin + len(noise)]
                 np.add(noise[: len(part)], np.uint64(begin), out=part)
-        return memoryview(mapping)
+        return view
 
     def training(self, nbytes: float = STATE_BYTES, *, tensors: int = STATE_TENSORS, **more: Any) -> Training:
         """A GPT with AdamW whose whole state has about that many bytes, scaled (imports torch); see Training."""

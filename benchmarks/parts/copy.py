@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+from snapshotd.mapping import map_new_file
 
 from .. import Row, Run, Series
 
@@ -68,8 +69,8 @@ def bound(run: Run, training: Training) -> tuple[Binding, list[bytes], pb.Grant]
     binding.bind(reading.lasting, reading.sync)
     layout = binding.plan.layout
     path = run.directory / "slot"
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, layout.file_bytes)
+    with path.open("w+b") as file:
+        map_new_file(file.fileno(), layout.file_bytes)
     return binding, meta, pb.Grant(slot_id=1, path=str(path), file_bytes=layout.file_bytes, layout_hash=layout.hash)
 
 

@@ -7,13 +7,14 @@ bytes behind it, in a process that yields as much as the daemon does.
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from snapshotd.mapping import map_new_file
 
 from .. import Row, Run, Sample, Series
 from ..bare import BareCopy
@@ -157,9 +158,7 @@ def bare_slot(run: Run, training: Training) -> tuple[list[tuple[Any, Any]], Path
     nbytes = sum(source.nbytes for source in sources)
     path = run.directory / "bare"
     with path.open("w+b") as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        slot = np.frombuffer(mmap.mmap(file.fileno(), nbytes, flags=flags), dtype=np.uint8)
+        slot = np.frombuffer(map_new_file(file.fileno(), nbytes), dtype=np.uint8)
     pairs, position = [], 0
     for source in sources:
         end = position + source.nbytes

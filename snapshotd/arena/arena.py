@@ -360,8 +360,8 @@ class Arena:
         file_id, folder = self._reserve(kind.kind, cost_bytes), self._folders[kind.kind]
         path = folder / f"{file_id:016x}.{kind.kind}"
         try:
-            mapping = create_file(path, nbytes, record_bytes=0 if kind is BufferFile else records.room_for(nbytes))
-            obj = kind(file_id, path, nbytes, mapping, cost_bytes)
+            view = create_file(path, nbytes, record_bytes=0 if kind is BufferFile else records.room_for(nbytes))
+            obj = kind(file_id, path, nbytes, view, cost_bytes)
         except BaseException as error:
             with self._lock:
                 if self._live.pop(file_id, None) is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import mmap
 import os
 import stat
 from contextlib import suppress
@@ -22,7 +21,7 @@ from typing import Final, Generic, Literal, TypeVar
 from snapshotd.arena.keys import KeyId, ref_key
 from snapshotd.errors import BudgetError, FormatError, LocalProtocolError, UsageError
 from snapshotd.layout import digest
-from snapshotd.mapping import map_file
+from snapshotd.mapping import map_file, map_new_file
 from snapshotd.sizes import format_bytes
 from snapshotd.v1.control_pb2 import ParityRef, SlotRef
 
@@ -68,13 +67,12 @@ class _MappedFile:
 
     kind: Literal["slot", "parity", "buffer"]
 
-    def __init__(self, file_id: int, path: Path, file_bytes: int, mapping: mmap.mmap | None, cost_bytes: int) -> None:
+    def __init__(self, file_id: int, path: Path, file_bytes: int, view: memoryview | None, cost_bytes: int) -> None:
         self.file_id = file_id
         self.path = path
         self.file_bytes = file_bytes
         self.cost_bytes = cost_bytes
-        self.view: memoryview = memoryview(bytearray()) if mapping is None else memoryview(mapping)
-        self._mapping = mapping
+        self.view: memoryview = memoryview(bytearray()) if view is None else view
         self.state = State.OPEN
         self.num_leases = 0
         self.outcome: Outcome = "delete"
@@ -107,13 +105,8 @@ class _MappedFile:
 
     def unmap(self) -> None:
         """Give the memory back; when slices of ``view`` are still held somewhere, the last one to go does it."""
-        mapping, self._mapping = self._mapping, None
-        try:
+        with suppress(BufferError):  # an array shows it: then the mapping ends with the array
             self.view.release()
-            if mapping is not None:
-                mapping.close()
-        except BufferError:
-            return  # exported pointers: the mapping ends with the last of them
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path.name} {self.file_bytes} bytes {self.state.value}>"
@@ -164,7 +157,7 @@ def draft_path(path: Path) -> Path:
     return path.with_suffix(".rec.tmp")
 
 
-def create_file(path: Path, nbytes: int, *, record_bytes: int = 0) -> mmap.mmap | None:
+def create_file(path: Path, nbytes: int, *, record_bytes: int = 0) -> memoryview | None:
     """
     Create ``path`` (0600) with all its memory, and return it mapped and populated; None for no bytes.
 
@@ -178,8 +171,7 @@ def create_file(path: Path, nbytes: int, *, record_bytes: int = 0) -> mmap.mmap 
             _allocate(draft, record_bytes)
         if nbytes == 0:
             return None
-        os.posix_fallocate(descriptor, 0, nbytes)
-        return map_file(descriptor, nbytes)
+        return map_new_file(descriptor, nbytes)
     except BaseException as error:
         path.unlink(missing_ok=True)
         draft.unlink(missing_ok=True)
@@ -200,7 +192,7 @@ def _allocate(path: Path, nbytes: int) -> None:
         os.close(descriptor)
 
 
-def open_file(path: Path, nbytes: int) -> mmap.mmap | None:
+def open_file(path: Path, nbytes: int) -> memoryview | None:
     """
     Return the existing file mapped and populated; None for no bytes.
 

@@ -99,11 +99,11 @@ def _attach(record_path: Path, kind: str) -> Found:
         raise FormatError(f"{record_path.name} is not the name of a record")
     ref: SlotRef | ParityRef = record.slot if kind == "slot" else record.parity
     try:
-        mapping = open_file(path, ref.file_bytes)
+        view = open_file(path, ref.file_bytes)
     except OSError as error:
         raise BudgetError(f"{path} is whole, but cannot be mapped: {error.strerror}") from error
     make = SlotFile if kind == "slot" else ParityFile
-    obj = make(file_id, path, ref.file_bytes, mapping, page_bytes(ref.file_bytes))
+    obj = make(file_id, path, ref.file_bytes, view, page_bytes(ref.file_bytes))
     return Found(obj=obj, ref=ref, digests=record.chunk_digests, sealed_at=record.sealed_at)
 
 
