@@ -8,24 +8,18 @@ bytes behind it, in a process that yields as much as the daemon does.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snapshotd.mapping import map_new_file
-
 from .. import Row, Run, Sample, Series
-from ..bare import BareCopy
-from ..processes import cpu_seconds, wait_for
+from ..bare import BareCopy, BareHash, bare_slot
+from ..processes import cpu_seconds
 
 if TYPE_CHECKING:
     from ..state import Training
 
 GOAL = 3
-_NICE = 5
-"""What the daemon runs at."""
 _SLACK = 0.2
 """What is added is a third of a step, and steps without snapshots differ by a tenth: runs of the same code on two cores
 gave 0.93, 0.96, 1.06 and 1.18."""
@@ -35,8 +29,9 @@ def rows(run: Run) -> Iterator[Row]:
     from snapshotd_client import Snapshotter
 
     training = run.training()
-    pairs, path, nbytes = bare_slot(run, training)
-    hasher = _Hasher(run, path)
+    pairs, path, nbytes = bare_slot(run.directory, training.tensors)
+    hasher = BareHash(run.directory, path)
+    run.finally_do(hasher.close)
     bare = BareCopy(pairs, hasher.begin)
     run.finally_do(bare.close)
     cluster = run.cluster(1, m=0)
@@ -103,30 +98,7 @@ class _Kept:
         return sample
 
 
-class _Hasher:
-    """The process that hashes the bare slot."""
-
-    def __init__(self, run: Run, path: Path) -> None:
-        address = run.directory / "hasher"
-        module = f"{__package__.rpartition('.')[0]}.bare"
-        self._child = run.start("hasher", ["-m", module, str(path), str(address), str(_NICE)])
-        wait_for(address.exists, "the hasher", 30.0, of=[self._child])
-        self._link = socket.socket(socket.AF_UNIX)
-        run.finally_do(self._link.close)
-        self._link.connect(str(address))
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def begin(self) -> None:
-        self._link.sendall(b".")
-
-    def wait(self) -> None:
-        self._link.recv(1)
-
-
-def _bare_step(training: Training, copy: BareCopy, hasher: _Hasher, pid: int) -> Callable[[], Sample]:
+def _bare_step(training: Training, copy: BareCopy, hasher: BareHash, pid: int) -> Callable[[], Sample]:
     def step() -> None:
         copy.begin()
         training.backward()
@@ -147,21 +119,3 @@ def _timed(step: Callable[[], object], pids: list[int]) -> Sample:
     step()
     elapsed = time.perf_counter() - began
     return Sample(elapsed, cpu_seconds(pids) - cpu)
-
-
-def bare_slot(run: Run, training: Training) -> tuple[list[tuple[Any, Any]], Path, int]:
-    """A warm file in tmpfs that the state fits into: (target, source) arrays, its path and its size."""
-    import numpy as np
-    import torch
-
-    sources = [tensor.view(torch.int32).numpy() for tensor in training.tensors]
-    nbytes = sum(source.nbytes for source in sources)
-    path = run.directory / "bare"
-    with path.open("w+b") as file:
-        slot = np.frombuffer(map_new_file(file.fileno(), nbytes), dtype=np.uint8)
-    pairs, position = [], 0
-    for source in sources:
-        end = position + source.nbytes
-        pairs.append((slot[position:end].view(np.int32).reshape(source.shape), source))
-        position = end
-    return pairs, path, nbytes

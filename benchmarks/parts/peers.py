@@ -3,7 +3,8 @@ Peers: keeping the state each step with snapshotd, and with what people use inst
 
 Per system: how long training is held, how much longer a step takes, and after how long the snapshot would survive the
 worker (one rank) or the node (two ranks on this machine, with half of the state each). Each family of systems trains
-in a process of its own, and each step that keeps the state stands beside a plain one.
+in a process of its own, and each step that keeps the state stands beside a plain one. Those that come near to ours are
+measured in turns with it, round by round.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import json
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import Row, Run, Series
 from ..cluster import Cluster, clean_environment
-from ..processes import BenchError
+from ..peers.turns import Turns
+from ..processes import BenchError, Child
 
 GOAL = 20
 
@@ -33,11 +36,16 @@ FAMILIES = {
 }
 """Family to the module that it needs."""
 
+IN_TURNS = ("dlrover", "lm_resiliency")
+"""Families that hold training for a copy and no longer: the machine differs by as much from minute to minute."""
+
 TWO_RANKS = ("dlrover", "nvrx", "lm_resiliency")
-OURS, UNDIGESTED = "snapshotd", "snapshotd without digests"
+OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "a bare copy and digest"
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
 _OURS_S = 14.0
+_TURNS_S = 40.0
+_ROUNDS = 10
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
@@ -45,9 +53,16 @@ Found = dict[str, dict[str, Any]]
 
 
 def rows(run: Run) -> Iterator[Row]:
-    one = measure(run, "ours", 1, _bytes(run), _OURS_S)
+    one: Found = {}
     two: Found = {}
-    yield from _families(run, 1, ("torch_native",) if run.short else tuple(FAMILIES), one)
+    if run.short:
+        one = measure(run, "ours", 1, _bytes(run), _OURS_S)
+        yield from _families(run, 1, ("torch_native",), one)
+    else:
+        there = [family for family in IN_TURNS if _installed(FAMILIES[family])]
+        for family, reason in measure_in_turns(run, ["ours", *there], _bytes(run), one).items():
+            yield _missing(family, 1, reason)
+        yield from _families(run, 1, tuple(family for family in FAMILIES if family not in there), one)
     yield from _compare(one, "one rank", "survives the worker", "worker")
     if not run.short:
         two = measure(run, "ours", 2, _bytes(run), _OURS_S)
@@ -65,11 +80,15 @@ def _families(run: Run, world: int, families: tuple[str, ...], found: Found) -> 
         try:
             found.update(measure(run, family, world, _bytes(run)))
         except BenchError as error:
-            yield Row.note(f"{family}, {world} rank{'s' if world > 1 else ''}", f"does not run here: {error}")
+            yield _missing(family, world, str(error))
+
+
+def _missing(family: str, world: int, reason: str) -> Row:
+    return Row.note(f"{family}, {world} rank{'s' if world > 1 else ''}", f"does not run here: {reason}")
 
 
 def _compare(found: Found, ranks: str, survives: str, level: str) -> Iterator[Row]:
-    peers = {name: system for name, system in found.items() if not _is_ours(name)}
+    peers = {name: system for name, system in found.items() if not _is_ours(name) and name != BARE}
     yield from _rows(found, peers, ranks, survives, level)
     lacking = [f"{name}: {system['lacks']}" for name, system in found.items() if system["lacks"]]
     yield Row.note(f"what they do not do, {ranks}", "; ".join(lacking))
@@ -83,6 +102,9 @@ def _rows(found: Found, peers: Found, ranks: str, survives: str, level: str) -> 
             yield _row(f"stall per step, {ranks}{label}", "s", ours, peers, _stall)
             yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True)
             yield _row(f"{survives} after{label}", "s", ours, lasting, _complete)
+    if BARE in found:
+        # What is not to be had for less, beside the others: no goal of ours.
+        yield _row(f"added to a step, {ranks}, by {BARE}", "%", found[BARE], peers, _inflation, at_most=None)
 
 
 def _is_ours(name: str) -> bool:
@@ -96,7 +118,8 @@ def _row(what: str, unit: str, ours: Mapping[str, Any], peers: Found, of: Any, *
         return Row.shown(what, of(ours), unit=unit, text="none of the others does")
     best = min(beside, key=lambda name: beside[name].median)
     against = f"the best: {best}"
-    return Row.cost(what, of(ours), beside[best], at_most=1.0, against=against, unit=unit, peers=beside, **more)
+    more.setdefault("at_most", 1.0)
+    return Row.cost(what, of(ours), beside[best], against=against, unit=unit, peers=beside, **more)
 
 
 def _stall(system: Mapping[str, Any]) -> Series:
@@ -125,30 +148,90 @@ def measure(run: Run, family: str, world: int, nbytes: int, within_s: float = 7.
     What each system of a family costs, with so many ranks that have a state of ``nbytes`` together, each measured for
     ``within_s``.
     """
-    home = run.directory / f"{family}-{world}"
-    home.mkdir()
     with contextlib.ExitStack() as stack:
         places = _clusters(run, world, nbytes, stack) if family == "ours" else {}
-        children = []
-        for rank in range(world):
-            path = home / f"spec-{rank}.json"
-            path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, within_s, home, places)))
-            arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
-            environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
-            children.append(run.start(f"{family}-{world}-{rank}", arguments, env=environment))
+        children = [_start(run, family, world, rank, nbytes, within_s, places) for rank in range(world)]
         try:
             for child in children:
                 child.wait(FAMILY_S)
         finally:
             for child in children:
                 child.end()
+    return _answer(run, family, world)
+
+
+def measure_in_turns(run: Run, families: Sequence[str], nbytes: int, found: Found) -> dict[str, str]:
+    """
+    Put into ``found`` what each system of these families costs one rank; each family has a process of its own, and one
+    measures while the others wait. Returns why some families could not be measured. BenchError when it is ours.
+    """
+    with contextlib.ExitStack() as stack:
+        turns = stack.enter_context(Turns(run.directory / "turns"))
+        children: dict[str, Child] = {}
+        for family in families:
+            places = _clusters(run, 1, nbytes, stack) if family == "ours" else {}
+            children[family] = _start(run, family, 1, 0, nbytes, _TURNS_S, places, turns=run.directory / "turns")
+            stack.callback(children[family].end)
+        failed = {**turns.gather(children, FAMILY_S), **turns.go_round()}
+        began = time.monotonic()
+        for count in range(_ROUNDS):
+            if count >= 3 and time.monotonic() - began > _TURNS_S:
+                break
+            failed |= turns.go_round(backwards=count % 2 == 1)
+        turns.end()
+        for family, child in children.items():
+            try:
+                if family not in failed:
+                    child.wait(FAMILY_S)
+                    found.update(_answer(run, family, 1))
+            except BenchError as error:
+                failed[family] = str(error)
+            if family in failed and family == "ours":
+                raise BenchError(f"ours {failed[family]}: {child.last_words()}")
+    return failed
+
+
+def _start(
+    run: Run,
+    family: str,
+    world: int,
+    rank: int,
+    nbytes: int,
+    within_s: float,
+    places: dict[str, Any],
+    turns: Path | None = None,
+) -> Child:
+    """A process that trains and measures as one rank."""
+    home = _home(run, family, world)
+    home.mkdir(exist_ok=True)
+    path = home / f"spec-{rank}.json"
+    path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, within_s, home, places, turns)))
+    arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
+    environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+    return run.start(f"{family}-{world}-{rank}", arguments, env=environment)
+
+
+def _home(run: Run, family: str, world: int) -> Path:
+    return run.directory / f"{family}-{world}"
+
+
+def _answer(run: Run, family: str, world: int) -> Found:
+    home = _home(run, family, world)
     found: Found = json.loads((home / "answer-0.json").read_text())["systems"]
     shutil.rmtree(home)
     return found
 
 
 def _spec(
-    run: Run, family: str, world: int, rank: int, nbytes: int, within_s: float, home: Path, places: dict[str, Any]
+    run: Run,
+    family: str,
+    world: int,
+    rank: int,
+    nbytes: int,
+    within_s: float,
+    home: Path,
+    places: dict[str, Any],
+    turns: Path | None,
 ) -> dict[str, Any]:
     return {
         "family": family,
@@ -156,7 +239,8 @@ def _spec(
         "world": world,
         "rank": rank,
         "cores": 1 if run.short else len(os.sched_getaffinity(0)),
-        "rounds": 2 if run.short else 10,
+        "rounds": 2 if run.short else _ROUNDS,
+        "turns": str(turns or ""),
         "within_s": 2 if run.short else within_s,
         "home": str(home / str(rank)),
         "answer": str(home / f"answer-{rank}.json"),
@@ -190,7 +274,7 @@ def _clusters(run: Run, world: int, nbytes: int, stack: contextlib.ExitStack) ->
         if not run.short:
             program = f"{__package__.rpartition('.')[0]}.peers.undigested"
             found.append(place(UNDIGESTED, "sealed", "digests, redundancy", program=program))
-    return {"clusters": found, "pids": pids}
+    return {"clusters": found, "pids": pids, "bare": world == 1 and not run.short}
 
 
 def _peers_directory() -> Path:

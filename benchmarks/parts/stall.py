@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator
 
 from .. import Row, Run
-from ..bare import BareCopy
-from .inflation import bare_slot
+from ..bare import BareCopy, bare_slot
 
 GOAL = 2
 _COMPUTE_S = 0.02
@@ -19,7 +18,7 @@ def rows(run: Run) -> Iterator[Row]:
 
     training = run.training()
     training.backward()
-    pairs, _, nbytes = bare_slot(run, training)
+    pairs, _, nbytes = bare_slot(run.directory, training.tensors)
     bare = BareCopy(pairs)
     run.finally_do(bare.close)
     cluster = run.cluster(1, m=0, generations=3)

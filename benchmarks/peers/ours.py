@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .bare_parts import BareParts
 from .system import Setting, System
 
 __all__ = ["systems"]
@@ -24,7 +25,8 @@ _WARM_STEPS, _WARM_STEP_S = 40, 2.0
 
 
 def systems(setting: Setting) -> list[System]:
-    return [Snapshots(setting, **place) for place in setting.places["clusters"]]
+    ours: list[System] = [Snapshots(setting, **place) for place in setting.places["clusters"]]
+    return [*ours, BareParts(setting)] if setting.places["bare"] else ours
 
 
 class Snapshots(System):

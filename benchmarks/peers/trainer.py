@@ -9,6 +9,7 @@ until the snapshot was complete while training went on, and the CPU seconds of t
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 import threading
@@ -22,10 +23,9 @@ import torch.distributed as dist
 from ..processes import cpu_seconds, die_with_parent
 from ..state import Training
 from .system import Setting, System
+from .turns import Alone, InTurns, Rounds
 
 PLAIN = "plain"
-_SLOW = 2
-"""One round is enough of a system that needs so many times what it was given."""
 FIRST_STEP = 1000
 """Steps below are for systems that warm up."""
 
@@ -62,11 +62,16 @@ def main(spec_path: str) -> None:
 
 def _measure(training: Training, systems: list[System], spec: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
     """
-    Samples by system: after a step of each that does not count, as many as fit into the time (rank 0 decides). Where
-    already the first step takes longer than that, it is the only one.
+    Samples by system: after a step of each that does not count, as many rounds as there are. Where already the first
+    step of a system takes longer than all of them may, it is the only one.
     """
     samples: dict[str, list[dict[str, float]]] = {PLAIN: [], **{system.name: [] for system in systems}}
     quick: list[System] = []
+    rounds: Rounds = Alone(spec["rounds"], spec["within_s"], _agreed)
+    if spec["turns"]:
+        rounds = InTurns(spec["turns"], spec["family"])
+    if not rounds.another(0):
+        return samples
     for step, system in enumerate(systems, FIRST_STEP):
         dist.barrier()
         plain = _plain_step(training)
@@ -78,8 +83,9 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
             samples[PLAIN].append(plain)
             samples[system.name].append({**found, "plain_s": plain["step_s"], "services_cpu_s": 0.0})
     step = FIRST_STEP + len(systems)
-    began = time.monotonic()
-    for count in range(1, spec["rounds"] + 1):
+    for count in itertools.count(1):
+        if not rounds.another(count):
+            return samples
         for system in quick if count % 2 == 0 else list(reversed(quick)):
             dist.barrier()
             plain = _plain_step(training)
@@ -95,10 +101,7 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
                 watched = _kept_step(training, system, step, watched=True)
                 step += 1
                 samples[system.name][-1]["complete_s"] = watched["complete_s"]
-        elapsed = time.monotonic() - began
-        if _agreed(count > 2 and elapsed > spec["within_s"] or elapsed > _SLOW * spec["within_s"]):
-            break
-    return samples
+    raise AssertionError("there is always another number")
 
 
 def _plain_step(training: Training) -> dict[str, float]:
