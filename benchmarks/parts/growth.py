@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from time import perf_counter
-from typing import Any
 
 import psutil
 
@@ -16,6 +14,7 @@ from .worker_memory import anonymous_bytes
 GOAL = 11
 _SIZES = (0.1e9, 1e9, 3e9, 6e9)
 _STEPS = 10_000
+_BATCH = 10
 _SPARE = 3e9
 """Bytes that stay free: the state and its slot come on top."""
 
@@ -75,47 +74,67 @@ class _Copy:
 
 
 def _by_steps(run: Run) -> Iterator[Row]:
-    from snapshotd_client import Snapshotter
-
-    training = run.training(4e6)
-    cluster = run.cluster(1, m=0)
-    snap = Snapshotter(training.model, training.optimizer, settings=cluster.settings())
-    run.finally_do(snap.close)
-    snap.restore()
     steps = 300 if run.short else _STEPS
-    marks = [_Mark(snap, cluster, run, 0)]
-    times: list[float] = []
-    for step in range(steps):
-        began = perf_counter()
-        snap.capture(step)
-        snap.wait(20)
-        times.append(perf_counter() - began)
-        if (step + 1) % (steps // 10) == 0:
-            marks.append(_Mark(snap, cluster, run, step + 1))
-    first, last = marks[1], marks[-1]
-    tenth = steps // 10
-    early, late = Series.of(times[tenth : 2 * tenth]), Series.of(times[-tenth:])
-    yield Row.cost(f"the last tenth of {steps} captures", late, early, at_most=1.1, against="the second tenth")
-    for mark in marks[1:]:
+    old = _Job(run, "old")
+    old.capture(10)  # layouts, slots, mappings
+    marks = []
+    for _ in range(10):
+        old.capture(steps // 10)
+        marks.append(_Mark(old, steps * (len(marks) + 1) // 10))
+    young = _Job(run, "young")
+    young.capture(10)
+    ways = {"old": lambda: old.capture(_BATCH), "young": lambda: young.capture(_BATCH)}
+    found = run.rounds(ways, rounds=61, within_s=8.0, warm=3)
+    yield Row.cost(
+        f"a capture after {steps} steps",
+        found["old"] / _BATCH,
+        found["young"] / _BATCH,
+        at_most=1.1,
+        against="one of a job that has just begun",
+    )
+    for mark in marks:
         yield Row.shown(f"worker after {mark.step} steps", Series((float(mark.worker),)), unit="B")
         yield Row.shown(f"daemon after {mark.step} steps", Series((float(mark.daemon),)), unit="B")
+    first, last = marks[0], marks[-1]
     for name in ("worker", "daemon"):
         grown = max(0.0, float(getattr(last, name) - getattr(first, name)))
         # A hundred bytes a step would be this much: more than noise, and a leak.
         yield Row.limit(f"memory that the {name} grew by", Series((grown,)), at_most=1e6, unit="B")
     files = Series((float(last.files),)), Series((float(first.files),))
     yield Row.cost("files in the arena, at the end", *files, at_most=1.0, against="after a tenth", unit="")
-    yield Row.note("captures sealed", f"{snap.stats['sealed']} of {steps}")
+    yield Row.note("captures sealed", f"{last.sealed} of {last.captured}")
+
+
+class _Job:
+    """A small training whose state is captured again and again."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        from snapshotd_client import Snapshotter
+
+        self._training = run.training(4e6)
+        self.cluster = run.cluster(1, m=0)
+        self.snap = Snapshotter(
+            self._training.model, self._training.optimizer, settings=self.cluster.settings(job=name)
+        )
+        run.finally_do(self.snap.close)
+        self.snap.restore()
+        self._step = 0
+
+    def capture(self, count: int) -> None:
+        for _ in range(count):
+            self.snap.capture(self._step)
+            self.snap.wait(20)
+            self._step += 1
 
 
 class _Mark:
-    """What there is at one time."""
+    """What there is after so many steps."""
 
-    def __init__(self, snap: Any, cluster: Any, run: Run, step: int) -> None:
-        snap.wait(20)
+    def __init__(self, job: _Job, step: int) -> None:
         gc.collect()
-        node = cluster.nodes[0]
+        node = job.cluster.nodes[0]
         self.step = step
         self.worker = anonymous_bytes(os.getpid())
         self.daemon = anonymous_bytes(node.pid)
         self.files = sum(len(files) for _, _, files in os.walk(node.arena))
+        self.sealed, self.captured = job.snap.stats["sealed"], job.snap.stats["captured"]

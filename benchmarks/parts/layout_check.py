@@ -11,6 +11,7 @@ GOAL = 1
 
 
 def rows(run: Run) -> Iterator[Row]:
+    import torch
     from snapshotd_client.binding import Binding
     from snapshotd_client.inventory import Inventory
 
@@ -23,7 +24,7 @@ def rows(run: Run) -> Iterator[Row]:
         plan = inventory.plan(reading, 0, 0, True)
         binding = Binding(plan)
         assert binding.bind(reading.lasting, reading.sync)
-        checks, whole = [], []
+        checks, whole, addresses = [], [], []
         training.backward()
         for _ in range(5 if run.short else 40):
             training.optimizer.step()
@@ -37,5 +38,11 @@ def rows(run: Run) -> Iterator[Row]:
             binding.bind(found.lasting, found.sync)
             found.meta(0, 0, 1, 0)
             whole.append(time.perf_counter() - began)
+            tensors_now = [leaf.tensor for leaf in reading.lasting]
+            training.optimizer.step()
+            began = time.perf_counter()
+            list(map(torch.Tensor.data_ptr, tensors_now))
+            addresses.append(time.perf_counter() - began)
         yield Row.limit(f"layout check, {tensors} tensors", Series.of(checks), at_most=limit_s, unit="s")
+        yield Row.shown(f"of it: where each tensor lies, {tensors}", Series.of(addresses), unit="s")
         yield Row.shown(f"all of capture's look, with versions and generators, {tensors}", Series.of(whole), unit="s")
