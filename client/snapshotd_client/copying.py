@@ -3,7 +3,8 @@ Copies of many arrays at once by several threads: what is copied is sorted out o
 
 Rule 1: arrays that lie side by side on both sides become one.
 Rule 2: small ones go in a single call of torch, which holds the interpreter's lock for none of them: the training
-thread needs it. Large ones go one by one through ``np.copyto``, which is faster and lets go of the lock as well.
+thread needs it. Large ones go one by one through ``np.copyto``, which lets go of the lock as well: torch would have
+threads of its own copy them. Where it has one thread only, all go in that single call, and faster.
 Rule 3: the rest is split over the threads by bytes, not by arrays.
 Rule 4: these threads go before training's, if the system lets them. What they do is as much either way, but until it is
 done the step can be lost with its process, and the next update has to wait.
@@ -50,15 +51,17 @@ class _Share:
     """What one thread copies in one go."""
 
     def __init__(self, pairs: Pairs) -> None:
-        small = [(target, source) for target, source in pairs if target.nbytes < SMALL_BYTES]
-        self._targets = [torch.from_numpy(target) for target, _ in small]
-        self._sources = [torch.from_numpy(source) for _, source in small]
-        self._large = [(target, source) for target, source in pairs if target.nbytes >= SMALL_BYTES]
+        self._large = [pair for pair in pairs if pair[0].nbytes >= SMALL_BYTES]
+        ordered = [*(pair for pair in pairs if pair[0].nbytes < SMALL_BYTES), *self._large]
+        self._targets = [torch.from_numpy(target) for target, _ in ordered]
+        self._sources = [torch.from_numpy(source) for _, source in ordered]
 
     def copy(self) -> None:
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
-        for target, source in self._large:
+        one_by_one = self._large if torch.get_num_threads() > 1 else []
+        count = len(self._targets) - len(one_by_one)
+        if count:
+            torch._foreach_copy_(self._targets[:count], self._sources[:count])
+        for target, source in one_by_one:
             np.copyto(target, source)
 
 

@@ -66,14 +66,17 @@ class Commits:
         epoch = self._current(message.epoch, f"step {message.step} sealed by {node.node_id}")
         if epoch is None:
             return
+        step = message.step
+        kept = step >= self.min_step and not self._is_committed(epoch.number, step)
         for shard in message.shards:
-            who = epoch.ranks.get(shard.slot.rank)
+            rank = shard.slot.rank
+            who = epoch.ranks.get(rank)
             if who is None or who.node_id != node.node_id:
                 self._job.counts["refused_messages"] += 1
                 continue
-            self._saw_progress(shard.slot.rank, message.step)
-            if message.step >= self.min_step and not self._is_committed(epoch.number, message.step):
-                self.sealed.setdefault(message.step, {})[shard.slot.rank] = shard
+            self._saw_progress(rank, step)
+            if kept:
+                self.sealed.setdefault(step, {})[rank] = shard
         self.advance()
 
     def on_skipped(self, node: Node, message: control.NodeSkipped) -> None:

@@ -39,7 +39,8 @@ def slot_key(ref: control.SlotRef) -> SlotKey:
 
 
 def parity_key(ref: control.ParityRef) -> ParityKey:
-    return (ref.set.job, ref.set.epoch, ref.set.step, ref.set.group, ref.set.lane, ref.position)
+    one = ref.set
+    return (one.job, one.epoch, one.step, one.group, one.lane, ref.position)
 
 
 @dataclass(slots=True)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from snapshotd_client.arrays import carrier
 from snapshotd_client.copying import CopyList, CopyPool, join_neighbours
@@ -42,9 +43,18 @@ def arrays(draw):
     return np.ascontiguousarray(part) if form == "dense" else np.ascontiguousarray(part.T).T
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=[1, 2])
+def torch_threads(request):
+    """Torch has one thread, or more: it copies large arrays as well, or not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(arrays(), max_size=6), st.integers(1, 4))
-def test_any_arrays_by_any_number_of_threads(sources, threads):
+def test_any_arrays_by_any_number_of_threads(torch_threads, sources, threads):
     """Breaks: some shape, stride or size of a tensor is garbage in the snapshot."""
     sources.sort(key=lambda array: -array.itemsize)
     slot = np.full(sum(array.nbytes for array in sources), 0xA5, dtype=np.uint8)
@@ -55,6 +65,18 @@ def test_any_arrays_by_any_number_of_threads(sources, threads):
         position = end
     copied(pairs, threads)
     assert [source.tobytes() for source in sources] == [target.tobytes() for target, _ in pairs]
+
+
+def test_where_torch_has_one_thread_it_copies_all(torch_threads, monkeypatch):
+    """Breaks: large arrays go one by one, each of them waiting for the interpreter's lock, or torch starts threads."""
+    given_to_torch = []
+    real = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda t, s: (given_to_torch.extend(map(len, t)), real(t, s)))
+    sources = [np.arange(nbytes, dtype=np.uint64).astype(np.uint8) for nbytes in (100, 1 << 20, 200, 3 << 20)]
+    targets = [np.zeros_like(source) for source in sources]
+    copied(list(zip(targets, sources, strict=True)), 1)
+    assert all(np.array_equal(target, source) for target, source in zip(targets, sources, strict=True))
+    assert sum(given_to_torch) == (300 + (4 << 20) if torch_threads == 1 else 300)
 
 
 def test_neighbours_are_copied_in_one_piece():
