@@ -107,6 +107,9 @@ class Row:
     def _verdict(self, short: bool) -> str:
         if self.ratio is None or self.goal is None or (short and self.whole_run_only):
             return ""
+        if self.better == "lower" and self.ours and self.floor and self.floor.median <= 0:
+            # A difference that is lost in the noise: its ratio says nothing.
+            return MET if self.ours.median <= self.goal * self.floor.median else MISSED
         sign = 1 if self.better == "higher" else -1
         if sign * (self.ratio.value - self.goal) >= 0:
             return MET

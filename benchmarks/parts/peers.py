@@ -44,7 +44,7 @@ OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "a bare copy 
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
 _OURS_S = 14.0
-_TURNS_S = 40.0
+_TURNS_S = 48.0
 _ROUNDS = 10
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""

@@ -86,6 +86,8 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
     for count in itertools.count(1):
         if not rounds.another(count):
             return samples
+        if spec["turns"]:
+            _plain_step(training)  # the others had the caches: else the plain step would pay for that
         for system in quick if count % 2 == 0 else list(reversed(quick)):
             dist.barrier()
             plain = _plain_step(training)

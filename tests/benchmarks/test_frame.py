@@ -62,6 +62,11 @@ def test_a_ratio_has_an_interval_that_holds_it() -> None:
         (Row.cost("x", Series((1.15, 1.25, 1.3)), steady(1.0), at_most=1.2, against="y"), False, WITHIN),
         (Row.cost("x", steady(1.3), steady(1.0), at_most=None, against="y"), False, ""),
         (Row.limit("x", steady(0.003), at_most=0.002, unit="s"), False, MISSED),
+        # A difference of steps that noise has made negative is nothing to be better than.
+        (Row.cost("x", steady(0.2), steady(-0.1), at_most=1.0, against="y"), False, MISSED),
+        (Row.cost("x", steady(0.2), steady(0.0), at_most=1.0, against="y"), False, MISSED),
+        (Row.cost("x", steady(-0.2), steady(-0.1), at_most=1.0, against="y"), False, MET),
+        (Row.cost("x", steady(-0.2), steady(0.1), at_most=1.0, against="y"), False, MET),
         (Row.limit("x", steady(0.003), at_most=0.002, unit="s"), True, ""),
         (Row.shown("x", steady(1.0), unit="s"), False, ""),
     ],
