@@ -17,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def _rows(found: Found, peers: Found, ranks: str, survives: str, level: str) -> 
             yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True)
             yield _row(f"{survives} after{label}", "s", ours, lasting, _complete)
     if BARE in found:
-        # What is not to be had for less, beside the others: no goal of ours.
-        yield _row(f"added to a step, {ranks}, by {BARE}", "%", found[BARE], peers, _inflation, at_most=None)
+        # What is not to be had for less, with no goal of ours; it does not stand for us beside the others.
+        bare = _row(f"added to a step, {ranks}, by {BARE}", "%", found[BARE], peers, _inflation, at_most=None)
+        yield replace(bare, peers={})
 
 
 def _is_ours(name: str) -> bool:

@@ -65,7 +65,7 @@ def test_what_is_lost_with_the_worker_is_not_compared_by_when_it_survives(found:
 def test_bare_parts_are_no_peer_and_stand_beside_the_peers(found: dict) -> None:
     """Breaks: what is the least that a digest costs is taken for somebody's checkpoint, or is judged."""
     bare = found["added to a step, one rank, by a bare copy and digest"]
-    assert (bare.goal, bare.against) == (None, "the best: is lost")
+    assert (bare.goal, bare.against, bare.peers) == (None, "the best: is lost", {})
     assert bare.ours.median == pytest.approx(0.003)
     assert all("a bare copy and digest" not in row.peers for row in found.values())
 
