@@ -207,35 +207,7 @@ def _start(
     home = _home(run, family, world)
     home.mkdir(exist_ok=True)
     path = home / f"spec-{rank}.json"
-    path.write_text(json.dumps(_spec(run, family, world, rank, nbytes, within_s, home, places, turns)))
-    arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
-    environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
-    return run.start(f"{family}-{world}-{rank}", arguments, env=environment)
-
-
-def _home(run: Run, family: str, world: int) -> Path:
-    return run.directory / f"{family}-{world}"
-
-
-def _answer(run: Run, family: str, world: int) -> Found:
-    home = _home(run, family, world)
-    found: Found = json.loads((home / "answer-0.json").read_text())["systems"]
-    shutil.rmtree(home)
-    return found
-
-
-def _spec(
-    run: Run,
-    family: str,
-    world: int,
-    rank: int,
-    nbytes: int,
-    within_s: float,
-    home: Path,
-    places: dict[str, Any],
-    turns: Path | None,
-) -> dict[str, Any]:
-    return {
+    spec = {
         "family": family,
         "nbytes": nbytes // world,
         "world": world,
@@ -250,6 +222,21 @@ def _spec(
         "path": [str(_peers_directory())],
         "places": places,
     }
+    path.write_text(json.dumps(spec))
+    arguments = ["-m", f"{__package__.rpartition('.')[0]}.peers.trainer", str(path)]
+    environment = {**clean_environment(), "GLOO_SOCKET_IFNAME": "lo"}
+    return run.start(f"{family}-{world}-{rank}", arguments, env=environment)
+
+
+def _home(run: Run, family: str, world: int) -> Path:
+    return run.directory / f"{family}-{world}"
+
+
+def _answer(run: Run, family: str, world: int) -> Found:
+    home = _home(run, family, world)
+    found: Found = json.loads((home / "answer-0.json").read_text())["systems"]
+    shutil.rmtree(home)
+    return found
 
 
 def _bytes(run: Run) -> int:
