@@ -35,7 +35,7 @@ class _Node:
         self._seq = 0
         self._outbox: asyncio.Queue[control.NodeMessage] = asyncio.Queue()
         self._slots: dict[int, list[control.SlotRef]] = {}
-        self._parities: dict[int, list[control.ParityRef]] = {}
+        self._parities: dict[int, list[tuple[control.StripeSet, int]]] = {}
         self._freed = control.InventoryChange()
 
     async def serve(self, address: str) -> None:
@@ -97,22 +97,22 @@ class _Node:
 
     def _build(self, order: control.Protect) -> None:
         parities = self._parities[order.step] = [
-            control.ParityRef(set=one, position=position, file_bytes=_SLOT_BYTES // 15, root_digest="2" * 32)
+            (one, position)
             for one in order.sets
             for position, member in enumerate(one.members)
             if member.node_id == self.node_id
         ]
-        built = control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, parities=parities)
+        lanes = [one.lane for one, _ in parities]
+        built = control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, lanes=lanes)
         self.tell(parity_built=built)
 
     def _free(self, before: int) -> None:
         for step in [step for step in self._slots if step < before]:
             for slot in self._slots.pop(step):
                 self._freed.slots_removed.add(job=JOB, epoch=slot.epoch, step=step, rank=slot.rank)
-            for parity in self._parities.pop(step, ()):
-                name = control.StripeSet(job=JOB, epoch=self.epoch, step=step)
-                name.group, name.lane = parity.set.group, parity.set.lane
-                self._freed.parities_removed.add(set=name, position=parity.position)
+            for one, position in self._parities.pop(step, ()):
+                name = control.StripeSet(job=JOB, epoch=self.epoch, step=step, group=one.group, lane=one.lane)
+                self._freed.parities_removed.add(set=name, position=position)
 
 
 class Fleet:

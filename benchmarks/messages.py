@@ -150,13 +150,10 @@ class _Node:
             at = 0
             while at < self._unit_bytes:
                 at += sock.recv_into(self._rooms[name][at:])
-        ref = control.ParityRef(
-            set=protect.sets[0], position=self._rank, file_bytes=self._unit_bytes, root_digest=_HASH
-        )
-        loop.call_soon_threadsafe(self._report, protect, [ref])
+        loop.call_soon_threadsafe(self._report, protect, [0])
 
-    def _report(self, protect: control.Protect, parities: list[control.ParityRef]) -> None:
-        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, parities=parities)
+    def _report(self, protect: control.Protect, lanes: list[int]) -> None:
+        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, lanes=lanes)
         self._outbox.put_nowait(control.NodeMessage(parity_built=built))
 
     def _commit(self) -> None:

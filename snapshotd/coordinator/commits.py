@@ -26,6 +26,8 @@ __all__ = ["SLACK_STEPS_MAX", "Commits"]
 
 SLACK_STEPS_MAX = 64
 _STEPS_KEPT = 64
+_ORDERS_KEPT = 4
+"""Newest Protects that a node may still answer: one at a time is in flight, and a node works on the newest only."""
 
 SEALED = control.Committed.LEVEL_SEALED
 PROTECTED = control.Committed.LEVEL_PROTECTED
@@ -44,6 +46,7 @@ class Commits:
         self._streak = 0
         self._adopted = False
         self._adopting_since: float | None = None
+        self._ordered: list[Protecting] = []
         self._abandon: control.Abandon | None = None
         self._ctx = ctx
         self._job = job
@@ -92,7 +95,7 @@ class Commits:
         self.advance()
 
     def on_parity_built(self, node: Node, message: control.ParityBuilt) -> None:
-        self._ctx.nodes.add(node, (), message.parities)
+        self._add_built(node, message)
         epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
         flight = self.in_flight
         if epoch is None or flight is None or flight.step != message.step:
@@ -245,6 +248,7 @@ class Commits:
             return
         nodes = self._ctx.nodes
         self.in_flight = begin_protecting(self._job.name, epoch, step, shards, nodes, self._ctx.now)
+        self._ordered = [*self._ordered[1 - _ORDERS_KEPT :], self.in_flight]
         for group, order in zip(epoch.groups, self.in_flight.orders, strict=True):
             self._ctx.out.to_nodes((nodes.session_of(node_id) for node_id in group), protect=order)
 
@@ -267,7 +271,7 @@ class Commits:
             node = self._ctx.nodes.get(node_id)
             slots = flight.sealed[node_id] - node.slots.keys() if node is not None else flight.sealed[node_id]
             missing += (f"slot of rank {key[3]} on {node_id}" for key in sorted(slots))
-            if node is None or not flight.expected[node_id] <= node.parities.keys():
+            if node is None or not flight.expected[node_id].keys() <= node.parities.keys():
                 missing.append(f"parity of {node_id}")
         return missing
 
@@ -347,9 +351,24 @@ class Commits:
         self.progress[rank] = max(self.progress.get(rank, -1), step)
         self.furthest = max(self.furthest, step)
 
+    def _add_built(self, node: Node, message: control.ParityBuilt) -> None:
+        """What a node has built is known from its order; one that answers none of ours is to say all that it holds."""
+        key = (message.epoch, message.step)
+        order = next((one for one in self._ordered if (one.epoch, one.step) == key), None)
+        expected = order.expected.get(node.node_id) if order is not None else None
+        if expected is None:
+            if message.lanes and node.session is not None:
+                self._job.counts["refused_messages"] += 1
+                self._ctx.out.close(node.session)
+            return
+        lanes = set(message.lanes)
+        for place, part_of in expected.items():
+            if part_of.lane in lanes:
+                self._ctx.nodes.add_parity(node, place, part_of)
+
     def _note_built(self, node: Node) -> None:
         flight = self.in_flight
-        if flight is not None and flight.expected.get(node.node_id, set()) <= node.parities.keys():
+        if flight is not None and flight.expected.get(node.node_id, {}).keys() <= node.parities.keys():
             flight.waiting.discard(node.node_id)
 
     def _to_epoch(self, epoch: Epoch, **body: Any) -> None:

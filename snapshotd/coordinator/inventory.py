@@ -49,6 +49,7 @@ class Node:
     One daemon. connected: it has a session; alive: it has one, or its lease still runs.
 
     sealing: slots that workers which are gone have handed over to it, and that it has not yet hashed; since when.
+    parities: what each is a part of.
     """
 
     node_id: str
@@ -68,7 +69,7 @@ class Node:
     persist_every_s: float = 0.0
     slots: dict[SlotKey, control.SlotRef] = field(default_factory=dict)
     sealing: dict[SlotKey, float] = field(default_factory=dict)
-    parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
+    parities: dict[ParityKey, control.StripeSet] = field(default_factory=dict)
 
     @property
     def connected(self) -> bool:
@@ -192,9 +193,11 @@ class Inventory:
             node.sealing.pop(slot_place, None)
             self.settled.pop(slot_place[:3], None)
         for parity in parities:
-            parity_place = parity_key(parity)
-            node.parities[parity_place] = parity
-            self.settled.pop(parity_place[:3], None)
+            self.add_parity(node, parity_key(parity), parity.set)
+
+    def add_parity(self, node: Node, place: ParityKey, part_of: control.StripeSet) -> None:
+        node.parities[place] = part_of
+        self.settled.pop(place[:3], None)
 
     def remove(self, node: Node, change: control.InventoryChange) -> None:
         for slot in change.slots_removed:

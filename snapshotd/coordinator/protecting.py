@@ -26,15 +26,16 @@ class Protecting:
     A step whose parity is being built.
 
     orders: by parity group. group_of: where a node finds its order. sealed: the slots of each node. expected: the
-    parity that each node is to build. waiting: nodes that have not said ParityBuilt.
+    parity that each node is to build, and what it is a part of. waiting: nodes that have not said ParityBuilt.
     """
 
+    epoch: int
     step: int
     since: float
     orders: list[control.Protect]
     group_of: dict[str, int]
     sealed: dict[str, set[SlotKey]]
-    expected: dict[str, set[ParityKey]]
+    expected: dict[str, dict[ParityKey, control.StripeSet]]
     waiting: set[str]
 
     def order_of(self, node_id: str) -> control.Protect:
@@ -44,6 +45,7 @@ class Protecting:
 def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: Inventory, now: float) -> Protecting:
     """The orders for a step that all ranks have sealed."""
     flight = Protecting(
+        epoch=epoch.number,
         step=step,
         since=now,
         orders=[],
@@ -51,7 +53,7 @@ def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: I
         sealed={
             node_id: {(job, epoch.number, step, rank) for rank in epoch.ranks_of(node_id)} for node_id in epoch.node_ids
         },
-        expected={node_id: set() for node_id in epoch.node_ids},
+        expected={node_id: {} for node_id in epoch.node_ids},
         waiting=set(epoch.node_ids),
     )
     for index, group in enumerate(epoch.groups):
@@ -59,10 +61,10 @@ def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: I
         lanes = max(len(epoch.ranks_of(node_id)) for node_id in group)
         for lane in range(lanes):
             lengths = _add_set(order, epoch, index, lane, shards)
-            for node_id, nbytes in zip(group, parity_sizes(lengths, order.sets[-1].m), strict=True):
+            one = order.sets[-1]
+            for position, nbytes in enumerate(parity_sizes(lengths, one.m)):
                 if nbytes:
-                    position = group.index(node_id)
-                    flight.expected[node_id].add((job, epoch.number, step, index, lane, position))
+                    flight.expected[group[position]][job, epoch.number, step, index, lane, position] = one
         flight.orders.append(order)
     return flight
 

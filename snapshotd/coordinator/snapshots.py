@@ -89,13 +89,12 @@ def collect(job: str, nodes: Iterable[Node], wanted: Callable[[SnapshotKey], boo
                 one.world_size = slot.world_size
                 one.slots[slot.rank] = slot
                 one.holders.setdefault(slot.rank, []).append(node.node_id)
-        for parity in node.parities.values():
-            if parity.set.job == job and wanted((parity.set.epoch, parity.set.step)):
-                one = snapshot(parity.set.epoch, parity.set.step)
-                group_lane = (parity.set.group, parity.set.lane)
-                one.sets[group_lane] = parity.set
-                one.parity_holders.setdefault((*group_lane, parity.position), []).append(node.node_id)
-                for member in parity.set.members:
+        for (job_, epoch, step, group, lane, position), part_of in node.parities.items():
+            if job_ == job and wanted((epoch, step)):
+                one = snapshot(epoch, step)
+                one.sets[group, lane] = part_of
+                one.parity_holders.setdefault((group, lane, position), []).append(node.node_id)
+                for member in part_of.members:
                     if member.slot.file_bytes:
                         one.world_size = member.slot.world_size
                         one.slots.setdefault(member.slot.rank, member.slot)

@@ -217,7 +217,7 @@ class Orders:
                 self._parity_failed(protect, f"the slot of rank {slot.rank} is not here any more")
                 return
         if key in job.built:
-            self._send_built(job, key)
+            self._send_built(job, protect)
             return
         if job.building is not None:
             if (job.building.epoch, job.building.step) == key:
@@ -244,10 +244,10 @@ class Orders:
 
     def on_parity_finished(self, event: ParityFinished) -> None:
         job, key = self._state.job(event.job), (event.epoch, event.step)
-        self._after_cancel(job, key)
+        order = self._after_cancel(job, key)
         wanted = any(slot.key == key for slot in self._slots.sealed(event.job))
         if job.building is not None and (job.building.epoch, job.building.step) == key:
-            job.building = None
+            order, job.building = job.building, None
         if not wanted or event.epoch < job.epoch:
             for ref in event.parities:
                 if parity_key(ref) not in job.parities:
@@ -257,7 +257,11 @@ class Orders:
             job.parities[parity_key(ref)] = ref
         job.built.add(key)
         self._state.count("parity_us", int(event.seconds * 1e6))
-        self._send_built(job, key)
+        if order is not None:
+            self._send_built(job, order)
+        elif event.parities:  # it was too late to stop it: what there is now may be another coordinator's news
+            change = control.InventoryChange(parities_added=event.parities)
+            self._state.tell(control.NodeMessage(inventory_change=change))
 
     def on_parity_aborted(self, event: ParityAborted) -> None:
         job = self._state.job(event.job)
@@ -273,9 +277,11 @@ class Orders:
         self._state.count("parity_failures")
         self._parity_failed(building, event.reason)
 
-    def _send_built(self, job: JobState, key: SnapshotKey) -> None:
-        parities = [ref for known, ref in job.parities.items() if known[:2] == key]
-        built = control.ParityBuilt(job=job.name, epoch=key[0], step=key[1], parities=parities)
+    def _send_built(self, job: JobState, order: control.Protect) -> None:
+        built = control.ParityBuilt(job=job.name, epoch=order.epoch, step=order.step)
+        for one, position in self._my_positions(order):
+            if (one.epoch, one.step, one.group, one.lane, position) in job.parities:
+                built.lanes.append(one.lane)
         self._state.tell(control.NodeMessage(parity_built=built))
 
     def _parity_failed(self, protect: control.Protect, reason: str) -> None:

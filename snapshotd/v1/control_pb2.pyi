@@ -272,16 +272,16 @@ class NodeSkipped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ParityBuilt(_message.Message):
-    __slots__ = ("job", "epoch", "step", "parities")
+    __slots__ = ("job", "epoch", "step", "lanes")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
-    parities: _containers.RepeatedCompositeFieldContainer[ParityRef]
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., parities: _Optional[_Iterable[_Union[ParityRef, _Mapping]]] = ...) -> None: ...
+    lanes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., lanes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ParityFailed(_message.Message):
     __slots__ = ("job", "epoch", "step", "reason")

@@ -91,14 +91,9 @@ class Bench:
     def built(self, node_id: str) -> Output:
         """The node has built its part of the Protect that it was sent last."""
         order = self.protect
-        parities = [
-            control.ParityRef(set=one, position=position, file_bytes=64)
-            for one in order.sets
-            for position, member in enumerate(one.members)
-            if member.node_id == node_id
-        ]
+        lanes = [one.lane for one in order.sets if any(member.node_id == node_id for member in one.members)]
         return self.node(
-            node_id, parity_built=control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, parities=parities)
+            node_id, parity_built=control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, lanes=lanes)
         )
 
     def commit(self, step: int, *, epoch: int = 1) -> None:

@@ -72,6 +72,17 @@ def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -
     assert bench.to_node("n0", "committed").step == 5
 
 
+def test_parity_that_nobody_ordered_here_is_asked_for_with_all_that_its_node_holds() -> None:
+    bench = running()
+    for step in (5, 6, 7, 8):
+        bench.commit(step)
+    bench.node("n0", parity_built=control.ParityBuilt(job=JOB, epoch=1, step=6, lanes=[0]))  # an order that is known
+    assert bench.last.close == ()
+    bench.node("n0", parity_built=control.ParityBuilt(job=JOB, epoch=1, step=3, lanes=[0]))
+    assert bench.last.close == ("n0",)
+    assert bench.job["counts"]["refused_messages"] == 1
+
+
 def test_without_peers_a_sealed_step_is_committed_as_sealed() -> None:
     bench = running(replace(SETTINGS, parity=0))
     bench.sealed("n0", 5, 0)

@@ -358,6 +358,35 @@ def test_parity_is_built_once_and_answered_each_time() -> None:
     assert len(bench.reports("parity_built")) == 1
 
 
+def test_a_build_that_ends_after_its_coordinator_went_says_whole_what_there_is_now() -> None:
+    """Another coordinator did not order it, and knows nothing of its stripe set."""
+    bench = training(held=(events.BuildParity,))
+    bench.seal(1, 5)
+    bench.protect(5)
+    (build,) = bench.done(events.BuildParity)
+    bench.handle(events.CoordinatorDown())
+    bench.handle(events.CoordinatorUp())
+    ref = control.ParityRef(set=build.protect.sets[0], position=0, file_bytes=64)
+    bench.handle(events.ParityFinished(job=JOB, epoch=1, step=5, parities=(ref,), seconds=0.1))
+    assert bench.reports("parity_built") == []
+    assert [list(change.parities_added) for change in bench.reports("inventory_change")] == [[ref]]
+    bench.protect(5)
+    assert [list(built.lanes) for built in bench.reports("parity_built")] == [[0]]
+
+
+def test_a_build_that_was_ordered_again_before_it_could_be_stopped_answers_that_order() -> None:
+    bench = training(held=(events.BuildParity,))
+    bench.seal(1, 5)
+    bench.protect(5)
+    (build,) = bench.done(events.BuildParity)
+    bench.handle(events.CoordinatorDown())
+    bench.handle(events.CoordinatorUp())
+    bench.protect(5)
+    ref = control.ParityRef(set=build.protect.sets[0], position=0, file_bytes=64)
+    bench.handle(events.ParityFinished(job=JOB, epoch=1, step=5, parities=(ref,), seconds=0.1))
+    assert [list(built.lanes) for built in bench.reports("parity_built")] == [[0]]
+
+
 def test_a_protect_for_a_step_that_is_gone_fails_in_words() -> None:
     bench = training()
     bench.protect(5)
