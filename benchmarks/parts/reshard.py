@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from snapshotd_client.collector import collector_held
 from snapshotd_client.direct import DirectReader
 from snapshotd_client.fetch import Entry, Want
+from snapshotd_client.interpreter import reading_state
 from snapshotd_client.link import Link
 from snapshotd_client.placement import Piece
 
@@ -171,7 +171,7 @@ class _Scene:
         if decision is None:
             raise BenchError("the reader's daemon does not say what there is")
         reader = DirectReader(link, time.monotonic() + 60.0, _THREADS)
-        with collector_held():  # as a restore does
+        with reading_state():  # as a restore does
             left = reader.run(wants)
         link.post(worker.Frame(restore_done=worker.RestoreDone(ok=True)), link.session)
         self.fetched_bytes = reader.peer_bytes

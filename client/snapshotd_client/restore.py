@@ -19,10 +19,10 @@ from typing import Any, Final
 from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.agree import Verdict, agree
-from snapshotd_client.collector import collector_held
 from snapshotd_client.counters import logger
 from snapshotd_client.errors import RestoreError, StateLost
 from snapshotd_client.fetch import Entry, Fetcher, Manifest
+from snapshotd_client.interpreter import reading_state
 from snapshotd_client.inventory import Inventory
 from snapshotd_client.link import Link
 from snapshotd_client.load import Loader
@@ -88,7 +88,7 @@ class Restorer:
             print(f"snapshotd: the state is lost: {decision.reason}", file=sys.stderr, flush=True)
             raise StateLost(decision.reason)
         try:
-            with collector_held():
+            with reading_state():
                 facts = self._load(decision)
         except Exception as error:
             self._done(False, f"{type(error).__name__}: {error}", 0.0, 0.0, decision.source_step)

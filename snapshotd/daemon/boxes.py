@@ -42,9 +42,8 @@ class Boxes:
         self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
         for rank, layout in enumerate(layouts):
             for shard in layout.shards:
-                self._shards[shard.tensor.name, shard.tensor.scope].append(
-                    SourceShard(source=rank, tensor=shard.tensor, begin=shard.begin)
-                )
+                tensor = shard.tensor
+                self._shards[tensor.name, tensor.scope].append(SourceShard(rank, tensor, shard.begin))
 
     def source_rank(self, rank: int) -> int:
         """Return the source rank whose private state ``rank`` goes on with."""
@@ -58,8 +57,8 @@ class Boxes:
         """
         if not 0 <= rank < self._world_size:
             raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
-        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Box] = {}  # many tensors are cut alike
-        return [self._target(index, want, rank, boxes) for index, want in enumerate(wants)]
+        cut: dict[tuple[tuple[int, ...], ...], Box] = {}  # many tensors are of one shape, and cut alike
+        return [self._target(index, want, rank, cut) for index, want in enumerate(wants)]
 
     def copies(
         self, targets: Sequence[TargetShard], rank: int, sources: Sequence[Source], cancel: threading.Event | None
@@ -70,11 +69,10 @@ class Boxes:
         Unrecoverable for what the sources do not cover, or what is private to other ranks; the errors of reading.
         """
         source_rank = self.source_rank(rank)
-        names = {(target.tensor.name, target.tensor.scope) for target in targets}
-        for name, scope in sorted(names):
-            if scope == "rank":
-                self._check_private(name, source_rank, sources, cancel)
-        rank_source = {target.target: source_rank for target in targets if target.tensor.scope == "rank"}
+        private = [target for target in targets if target.tensor.scope == "rank"]
+        for name in sorted({target.tensor.name for target in private}):
+            self._check_private(name, source_rank, sources, cancel)
+        rank_source = {target.target: source_rank for target in private}
         local = [source.is_local for source in sources]
         with self._lock:
             if self._planner is None or self._planner[0] != local:
@@ -96,20 +94,25 @@ class Boxes:
         index: int,
         want: worker.RestoreWant.Want,
         rank: int,
-        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Box],
+        cut: dict[tuple[tuple[int, ...], ...], Box],
     ) -> TargetShard:
-        if want.scope not in ("global", "rank"):
-            raise UsageError(f"{want.name!r:.100}: the scope must be 'global' or 'rank', not {want.scope!r:.40}")
-        shards = self._shards.get((want.name, want.scope), [])
-        if want.scope == "rank":
+        name, scope = want.name, want.scope
+        if scope not in ("global", "rank"):
+            raise UsageError(f"{name!r:.100}: the scope must be 'global' or 'rank', not {scope!r:.40}")
+        shards = self._shards.get((name, scope), [])
+        if scope == "rank":
             shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
         if not shards:
-            raise LayoutError(f"the source has no tensor {want.name!r:.200} of scope {want.scope!r}")
-        place = tuple(want.offsets), tuple(want.lengths)
-        box = boxes.get(place)
-        if box is None:
-            box = boxes[place] = Box(*place)
-        return TargetShard(index, shards[0].tensor.part(box), 0)
+            raise LayoutError(f"the source has no tensor {name!r:.200} of scope {scope!r}")
+        tensor = shards[0].tensor
+        place = tensor.global_shape, tuple(want.offsets[:]), tuple(want.lengths[:])  # a slice is read at once
+        box = cut.get(place)
+        if box is not None:
+            return TargetShard(index, tensor.part(box, is_inside=True), 0)
+        box = Box(*place[1:])
+        part = tensor.part(box)
+        cut[place] = box
+        return TargetShard(index, part, 0)
 
     def _check_private(
         self, name: str, source_rank: int, sources: Sequence[Source], cancel: threading.Event | None

@@ -40,14 +40,11 @@ def located(
         source = sources[number]
         if isinstance(source, PeerSource) and is_direct(source) or isinstance(source, LocalSource) and _is_long(copies):
             slots[number] = source
-    others = {
-        want
-        for want in range(num_wants)
-        if not by_target.get(want) or any(copy.source not in slots for copy in by_target[want])
-    }
+    others = {want for want in range(num_wants) if not by_target.get(want)}
+    others.update(copy.target for number, copies in wanted.items() if number not in slots for copy in copies)
     found = worker.RestoreSources(others=sorted(others))
     for number, slot in slots.items():
-        copies = [copy for copy in wanted[number] if copy.target not in others]
+        copies = [copy for copy in wanted[number] if copy.target not in others] if others else wanted[number]
         if copies:
             found.slots.append(_told(slot, copies, known))
     return found
@@ -67,20 +64,13 @@ def _told(slot: _Slot, copies: Sequence[Copy], known: Collection[str]) -> worker
         node_id=slot.node_id,
         file_bytes=slot.file_bytes,
         root_digest=slot.root,
-        copies=[
-            worker.RestoreSources.Copy(
-                want=copy.target,
-                src_begin=copy.src_begin,
-                dst_begin=copy.dst_begin,
-                run_bytes=copy.run_bytes,
-                repeats=[
-                    worker.RestoreSources.Copy.Repeat(count=count, src_stride=there, dst_stride=here)
-                    for count, there, here in copy.dims
-                ],
-            )
-            for copy in copies
-        ],
     )
+    for copy in copies:
+        one = told.copies.add(
+            want=copy.target, src_begin=copy.src_begin, dst_begin=copy.dst_begin, run_bytes=copy.run_bytes
+        )
+        for count, there, here in copy.dims:
+            one.repeats.add(count=count, src_stride=there, dst_stride=here)
     if isinstance(slot, LocalSource):
         told.path = str(slot.obj.path)
         if slot.root not in known:

@@ -196,15 +196,20 @@ class Planner:
     def _group(self, shards: Sequence[SourceShard]) -> _Tensor | None:
         if not shards:
             return None
-        first = shards[0]
-        odd = next((shard for shard in shards if not _same_tensor(first.tensor, shard.tensor)), None)
-        if odd is not None:
-            shards = [shard for shard in shards if _same_tensor(first.tensor, shard.tensor)]
+        first, odd = shards[0], None
+        dtype, global_shape = first.tensor.dtype, first.tensor.global_shape
         # A layout has one Box for all tensors that lie alike: comparing those by identity is enough, and fast.
-        likeness = (first.tensor.itemsize, *((shard.source, id(shard.tensor.box)) for shard in shards))
-        family = self._families.get(likeness)
+        likeness: list[object] = [first.tensor.itemsize]
+        for source, tensor, _ in shards:
+            if tensor.dtype != dtype or tensor.global_shape != global_shape:
+                odd = next(shard for shard in shards if not _same_tensor(first.tensor, shard.tensor))
+                shards = [shard for shard in shards if _same_tensor(first.tensor, shard.tensor)]
+                likeness[1:] = (item for shard in shards for item in (shard.source, id(shard.tensor.box)))
+                break
+            likeness += source, id(tensor.box)
+        family = self._families.get(tuple(likeness))
         if family is None:
-            family = self._families[likeness] = self._family(shards)
+            family = self._families[tuple(likeness)] = self._family(shards)
         return _Tensor(first, odd, [shards[place] for place in family.places], family.geometry)
 
     def _family(self, shards: Sequence[SourceShard]) -> _Family:
@@ -243,8 +248,8 @@ def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failu
             where = "" if key[1] is None else f" (private to source {key[1]})"
             failures.absent[tensor.name] = f"{tensor.name}{where}"
         return []
-    for shard in (found.first, found.odd):
-        if shard is not None and not _same_tensor(shard.tensor, tensor):
+    for shard in (found.first,) if found.odd is None else (found.first, found.odd):
+        if not _same_tensor(shard.tensor, tensor):
             failures.different[tensor.name] = (
                 f"{tensor.name} is {tensor.dtype} {list(tensor.global_shape)} in target {target.target}, but "
                 f"{shard.tensor.dtype} {list(shard.tensor.global_shape)} in source {shard.source}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 
 import pytest
@@ -237,16 +238,18 @@ def test_immutable_extra_is_written_back_and_missing_ones_stay(snapshotter):
 
 
 class Watching:
-    """Says whether the garbage collector was on while it was loaded."""
+    """Says whether the garbage collector was on while it was loaded, and how soon threads took turns."""
 
     def __init__(self):
         self.enabled = None
+        self.switch_s = None
 
     def state_dict(self):
         return {"a": 1}
 
     def load_state_dict(self, state):
         self.enabled = gc.isenabled()
+        self.switch_s = sys.getswitchinterval()
 
 
 def test_a_default_device_is_not_that_of_our_own_tensors(daemon, snapshotter):
@@ -280,6 +283,21 @@ def test_no_collection_interrupts_a_restore_and_the_collector_is_as_before(snaps
         assert (False, enabled) == (watching.enabled, gc.isenabled())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("usual_s", [0.005, 0.0001])
+def test_threads_take_turns_soon_in_a_restore_and_afterwards_as_before(snapshotter, usual_s):
+    """Breaks: who has bytes to receive waits 5 ms for who asks for the next; or training's threads wake for nothing."""
+    captured(snapshotter, nn.Linear(2, 2), extra={"watching": Watching()})
+    watching = Watching()
+    snap = snapshotter(nn.Linear(2, 2), extra={"watching": watching})
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(usual_s)
+        assert snap.restore() == 1
+        assert (min(usual_s, 0.0002), usual_s) == pytest.approx((watching.switch_s, sys.getswitchinterval()))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_layout_is_registered_right_after_a_restore(daemon, snapshotter):
