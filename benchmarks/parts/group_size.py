@@ -1,13 +1,18 @@
-"""Group size: the CPU seconds of daemons and coordinator for a GB that is captured, by the nodes of a parity group."""
+"""
+Group size: the CPU seconds of daemons and coordinator for a GB that is captured, by the nodes of a parity group.
+
+Larger groups have more streams, each with less in it, on the same cores. What these cost by themselves stands beside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from .. import Row, Run, Sample
 from ..played import Company
 from ..processes import cpu_seconds
+from ..streams import Group
 
 GOAL = 11
 
@@ -18,29 +23,42 @@ _STATE_BYTES = 1 << 30
 
 def rows(run: Run) -> Iterator[Row]:
     sizes = _SIZES[:2] if run.short else _SIZES
+    ends = (sizes[0], sizes[-1])
     with ExitStack() as stack:
-        ways: dict[str, Callable[[], Sample]] = {str(nodes): _way(run, nodes, stack) for nodes in sizes}
-        found = run.rounds(ways, rounds=5, within_s=20.0)
-    least = str(sizes[0])
+        ways: dict[str, Callable[[], Sample]] = {}
+        for nodes in sizes:
+            nbytes = run.size(_STATE_BYTES) // nodes
+            cluster = run.cluster(nodes, budget=str(int(nbytes * 3.2) + (16 << 20)))
+            company = stack.enter_context(Company(cluster, nbytes))
+            ways[f"{nodes}"] = _way(company.step, cluster.pids, nodes * nbytes)
+            if nodes in ends:
+                group = Group(run, nodes, nbytes)
+                ways[f"{nodes} bare"] = _way(group.step, group.pids, nodes * nbytes)
+        found = run.rounds(ways, rounds=7, within_s=16.0)
+    least = sizes[0]
     for nodes in sizes[1:]:
         yield Row.cost(
             f"CPU of a GB in a group of {nodes} nodes",
-            found[str(nodes)],
-            found[least],
+            found[f"{nodes}"],
+            found[f"{least}"],
             at_most=1.1,
             against=f"a group of {least}",
         )
+    yield Row.cost(
+        f"CPU of a GB's streams alone between {sizes[-1]} bare processes",
+        found[f"{sizes[-1]} bare"],
+        found[f"{least} bare"],
+        at_most=None,
+        against=f"between {least}",
+    )
 
 
-def _way(run: Run, nodes: int, stack: ExitStack) -> Callable[[], Sample]:
+def _way(step: Callable[[], object], pids: Sequence[int], nbytes: int) -> Callable[[], Sample]:
     """One step of a group, from its seals to the commit of its parity."""
-    size = run.size(_STATE_BYTES) // nodes
-    cluster = run.cluster(nodes, budget=str(int(size * 3.2) + (16 << 20)))
-    company = stack.enter_context(Company(cluster, size))
 
-    def step() -> Sample:
-        before = cpu_seconds(cluster.pids)
-        company.step()
-        return Sample((cpu_seconds(cluster.pids) - before) / (nodes * size / 1e9))
+    def way() -> Sample:
+        before = cpu_seconds(pids)
+        step()
+        return Sample((cpu_seconds(pids) - before) / (nbytes / 1e9))
 
-    return step
+    return way
