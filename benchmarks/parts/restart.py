@@ -90,6 +90,7 @@ class _Job:
         self._notes.mkdir(parents=True)
         arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "100"]
         environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment["TMPDIR"] = str(home)  # where torchrun leaves the directory of its logs
         self._cluster = None
         mode = "ours"
         if kind == "ours":

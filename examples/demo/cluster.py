@@ -34,7 +34,7 @@ class Node:
         self.lost = False
         self._socket = home / "daemon.sock"
         home.mkdir(mode=0o700)
-        environment = {**clean_environment(), "SNAPSHOTD_SOCKET": str(self._socket)}
+        environment = {**clean_environment(), "SNAPSHOTD_SOCKET": str(self._socket), "TMPDIR": str(home)}
         daemon = ["-m", "snapshotd", "daemon", "--coordinator", address, "--node-id", name, "--listen", "127.0.0.1:0"]
         daemon += ["--arena", str(self.arena), "--socket", str(self._socket), "--budget", _BUDGET]
         self.daemon = Child(f"{name}-daemon", daemon, environment=environment, logs=logs)
@@ -142,6 +142,7 @@ def reference_run(root: Path, training: Sequence[str], *, workers: int) -> Child
     """The same job under plain torchrun: no daemon, no faults. Not started yet."""
     environment = {
         **clean_environment(),
+        "TMPDIR": str(root),
         "SNAPSHOTD_SOCKET": str(root / "no-daemon.sock"),
         "SNAPSHOTD_CONNECT_TIMEOUT_S": "0.1",
     }
