@@ -28,6 +28,7 @@ __all__ = ["CopyList", "CopyPool", "go_first", "join_neighbours", "split_by_byte
 
 SMALL_BYTES: Final = 32 * 1024
 """Below this torch would not think of using threads of its own either."""
+_WORD: Final = np.dtype(np.int32)
 _NICER: Final = 10
 """Ten times the share of a core that a thread of training gets beside it."""
 
@@ -121,7 +122,10 @@ def go_first() -> None:
 
 
 def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:
-    """Return the same copies, without the empty ones, as bytes where both sides are dense; neighbours are joined."""
+    """
+    Return the same copies, without the empty ones, where both sides are dense as words, or else bytes; neighbours are
+    joined. (Torch copies words faster than bytes: by 7 % on one machine that was measured.)
+    """
     runs: list[tuple[Array, Array, int]] = []
     ends = (0, 0)
     for target, source in pairs:
@@ -139,7 +143,7 @@ def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:
         else:
             runs.append((target, source, nbytes))
         ends = (begins[0] + nbytes, begins[1] + nbytes)
-    return [(_bytes(t, length), _bytes(s, length)) if length else (t, s) for t, s, length in runs]
+    return [_dense(t, s, length) if length else (t, s) for t, s, length in runs]
 
 
 def split_by_bytes(pairs: Sequence[tuple[Array, Array]], count: int) -> list[Pairs]:
@@ -167,7 +171,12 @@ def split_by_bytes(pairs: Sequence[tuple[Array, Array]], count: int) -> list[Pai
     return out
 
 
-def _bytes(array: Array, length: int) -> Array:
-    """Return ``length`` bytes from where ``array`` begins."""
-    flat = array.reshape(-1).view(np.uint8)
-    return flat if flat.nbytes == length else np.lib.stride_tricks.as_strided(flat, shape=(length,), strides=(1,))
+def _dense(target: Array, source: Array, length: int) -> tuple[Array, Array]:
+    """Return ``length`` bytes from where each array begins."""
+    aligned = not (target.ctypes.data | source.ctypes.data | length) % _WORD.itemsize
+    target, source = (array.reshape(-1).view(np.uint8) for array in (target, source))
+    if target.nbytes != length:
+        target, source = (
+            np.lib.stride_tricks.as_strided(array, shape=(length,), strides=(1,)) for array in (target, source)
+        )
+    return (target.view(_WORD), source.view(_WORD)) if aligned else (target, source)

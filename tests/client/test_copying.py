@@ -71,7 +71,12 @@ def test_where_torch_has_one_thread_it_copies_all(torch_threads, monkeypatch):
     """Breaks: large arrays go one by one, each of them waiting for the interpreter's lock, or torch starts threads."""
     given_to_torch = []
     real = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda t, s: (given_to_torch.extend(map(len, t)), real(t, s)))
+
+    def copy(targets, sources):
+        given_to_torch.extend(target.nbytes for target in targets)
+        real(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
     sources = [np.arange(nbytes, dtype=np.uint64).astype(np.uint8) for nbytes in (100, 1 << 20, 200, 3 << 20)]
     targets = [np.zeros_like(source) for source in sources]
     copied(list(zip(targets, sources, strict=True)), 1)
@@ -92,6 +97,16 @@ def test_neighbours_are_copied_in_one_piece():
     assert [8000] == [target.nbytes for target, _ in joined]
     copied(pairs, 1)
     assert source.tobytes() == slot.tobytes()
+
+
+@pytest.mark.parametrize(("at", "nbytes", "words"), [(0, 64, True), (4, 60, True), (2, 60, False), (4, 59, False)])
+def test_what_can_be_is_copied_as_words(at, nbytes, words):
+    """Breaks: torch copies a state byte by byte, which is slower; or words that are none."""
+    source, slot = np.arange(64, dtype=np.uint8), np.zeros(72, dtype=np.uint8)
+    begin = -slot.ctypes.data % 4
+    ((target, found),) = join_neighbours([(slot[begin : begin + nbytes], source[at : at + nbytes])])
+    assert [nbytes, nbytes] == [target.nbytes, found.nbytes]
+    assert {(4 if words else 1)} == {target.itemsize, found.itemsize}
 
 
 @pytest.mark.parametrize("gap", ["source", "target", "order"])
