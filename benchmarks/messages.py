@@ -2,9 +2,9 @@
 The messages of a protected step and nothing else: what a small step costs before anybody does anything with it.
 
 `python -m benchmarks.messages coordinate PORT_FILE NODES`, and for each node `... node ADDRESS SOCKET RANK UNIT_BYTES`:
-a worker says that it sealed, its node tells the coordinator over gRPC, which tells all when all have. The slots are one
-unit each: rank 0 then reads those of all others over TCP into memory, in a thread, rank 1 that of rank 0, and each node
-reports; when all have, the coordinator tells all that the step is committed, and the nodes tell their workers. The
+a worker says that it sealed, its node tells the coordinator over gRPC, which tells two of them when all have. The slots
+are one unit each: rank 0 then reads those of all others over TCP into memory, in a thread, rank 1 that of rank 0, and
+both report; then the coordinator tells all that the step is committed, and the nodes tell their workers. The
 messages are a daemon's own, with as much in them. Nothing is hashed, encoded, written, looked up or decided.
 """
 
@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,23 @@ __all__ = ["Played"]
 
 _LENGTH = struct.Struct("<I")
 _HASH = "0123456789abcdef" * 2
+_BUILDERS = ("n0", "n1")
 
 
 class _Coordinator(control_grpc.CoordinatorServiceServicer):
     def __init__(self, count: int) -> None:
         self._count = count
-        self._sessions: list[asyncio.Queue[control.CoordinatorMessage]] = []
+        self._sessions: dict[str, asyncio.Queue[control.CoordinatorMessage]] = {}
         self._peers: list[control.PeerAddress] = []
         self._sealed: list[control.StripeMember] = []
         self._num_built = 0
 
     async def NodeSession(self, request_iterator: Any, context: Any) -> None:
         queue: asyncio.Queue[control.CoordinatorMessage] = asyncio.Queue()
-        self._sessions.append(queue)
 
         async def read() -> None:
             while (message := await context.read()) is not grpc.aio.EOF:
-                self._said(message)
+                self._said(message, queue)
 
         reader = asyncio.create_task(read())
         try:
@@ -58,8 +59,9 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
         finally:
             reader.cancel()
 
-    def _said(self, message: control.NodeMessage) -> None:
+    def _said(self, message: control.NodeMessage, queue: asyncio.Queue[control.CoordinatorMessage]) -> None:
         if message.HasField("hello"):
+            self._sessions[message.hello.node_id] = queue
             self._peers.append(control.PeerAddress(node_id=message.hello.node_id, bulk=message.hello.bulk_address))
         elif message.HasField("sealed"):
             slot = message.sealed.shards[0].slot
@@ -68,17 +70,18 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
                 step = {"job": slot.job, "epoch": slot.epoch, "step": slot.step}
                 stripe_set = control.StripeSet(**step, m=1, members=self._sealed)
                 self._sealed = []
-                self._tell(protect=control.Protect(**step, sets=[stripe_set], peers=self._peers))
+                self._tell(_BUILDERS, protect=control.Protect(**step, sets=[stripe_set], peers=self._peers))
         else:
             self._num_built += 1
-            if self._num_built == self._count:
+            if self._num_built == len(_BUILDERS):
                 self._num_built = 0
                 built = message.parity_built
-                self._tell(committed=control.Committed(job=built.job, epoch=built.epoch, step=built.step, level=2))
+                committed = control.Committed(job=built.job, epoch=built.epoch, step=built.step, level=2)
+                self._tell(self._sessions, committed=committed)
 
-    def _tell(self, **body: Any) -> None:
-        for queue in self._sessions:
-            queue.put_nowait(control.CoordinatorMessage(**body))
+    def _tell(self, names: Iterable[str], **body: Any) -> None:
+        for name in names:
+            self._sessions[name].put_nowait(control.CoordinatorMessage(**body))
 
 
 async def _coordinate(port_file: str, count: int) -> None:
@@ -112,10 +115,8 @@ class _Node:
                 writer = asyncio.create_task(self._write(call))
                 loop = asyncio.get_running_loop()
                 async for message in call:
-                    if message.HasField("protect") and self._rank < 2:
+                    if message.HasField("protect"):
                         loop.run_in_executor(self._pool, self._build, message.protect, loop)
-                    elif message.HasField("protect"):
-                        self._report(message.protect, [])
                     else:
                         self._commit()
                 await writer
@@ -132,7 +133,7 @@ class _Node:
             slot = control.SlotRef(
                 **step, rank=self._rank, world_size=4, file_bytes=100_000, layout_hash=_HASH, root_digest=_HASH
             )
-            sealed = control.NodeSealed(**step, shards=[control.NodeSealed.Shard(slot=slot)])
+            sealed = control.NodeSealed(**step, shards=[control.NodeSealed.Shard(slot=slot, pledged=True)])
             self._outbox.put_nowait(control.NodeMessage(sealed=sealed))
 
     def _build(self, protect: control.Protect, loop: asyncio.AbstractEventLoop) -> None:
@@ -150,10 +151,10 @@ class _Node:
             at = 0
             while at < self._unit_bytes:
                 at += sock.recv_into(self._rooms[name][at:])
-        loop.call_soon_threadsafe(self._report, protect, [0])
+        loop.call_soon_threadsafe(self._report, protect)
 
-    def _report(self, protect: control.Protect, lanes: list[int]) -> None:
-        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, lanes=lanes)
+    def _report(self, protect: control.Protect) -> None:
+        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, lanes=[0])
         self._outbox.put_nowait(control.NodeMessage(parity_built=built))
 
     def _commit(self) -> None:

@@ -3,7 +3,8 @@ From sealed to committed: which step is whole, protected, relied on; and how ran
 
 Rule 1: a step is committed only when every rank of the current, complete epoch has sealed it and, where the epoch has
 parity, every node of it has built its part. A step that cannot be protected is given up, never committed half. A node
-without a part answers all the same: from then on it does not give the step's slots away to a newer step.
+without a part answers all the same, unless it has pledged its slots: from then on it does not give them away to a newer
+step.
 Rule 2: one Protect is in flight per job; of several whole steps the latest wins.
 Rule 3: a step that some rank left out can never be whole. Then all ranks start again at one step further on, and
 further each time that this fails in a row (1, 2, 4 ... 64 steps), until a commit succeeds.
@@ -250,7 +251,8 @@ class Commits:
         self.in_flight = begin_protecting(self._job.name, epoch, step, shards, nodes, self._ctx.now)
         self._ordered = [*self._ordered[1 - _ORDERS_KEPT :], self.in_flight]
         for group, order in zip(epoch.groups, self.in_flight.orders, strict=True):
-            self._ctx.out.to_nodes((nodes.session_of(node_id) for node_id in group), protect=order)
+            asked = (node_id for node_id in group if node_id in self.in_flight.waiting)
+            self._ctx.out.to_nodes(map(nodes.session_of, asked), protect=order)
 
     def _finish(self, epoch: Epoch) -> bool:
         flight = self.in_flight

@@ -26,7 +26,8 @@ class Protecting:
     A step whose parity is being built.
 
     orders: by parity group. group_of: where a node finds its order. sealed: the slots of each node. expected: the
-    parity that each node is to build, and what it is a part of. waiting: nodes that have not said ParityBuilt.
+    parity that each node is to build, and what it is a part of. waiting: nodes that have yet to say ParityBuilt; those
+    that neither have a part nor need to promise anything more are not asked.
     """
 
     epoch: int
@@ -54,7 +55,7 @@ def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: I
             node_id: {(job, epoch.number, step, rank) for rank in epoch.ranks_of(node_id)} for node_id in epoch.node_ids
         },
         expected={node_id: {} for node_id in epoch.node_ids},
-        waiting=set(epoch.node_ids),
+        waiting=set(),
     )
     for index, group in enumerate(epoch.groups):
         order = control.Protect(job=job, epoch=epoch.number, step=step, peers=nodes.peers(group))
@@ -66,7 +67,14 @@ def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: I
                 if nbytes:
                     flight.expected[group[position]][job, epoch.number, step, index, lane, position] = one
         flight.orders.append(order)
+    flight.waiting = {
+        node_id for node_id in epoch.node_ids if flight.expected[node_id] or not _is_pledged(epoch, node_id, shards)
+    }
     return flight
+
+
+def _is_pledged(epoch: Epoch, node_id: str, shards: Shards) -> bool:
+    return all(shards[rank].pledged for rank in epoch.ranks_of(node_id))
 
 
 def _add_set(order: control.Protect, epoch: Epoch, group: int, lane: int, shards: Shards) -> tuple[int, ...]:

@@ -181,6 +181,8 @@ class Orders:
             job.reported.add((job.epoch, step))
         slots = sorted(slots, key=lambda slot: slot.rank)
         shards = [slot.shard for slot in slots if slot.shard is not None and not slot.rebuilt]
+        if self._state.connected and any(shard.pledged for shard in shards):
+            job.pledged.add((job.epoch, step))
         report = control.NodeSealed(job=job.name, epoch=job.epoch, step=step, shards=shards)
         self._state.tell(control.NodeMessage(sealed=report))
 

@@ -2,7 +2,8 @@
 Slots and parity of a node: who may write, what counts, what may be freed.
 
 Rule 1: the newest committed snapshot is freed by nothing but a newer commit, or the coordinator's DropSnapshots.
-Rule 2: a sealed step that the coordinator may commit at any moment (its parity is whole here) is never overwritten.
+Rule 2: a sealed step that the coordinator may commit at any moment (its parity is whole here, or its slots are pledged)
+is never overwritten.
 Rule 3: at most `generations` slots per rank; slots kept for older epochs count, but one can always be granted. A slot
 that a reader holds for long does not count: another takes its place, if there is memory, until the reader has done.
 """
@@ -180,7 +181,7 @@ class Slots:
             return True
         if job.formed is None or job.formed.m == 0:
             return key in job.reported
-        return key in job.built
+        return key in job.built or key in job.pledged
 
     def _is_orphan(self, job: JobState, slot: Slot) -> bool:
         if slot.state is not State.FREE:
@@ -255,6 +256,7 @@ class Slots:
             replica_group=one.replica_group,
             replica_hash=message.replica_hash or one.replica_hash,
             replica_digest=message.replica_digest,
+            pledged=slot.file_bytes <= self._state.settings.pledge_bytes,
         )
         self._state.do(SealSlot(slot=slot.slot, ref=slot.ref))
         return True
@@ -321,6 +323,7 @@ class Slots:
             self._state.do(DeleteParity(parity=ref))
         job.built = {key for key in job.built if not gone(key)}
         job.reported = {key for key in job.reported if not gone(key)}
+        job.pledged = {key for key in job.pledged if not gone(key)}
         job.unsure = {key for key in job.unsure if not gone(key)}
         self._state.freed(parities=removed.values())
 

@@ -158,6 +158,7 @@ class JobState:
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
     built: set[SnapshotKey] = field(default_factory=set)
     reported: set[SnapshotKey] = field(default_factory=set)
+    pledged: set[SnapshotKey] = field(default_factory=set)
     unsure: set[SnapshotKey] = field(default_factory=set)
     rebuilding: dict[tuple[int, int, int, int, int, bool, bool], SlotId] = field(default_factory=dict)
     persisting: set[SnapshotKey] = field(default_factory=set)
@@ -175,7 +176,7 @@ class JobState:
         self.epoch, self.plan, self.plan_asked = epoch, None, False
         self.formed, self.ranks_here = None, None
         self.min_step, self.split, self.split_reason = 0, True, ""
-        self.progress, self.assigned, self.built, self.reported = {}, {}, set(), set()
+        self.progress, self.assigned, self.built, self.reported, self.pledged = {}, {}, set(), set(), set()
         return True
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
+from snapshotd.layout import CHUNK_BYTES
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
@@ -341,6 +342,9 @@ class NodeSettings:
     """
     Policy of a node. generations: slots per local rank (at least 2). Times in seconds.
 
+    pledge_bytes: slots of up to so many bytes are pledged when they are reported; one more may be made for it while the
+    coordinator is away.
+
     verified: slots that were re-attached after a restart are hashed before they are reported.
     """
 
@@ -355,3 +359,4 @@ class NodeSettings:
     persist_every_steps: int = 0
     persist_every_s: float = 0.0
     restore_wait_s: float = 10.0
+    pledge_bytes: int = 8 * CHUNK_BYTES

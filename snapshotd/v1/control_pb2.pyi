@@ -237,16 +237,18 @@ class WorkerDetached(_message.Message):
 class NodeSealed(_message.Message):
     __slots__ = ("job", "epoch", "step", "shards")
     class Shard(_message.Message):
-        __slots__ = ("slot", "replica_group", "replica_hash", "replica_digest")
+        __slots__ = ("slot", "replica_group", "replica_hash", "replica_digest", "pledged")
         SLOT_FIELD_NUMBER: _ClassVar[int]
         REPLICA_GROUP_FIELD_NUMBER: _ClassVar[int]
         REPLICA_HASH_FIELD_NUMBER: _ClassVar[int]
         REPLICA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+        PLEDGED_FIELD_NUMBER: _ClassVar[int]
         slot: SlotRef
         replica_group: str
         replica_hash: str
         replica_digest: str
-        def __init__(self, slot: _Optional[_Union[SlotRef, _Mapping]] = ..., replica_group: _Optional[str] = ..., replica_hash: _Optional[str] = ..., replica_digest: _Optional[str] = ...) -> None: ...
+        pledged: bool
+        def __init__(self, slot: _Optional[_Union[SlotRef, _Mapping]] = ..., replica_group: _Optional[str] = ..., replica_hash: _Optional[str] = ..., replica_digest: _Optional[str] = ..., pledged: _Optional[bool] = ...) -> None: ...
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]

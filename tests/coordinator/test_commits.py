@@ -72,6 +72,25 @@ def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -
     assert bench.to_node("n0", "committed").step == 5
 
 
+def test_a_node_without_parity_that_has_pledged_its_slot_is_not_asked() -> None:
+    bench = Bench()
+    for index in range(3):
+        bench.hello(f"n{index}")
+    for index in range(3):
+        bench.join(f"a{index}", least=3, most=3)
+    for index in range(3):
+        bench.attach(f"n{index}", index, epoch=1, world=3)
+    for index in range(3):
+        bench.sealed(f"n{index}", 5, index, world=3, pledged=True)
+    bench.protect = bench.to_node("n0", "protect")
+    assert bench.to_node("n1", "protect") == bench.protect
+    assert bench.to_node("n2", "protect") is None
+    bench.built("n0")
+    assert bench.to_node("n0", "committed") is None
+    bench.built("n1")
+    assert bench.to_node("n2", "committed").step == 5
+
+
 def test_parity_that_nobody_ordered_here_is_asked_for_with_all_that_its_node_holds() -> None:
     bench = running()
     for step in (5, 6, 7, 8):

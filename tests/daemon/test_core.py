@@ -514,6 +514,25 @@ def test_a_step_whose_parity_is_whole_is_not_overwritten_while_the_coordinator_i
     assert {5, 6} <= set(bench.steps())
 
 
+@pytest.mark.parametrize("pledged", [True, False])
+def test_what_was_pledged_stays_while_the_coordinator_is_away_and_until_it_decides(pledged: bool) -> None:
+    """A step that it may commit without another word to this node."""
+    nbytes = LAYOUT.file_bytes
+    bench = training(settings=replace(SETTINGS, pledge_bytes=nbytes if pledged else nbytes - 1))
+    bench.seal(1, 5)
+    bench.committed(5)
+    bench.seal(1, 6)
+    (sealed,) = bench.reports("sealed")
+    assert [pledged] == [shard.pledged for shard in sealed.shards]
+    bench.handle(events.CoordinatorDown())
+    for step in (7, 8, 9):
+        bench.seal(1, step)
+    assert ([5, 6] if pledged else [5]) == [step for step in bench.steps() if step < 7]
+    bench.handle(events.CoordinatorUp())
+    bench.said(abandon=control.Abandon(job=JOB, epoch=1, up_to_step=9, min_step=10))
+    assert [5] == bench.steps()
+
+
 def test_a_build_is_cancelled_when_the_coordinator_goes_and_begins_again_after_it_ended() -> None:
     bench = training(held=(events.BuildParity,))
     bench.seal(1, 5)

@@ -39,6 +39,8 @@ class SimNode:
         self._held_chance = world.dice.stream("readers").choice([0.0, 0.0, 0.05])
         self._hashes = world.dice.stream(f"hashes/{node_id}")
         self.slow_hash_chance = world.dice.stream("hashes").choice([0.0, 0.0, 0.1])
+        # Of a node's own kind, so that there are worlds where some pledge their slots and others are asked.
+        self._pledge_bytes = world.dice.stream(f"pledges/{node_id}").choice([0, 1 << 30])
         self._cancelled: set[tuple[int, int]] = set()
         self._next_conn = 1
 
@@ -72,6 +74,7 @@ class SimNode:
             generations=plan.generations,
             persist_every_steps=plan.persist_every_steps,
             restore_wait_s=5.0,
+            pledge_bytes=self._pledge_bytes,
         )
         self.core = self._world.node_class(settings, recovered)
         self._world.clock.tell(f"{self.node_id} daemon starts")

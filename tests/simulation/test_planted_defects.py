@@ -1,4 +1,4 @@
-"""Deliberate defects in the production cores: the simulator must find each of them within 200 seeds."""
+"""Deliberate defects in the production cores: the simulator must find each of them within 400 seeds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from snapshotd.coordinator.core import CoordinatorCore
 from snapshotd.coordinator.events import SessionId
 from snapshotd.coordinator.inventory import Inventory, Node
 from snapshotd.daemon.core_orders import Orders
+from snapshotd.daemon.core_slots import Slots
+from snapshotd.daemon.core_state import JobState, Slot
 from snapshotd.daemon.events import ParityFinished
 from snapshotd.v1 import control_pb2 as control
 from tests.simulation.checks import InvariantBroken
 from tests.simulation.world import World
 
-SEEDS = 200
+SEEDS = 400
 
 
 def accept_old_epochs(patch: pytest.MonkeyPatch) -> None:
@@ -73,10 +75,29 @@ def decide_while_slots_are_hashed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Inventory, "sealing", lambda self, job, now: [])
 
 
+def overwrite_what_was_pledged(patch: pytest.MonkeyPatch) -> None:
+    """While the coordinator is away, a node gives away what it was not asked about, because it had pledged it."""
+    exposed = Slots._exposed
+
+    def forgetful(self: Slots, job: JobState, slot: Slot) -> bool:
+        pledged, job.pledged = job.pledged, set()
+        found = exposed(self, job, slot)
+        job.pledged = pledged
+        return found
+
+    patch.setattr(Slots, "_exposed", forgetful)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "plant",
-    [accept_old_epochs, commit_with_a_node_missing, decide_while_slots_are_hashed, free_the_committed_too_early],
+    [
+        accept_old_epochs,
+        commit_with_a_node_missing,
+        decide_while_slots_are_hashed,
+        free_the_committed_too_early,
+        overwrite_what_was_pledged,
+    ],
     ids=lambda plant: plant.__name__,
 )
 def test_a_planted_defect_is_found(
