@@ -69,8 +69,8 @@ def reference(zygotes: Zygotes, script_argv: list[str], world: int) -> list[Note
     """
     The notes of a run that nobody disturbed, by rank, with the whole state traced at each step.
 
-    Plain processes with a rank each: no launcher, and in place of snapshotd_client a stub that does nothing. Where one of
-    them is ended by a signal (SIGSEGV, once), that says nothing of us, and all begin anew; twice at most.
+    Plain processes with a rank each: no launcher, and in place of snapshotd_client a stub that does nothing. Where one
+    of them is ended by a signal (SIGSEGV, once), that says nothing of us, and all begin anew; twice at most.
     """
     for _ in range(_REFERENCE_RETRIES):
         with contextlib.suppress(_Crashed):
