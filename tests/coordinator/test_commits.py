@@ -49,8 +49,8 @@ def test_a_step_is_committed_when_all_nodes_have_built_parity() -> None:
     assert bench.job["margin"] == 1
 
 
-def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -> None:
-    """Two nodes of three hold the parity of slots this small. The third may still give way to a newer step."""
+def sealed_by_three(**shard: object) -> Bench:
+    """A rank on each of three nodes, which have sealed step 5."""
     bench = Bench()
     for index in range(3):
         bench.hello(f"n{index}")
@@ -59,7 +59,13 @@ def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -
     for index in range(3):
         bench.attach(f"n{index}", index, epoch=1, world=3)
     for index in range(3):
-        bench.sealed(f"n{index}", 5, index, world=3)
+        bench.sealed(f"n{index}", 5, index, world=3, **shard)
+    return bench
+
+
+def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -> None:
+    """Two nodes of three hold the parity of slots this small. The third may still give way to a newer step."""
+    bench = sealed_by_three()
     bench.protect = bench.to_node("n2", "protect")
     bench.built("n0")
     bench.built("n1")
@@ -73,15 +79,7 @@ def test_a_node_without_parity_of_a_step_promises_its_slot_before_the_commit() -
 
 
 def test_a_node_without_parity_that_has_pledged_its_slot_is_not_asked() -> None:
-    bench = Bench()
-    for index in range(3):
-        bench.hello(f"n{index}")
-    for index in range(3):
-        bench.join(f"a{index}", least=3, most=3)
-    for index in range(3):
-        bench.attach(f"n{index}", index, epoch=1, world=3)
-    for index in range(3):
-        bench.sealed(f"n{index}", 5, index, world=3, pledged=True)
+    bench = sealed_by_three(pledged=True)
     bench.protect = bench.to_node("n0", "protect")
     assert bench.to_node("n1", "protect") == bench.protect
     assert bench.to_node("n2", "protect") is None

@@ -358,8 +358,8 @@ def test_parity_is_built_once_and_answered_each_time() -> None:
     assert len(bench.reports("parity_built")) == 1
 
 
-def test_a_build_that_ends_after_its_coordinator_went_says_whole_what_there_is_now() -> None:
-    """Another coordinator did not order it, and knows nothing of its stripe set."""
+def interrupted_build() -> tuple[Bench, events.ParityFinished]:
+    """A node that lost its coordinator and has it again while it builds, and how the build ends."""
     bench = training(held=(events.BuildParity,))
     bench.seal(1, 5)
     bench.protect(5)
@@ -367,23 +367,23 @@ def test_a_build_that_ends_after_its_coordinator_went_says_whole_what_there_is_n
     bench.handle(events.CoordinatorDown())
     bench.handle(events.CoordinatorUp())
     ref = control.ParityRef(set=build.protect.sets[0], position=0, file_bytes=64)
-    bench.handle(events.ParityFinished(job=JOB, epoch=1, step=5, parities=(ref,), seconds=0.1))
+    return bench, events.ParityFinished(job=JOB, epoch=1, step=5, parities=(ref,), seconds=0.1)
+
+
+def test_a_build_that_ends_after_its_coordinator_went_says_whole_what_there_is_now() -> None:
+    """Another coordinator did not order it, and knows nothing of its stripe set."""
+    bench, finished = interrupted_build()
+    bench.handle(finished)
     assert bench.reports("parity_built") == []
-    assert [list(change.parities_added) for change in bench.reports("inventory_change")] == [[ref]]
+    assert [list(change.parities_added) for change in bench.reports("inventory_change")] == [list(finished.parities)]
     bench.protect(5)
     assert [list(built.lanes) for built in bench.reports("parity_built")] == [[0]]
 
 
 def test_a_build_that_was_ordered_again_before_it_could_be_stopped_answers_that_order() -> None:
-    bench = training(held=(events.BuildParity,))
-    bench.seal(1, 5)
+    bench, finished = interrupted_build()
     bench.protect(5)
-    (build,) = bench.done(events.BuildParity)
-    bench.handle(events.CoordinatorDown())
-    bench.handle(events.CoordinatorUp())
-    bench.protect(5)
-    ref = control.ParityRef(set=build.protect.sets[0], position=0, file_bytes=64)
-    bench.handle(events.ParityFinished(job=JOB, epoch=1, step=5, parities=(ref,), seconds=0.1))
+    bench.handle(finished)
     assert [list(built.lanes) for built in bench.reports("parity_built")] == [[0]]
 
 
