@@ -77,7 +77,8 @@ def _summary(results: Mapping[str, Any]) -> str:
     lines = [
         f"One run of `make bench` ({_where(results)}): of {len(judged)} goals {met} are met"
         + (f" and {within} within the spread of the run" if within else "")
-        + ". [All rows](docs/reference/benchmark-results.md), [how to read them](docs/reference/benchmarks.md).",
+        + ". What is added to a step is a difference of noisy steps: its quartiles stand beside it."
+        + " [All rows](docs/reference/benchmark-results.md), [how to read them](docs/reference/benchmarks.md).",
         "",
     ]
     for rows in with_peers(results["rows"]):
@@ -103,9 +104,9 @@ def _matrix(rows: Rows) -> list[str]:
     """Ours and the others in lines, a column per row of the results."""
     names = dict.fromkeys(name for row in rows for name in row["peers"])
     lines = ["| | " + " | ".join(row["what"] for row in rows) + " |", "| --- |" + " ---: |" * len(rows)]
-    lines.append("| **snapshotd** | " + " | ".join(f"**{_median(row['ours'], row)}**" for row in rows) + " |")
+    lines.append("| **snapshotd** | " + " | ".join(f"**{_cell(row['ours'], row)}**" for row in rows) + " |")
     for name in names:
-        cells = (_median(row["peers"][name], row) if name in row["peers"] else "never" for row in rows)
+        cells = (_cell(row["peers"][name], row) if name in row["peers"] else "never" for row in rows)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -150,6 +151,13 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _median(series: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return figure(series["median"], row.get("unit", ""))
+
+
+def _cell(series: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The median; of differences of steps, which is what shares of a step are, with the quartiles: they are wide."""
+    if row.get("unit") != "%":
+        return _median(series, row)
+    return f"{_median(series, row)} ({figure(series['low'], '%')} to {figure(series['high'], '%')})"
 
 
 def _charts(rows: Rows) -> list[Chart]:
