@@ -2,9 +2,9 @@
 Copies of many arrays at once by several threads: what is copied is sorted out once, then copied at each step.
 
 Rule 1: arrays that lie side by side on both sides become one.
-Rule 2: small ones go in a single call of torch, which holds the interpreter's lock for none of them: the training
-thread needs it. Large ones go one by one through ``np.copyto``, which lets go of the lock as well: torch would have
-threads of its own copy them. Where it has one thread only, all go in that single call, and faster.
+Rule 2: they go in a single call of torch, which holds the interpreter's lock for none of them: the training thread
+needs it. In these threads torch has one thread only (``copy_alone``): it would have more of its own copy large ones.
+Where that cannot be had, large ones go one by one through ``np.copyto``, which lets go of the lock as well; slower.
 Rule 3: the rest is split over the threads by bytes, not by arrays.
 Rule 4: these threads go before training's, if the system lets them. What they do is as much either way, but until it is
 done the step can be lost with its process, and the next update has to wait.
@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from snapshotd_client.arrays import Array
+from snapshotd_client.libraries import loaded
 
-__all__ = ["CopyList", "CopyPool", "go_first", "join_neighbours", "split_by_bytes"]
+__all__ = ["CopyList", "CopyPool", "copy_alone", "go_first", "join_neighbours", "split_by_bytes"]
 
 SMALL_BYTES: Final = 32 * 1024
 """Below this torch would not think of using threads of its own either."""
@@ -104,6 +105,7 @@ class CopyPool:
                 raise error
 
     def _help(self) -> None:
+        copy_alone()
         while (item := self._queue.get()) is not None:
             share, done = item
             try:
@@ -119,6 +121,19 @@ def go_first() -> None:
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) - _NICER)
+
+
+def copy_alone() -> None:
+    """
+    Have torch do what the calling thread asks for in that thread alone; no other thread hears of it.
+
+    The number of threads that OpenMP starts is one of each thread's own (OpenMP 5.2, 2.1: ``nthreads-var``), which
+    ``torch.set_num_threads`` would change for training. Left as it is where torch was built without OpenMP.
+    """
+    torch.get_num_threads()  # the first call in a thread sets how many it has
+    for library in loaded("libgomp", "libiomp", "libomp"):
+        with contextlib.suppress(AttributeError):
+            library.omp_set_num_threads(1)
 
 
 def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:

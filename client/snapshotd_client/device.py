@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from snapshotd_client.arrays import Array
+from snapshotd_client.libraries import loaded
 from snapshotd_client.sums import content_sums
 
 __all__ = ["CopyStream", "DeviceStream", "HostStream", "stream_for"]
@@ -186,12 +187,10 @@ def _leave_graphs_alone() -> None:
 
     By cudaThreadExchangeStreamCaptureMode of the library that torch has loaded; torch does not pass it on.
     """
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libcudart" in line}
-    for path in paths:
-        with contextlib.suppress(OSError, AttributeError):
+    for library in loaded("libcudart"):
+        with contextlib.suppress(AttributeError):
             mode = ctypes.c_int(_RELAXED)
-            ctypes.CDLL(path).cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+            library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def stream_for(device: torch.device) -> CopyStream:

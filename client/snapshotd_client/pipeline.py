@@ -28,7 +28,7 @@ from snapshotd.failpoints import failpoint
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.binding import Binding
 from snapshotd_client.copier import Copier, Marks
-from snapshotd_client.copying import go_first
+from snapshotd_client.copying import copy_alone, go_first
 from snapshotd_client.counters import Counters, Warner, logger
 from snapshotd_client.device import CopyStream
 from snapshotd_client.link import Link
@@ -259,6 +259,7 @@ class Pipeline:
 
     def _run(self) -> None:
         go_first()
+        copy_alone()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())

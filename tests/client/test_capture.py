@@ -150,8 +150,18 @@ def test_copying_goes_before_training_where_it_may(daemon, snapshotter):
 
 
 @pytest.mark.parametrize(("training", "copying"), [(1, 1), (3, 3), (9, 4)])
-def test_as_many_threads_copy_as_train_unless_somebody_says_how_many(daemon, snapshotter, training, copying):
-    """Breaks: one thread copies while training waits at its barriers for the one whose core it has."""
+def test_as_many_threads_copy_as_train_unless_somebody_says_how_many(
+    daemon, snapshotter, monkeypatch, training, copying
+):
+    """Breaks: one thread copies while training waits at its barriers for the one whose core it has, or torch has more
+    threads of its own copy."""
+    real, of_torch = torch._foreach_copy_, []
+
+    def copy(targets, sources):
+        of_torch.append(torch.get_num_threads())
+        real(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
     before = torch.get_num_threads()
     torch.set_num_threads(training)
     try:
@@ -163,6 +173,7 @@ def test_as_many_threads_copy_as_train_unless_somebody_says_how_many(daemon, sna
     finally:
         torch.set_num_threads(before)
     assert copying == sum(thread.name.startswith("snapshotd-copy") for thread in threading.enumerate())
+    assert {1} == set(of_torch)
 
 
 def test_wait_returns_when_the_daemon_has_the_seal_and_not_before(daemon, snapshotter):
