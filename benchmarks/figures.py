@@ -1,8 +1,10 @@
 """
 Series of measurements, and the ratio of two of them with its spread.
 
-The spread of a ratio is the 90% interval of the ratio of medians under resampling of the rounds (bootstrap). Rounds of
-the same run are resampled together, so that what disturbed both in the same round does not count.
+A ratio is the median of the rounds' own ratios: what disturbs a machine for some seconds meets both sides of a round.
+(In 49 rounds of training steps, blocks of 6 spread by 0.06 that way and by 0.08 where medians are divided.) Where sides
+were not measured in the same rounds, or are differences that may be zero, medians are divided. The spread is the 90%
+interval under resampling of the rounds (bootstrap).
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio of medians, and the interval that it lies in."""
+    """A ratio, and the interval that it lies in."""
 
     value: float
     low: float
@@ -96,9 +98,13 @@ def ratio_of(above: Series, below: Series) -> Ratio:
     a, b = np.asarray(above.values), np.asarray(below.values)
     of_a = random.integers(len(a), size=(_RESAMPLES, len(a)))
     of_b = of_a if len(a) == len(b) else random.integers(len(b), size=(_RESAMPLES, len(b)))
-    ratios = _divide(np.median(a[of_a], axis=1), np.median(b[of_b], axis=1))
-    low, high = np.percentile(ratios, _INTERVAL)
-    return Ratio(float(_divide(np.median(a), np.median(b))), float(low), float(high))
+    if len(a) == len(b) and min(*a, *b) > 0:
+        value, resampled = np.median(a / b), np.median((a / b)[of_a], axis=1)
+    else:
+        value = _divide(np.median(a), np.median(b))
+        resampled = _divide(np.median(a[of_a], axis=1), np.median(b[of_b], axis=1))
+    low, high = np.percentile(resampled, _INTERVAL)
+    return Ratio(float(value), float(low), float(high))
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

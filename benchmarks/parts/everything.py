@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .. import Row, Run, Series
 from ..floors import CORES, Floors
-from .peers import OURS, measure, plain_step
+from .peers import OURS, measure
 
 GOAL = 3
 
@@ -29,8 +29,7 @@ def rows(run: Run) -> Iterator[Row]:
     found = run.rounds({name: getattr(floors, name) for name in _PARTS}, rounds=7, pids=[floors.owner])
     cpu = {name: Series(found[name].cpu_s) for name in _PARTS}
     parts = cpu["copy"] + cpu["digest"] + cpu["send"] + cpu["encode"]
-    plain = plain_step(samples)
-    added = Series(tuple(sample["step_s"] - plain for sample in samples))
+    added = Series(tuple(sample["step_s"] - sample["plain_s"] for sample in samples))
     captured = _NODES * nbytes / 1e9
     text = ", ".join(f"{name} {one.median * _NODES / captured:.3f}" for name, one in cpu.items())
     yield Row.cost(

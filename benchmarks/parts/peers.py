@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,8 +44,11 @@ OURS, UNDIGESTED, BARE = "snapshotd", "snapshotd without digests", "a bare copy 
 DIRECTORY_VARIABLE = "SNAPSHOTD_BENCH_PEERS"
 FAMILY_S = 150.0
 _OURS_S = 14.0
-_TURNS_S = 48.0
-_ROUNDS = 10
+_TURNS_S = 90.0
+_ROUNDS = 20
+_ADDED_SLACK = 0.5
+"""What is added is a difference of steps that differ by a tenth: where 49 rounds had 12 % of a step for ours and 12 % for
+the best of the others, blocks of 10 of them had 8 to 16 % for either."""
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
@@ -101,7 +103,7 @@ def _rows(found: Found, peers: Found, ranks: str, survives: str, level: str) -> 
         ours = found.get(name)
         if ours is not None:
             yield _row(f"stall per step, {ranks}{label}", "s", ours, peers, _stall)
-            yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True)
+            yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True, slack=_ADDED_SLACK)
             yield _row(f"{survives} after{label}", "s", ours, lasting, _complete)
     if BARE in found:
         # What is not to be had for less, with no goal of ours; it does not stand for us beside the others.
@@ -133,13 +135,8 @@ def _complete(system: Mapping[str, Any]) -> Series:
 
 
 def _inflation(system: Mapping[str, Any]) -> Series:
-    plain = plain_step(system["samples"])
-    return Series(tuple(sample["step_s"] / plain - 1 for sample in system["samples"]))
-
-
-def plain_step(samples: Sequence[Mapping[str, float]]) -> float:
-    """The seconds of the plain steps beside these samples: their median, which one slow step does not move."""
-    return statistics.median(sample["plain_s"] for sample in samples)
+    """Each step beside the plain one before it: the machine is another one some steps later."""
+    return Series(tuple(sample["step_s"] / sample["plain_s"] - 1 for sample in system["samples"]))
 
 
 # ---------------------------------------------------------------- measuring

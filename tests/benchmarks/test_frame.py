@@ -48,6 +48,21 @@ def test_a_ratio_has_an_interval_that_holds_it() -> None:
     assert found == again
 
 
+def test_what_meets_both_sides_of_a_round_does_not_count() -> None:
+    """Breaks: of two series on a machine that becomes slower the ratio is that of one's beginning to the other's end."""
+    slower = Series((1.0, 2.0, 4.0, 8.0, 16.0))
+    found = ratio_of(slower * 3, slower)
+    assert (3.0, 3.0, 3.0) == (found.value, found.low, found.high)
+    found = ratio_of(Series((1.0, 3.0, 2.0)), Series((1.0, 1.5, 4.0)))
+    assert (1.0, 0.5, 2.0) == (found.value, found.low, found.high)
+
+
+@pytest.mark.parametrize("below", [(1.0, -1.0, 4.0), (0.0, 1.0, 1.0), (1.0, 1.0)])
+def test_differences_and_other_rounds_are_compared_by_their_medians(below: tuple[float, ...]) -> None:
+    """Breaks: one round whose difference noise has made zero or negative turns the ratio around."""
+    assert ratio_of(Series((3.0, 2.0, 5.0)), Series(below)).value == 3.0
+
+
 @pytest.mark.parametrize(
     ("row", "short", "verdict"),
     [
