@@ -11,11 +11,14 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from snapshotd.rpc import open_aio_channel
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
+
+from .replay import KINDS
 
 __all__ = ["Fleet"]
 
@@ -37,6 +40,7 @@ class _Node:
         self._slots: dict[int, list[control.SlotRef]] = {}
         self._parities: dict[int, list[tuple[control.StripeSet, int]]] = {}
         self._freed = control.InventoryChange()
+        self.heard: dict[str, control.CoordinatorMessage] = {}
 
     async def serve(self, address: str) -> None:
         # A subchannel of its own: as many connections as there would be daemons.
@@ -85,7 +89,8 @@ class _Node:
         return ref
 
     def _hear(self, message: control.CoordinatorMessage) -> None:
-        body = message.WhichOneof("body")
+        body = message.WhichOneof("body") or ""
+        self.heard[body] = message
         if body == "epoch_formed":
             self.epoch = message.epoch_formed.epoch
             self._fleet.formed.add(self.node_id)
@@ -143,6 +148,12 @@ class Fleet:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def record(self, folder: Path) -> None:
+        """Write what each daemon was told last, of each kind, for `benchmarks.replay`."""
+        for node in self._nodes:
+            for kind in KINDS:
+                (folder / f"{node.node_id}.{kind}").write_bytes(node.heard[kind].SerializeToString())
 
     def committed(self, step: int) -> None:
         self._told += step == self._step

@@ -47,8 +47,8 @@ _OURS_S = 14.0
 _TURNS_S = 90.0
 _ROUNDS = 20
 _ADDED_SLACK = 0.5
-"""What is added is a difference of steps that differ by a tenth: where 49 rounds had 12 % of a step for ours and 12 % for
-the best of the others, blocks of 10 of them had 8 to 16 % for either."""
+"""What is added is a difference of steps that differ by a tenth: where 49 rounds had 12 % of a step for ours and the
+best of the others, blocks of 10 of them had 8 to 16 % for either."""
 _STATE_BYTES = 600_000_000
 """Half of what other parts have: there are ten systems, some of which take six times the step to keep it."""
 
@@ -103,7 +103,8 @@ def _rows(found: Found, peers: Found, ranks: str, survives: str, level: str) -> 
         ours = found.get(name)
         if ours is not None:
             yield _row(f"stall per step, {ranks}{label}", "s", ours, peers, _stall)
-            yield _row(f"added to a step, {ranks}{label}", "%", ours, peers, _inflation, whole_run_only=True, slack=_ADDED_SLACK)
+            added = f"added to a step, {ranks}{label}"
+            yield _row(added, "%", ours, peers, _inflation, whole_run_only=True, slack=_ADDED_SLACK)
             yield _row(f"{survives} after{label}", "s", ours, lasting, _complete)
     if BARE in found:
         # What is not to be had for less, with no goal of ours; it does not stand for us beside the others.

@@ -49,7 +49,7 @@ def test_a_ratio_has_an_interval_that_holds_it() -> None:
 
 
 def test_what_meets_both_sides_of_a_round_does_not_count() -> None:
-    """Breaks: of two series on a machine that becomes slower the ratio is that of one's beginning to the other's end."""
+    """Breaks: on a machine that becomes slower one's beginning is compared with the other's end."""
     slower = Series((1.0, 2.0, 4.0, 8.0, 16.0))
     found = ratio_of(slower * 3, slower)
     assert (3.0, 3.0, 3.0) == (found.value, found.low, found.high)
