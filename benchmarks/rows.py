@@ -35,6 +35,7 @@ class Row:
         nbytes: what one round moves; the table then shows CPU seconds per GB.
         peers: the same figure of what people use instead, by name.
         slack: how far a ratio may miss its goal where its spread explains that.
+        noise: by how much the floor differs from itself, where that was measured; it widens the spread.
         whole_run_only: short runs show it and do not judge it: the goal is no ratio of two measurements, or is lost
             in the noise of small sizes.
     """
@@ -48,6 +49,7 @@ class Row:
     better: Better = "lower"
     goal: float | None = None
     slack: float = _SLACK
+    noise: float = 0.0
     whole_run_only: bool = False
     nbytes: int = 0
     peers: Mapping[str, Series] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Row:
             return MET
         best = self.ratio.high if self.better == "higher" else self.ratio.low
         slack = max(self.slack, _SHORT_SLACK) if short else self.slack
-        explained = short or sign * (best - self.goal) >= 0
+        explained = short or sign * (best * (1 + sign * self.noise) - self.goal) >= 0
         return WITHIN if explained and _excess(self.ratio.value, self.goal, sign) <= slack else MISSED
 
     def as_json(self) -> dict[str, Any]:

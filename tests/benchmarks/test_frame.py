@@ -83,6 +83,10 @@ def test_differences_and_other_rounds_are_compared_by_their_medians(below: tuple
         (Row.cost("x", steady(-0.2), steady(-0.1), at_most=1.0, against="y"), False, MET),
         (Row.cost("x", steady(-0.2), steady(0.1), at_most=1.0, against="y"), False, MET),
         (Row.limit("x", steady(0.003), at_most=0.002, unit="s"), True, ""),
+        # The floor differs from itself by as much.
+        (Row.speed("x", steady(1.0), steady(0.98), at_least=1.0, against="y", noise=0.03), False, WITHIN),
+        (Row.speed("x", steady(1.0), steady(0.95), at_least=1.0, against="y", noise=0.03), False, MISSED),
+        (Row.cost("x", steady(1.02), steady(1.0), at_most=1.0, against="y", noise=0.03), False, WITHIN),
         (Row.shown("x", steady(1.0), unit="s"), False, ""),
     ],
 )
