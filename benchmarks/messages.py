@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-import os
 import socket
 import struct
 import sys
@@ -21,13 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from snapshotd.rpc import CHANNEL_OPTIONS, open_aio_channel
+from snapshotd.rpc import open_aio_channel
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
 from snapshotd.v1 import worker_pb2 as worker
 
+from .bare_server import relay, serve
 from .owner import RANGE, serve_plainly
 
 __all__ = ["Played"]
@@ -47,17 +45,7 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
 
     async def NodeSession(self, request_iterator: Any, context: Any) -> None:
         queue: asyncio.Queue[control.CoordinatorMessage] = asyncio.Queue()
-
-        async def read() -> None:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                self._said(message, queue)
-
-        reader = asyncio.create_task(read())
-        try:
-            while True:
-                await context.write(await queue.get())
-        finally:
-            reader.cancel()
+        await relay(context, queue, lambda message: self._said(message, queue))
 
     def _said(self, message: control.NodeMessage, queue: asyncio.Queue[control.CoordinatorMessage]) -> None:
         if message.HasField("hello"):
@@ -82,17 +70,6 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
     def _tell(self, names: Iterable[str], **body: Any) -> None:
         for name in names:
             self._sessions[name].put_nowait(control.CoordinatorMessage(**body))
-
-
-async def _coordinate(port_file: str, count: int) -> None:
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    control_grpc.add_CoordinatorServiceServicer_to_server(_Coordinator(count), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    part = Path(f"{port_file}.part")
-    part.write_text(f"127.0.0.1:{port}", encoding="ascii")
-    os.rename(part, port_file)
-    await server.wait_for_termination()
 
 
 class _Node:
@@ -190,6 +167,8 @@ class Played:
 
 if __name__ == "__main__":
     if sys.argv[1] == "coordinate":
-        asyncio.run(_coordinate(sys.argv[2], int(sys.argv[3])))
+        bare = _Coordinator(int(sys.argv[3]))
+        add = control_grpc.add_CoordinatorServiceServicer_to_server
+        asyncio.run(serve(sys.argv[2], lambda server: add(bare, server)))
     else:
         asyncio.run(_Node(int(sys.argv[4]), int(sys.argv[5])).run(sys.argv[2], sys.argv[3]))

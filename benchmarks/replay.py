@@ -9,7 +9,6 @@ and when all have said it.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from snapshotd.rpc import CHANNEL_OPTIONS
 from snapshotd.v1 import control_pb2 as control
+
+from .bare_server import relay, serve
 
 __all__ = ["KINDS"]
 
@@ -47,17 +47,7 @@ class _Replay(grpc.GenericRpcHandler):
             self._answers = {kind: _by_content(self._folder, kind) for kind in KINDS}
             self._all = len(list(self._folder.glob("*.epoch_formed")))
         queue: asyncio.Queue[bytes] = asyncio.Queue()
-
-        async def read() -> None:
-            while (data := await context.read()) is not grpc.aio.EOF:
-                self._hear(control.NodeMessage.FromString(data), queue)
-
-        reader = asyncio.create_task(read())
-        try:
-            while True:
-                await context.write(await queue.get())
-        finally:
-            reader.cancel()
+        await relay(context, queue, lambda data: self._hear(control.NodeMessage.FromString(data), queue))
 
     def _hear(self, message: control.NodeMessage, queue: asyncio.Queue[bytes]) -> None:
         body = message.WhichOneof("body")
@@ -84,16 +74,6 @@ def _by_content(folder: Path, kind: str) -> list[_Answer]:
     return [(control.CoordinatorMessage.FromString(data), whom) for data, whom in names.items()]
 
 
-async def _serve(port_file: str, folder: str) -> None:
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
-    server.add_generic_rpc_handlers((_Replay(Path(folder)),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    part = Path(f"{port_file}.part")
-    part.write_text(f"127.0.0.1:{port}", encoding="ascii")
-    os.rename(part, port_file)
-    await server.wait_for_termination()
-
-
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1], sys.argv[2]))
+    handler = _Replay(Path(sys.argv[2]))
+    asyncio.run(serve(sys.argv[1], lambda server: server.add_generic_rpc_handlers((handler,))))
