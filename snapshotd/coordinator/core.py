@@ -175,8 +175,7 @@ class CoordinatorCore:
             self.epochs.on_attached(parts, node, message.worker_attached)
             self.epochs.repeat(parts, node, [message.worker_attached])
         elif body == "worker_detached":
-            if message.worker_detached.HasField("sealing"):
-                self.ctx.nodes.promise(node, [message.worker_detached.sealing], self.ctx.now)
+            self.ctx.nodes.promise(node, message.worker_detached.sealing, self.ctx.now)
             self.epochs.on_detached(parts, node, message.worker_detached)
         elif body == "sealed":
             parts.commits.on_sealed(node, message.sealed)

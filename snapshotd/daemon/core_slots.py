@@ -346,15 +346,16 @@ class Slots:
             if self._is_orphan(job, slot) and slot.layout_hash not in layouts and not waiting:
                 self._delete(slot)
 
-    def worker_gone(self, one: Worker) -> control.SlotRef | None:
-        """Free what it was filling. Return the name of what it had handed over and is still being hashed."""
-        handed_over = None
+    def worker_gone(self, one: Worker) -> list[control.SlotRef]:
+        """Free what it was filling. Return the names of what it had handed over and is still being hashed."""
+        handed_over = []
         for slot in list(self._state.slots.values()):
             if slot.conn == one.conn and slot.state is State.GRANTED:
                 self.release(slot)
-            elif slot.state is State.SEALING and slot.job == one.job and slot.rank == one.rank:
-                slot.promised, handed_over = True, slot.ref
-        return handed_over
+            elif slot.state is State.SEALING and (slot.job, slot.rank, slot.doomed) == (one.job, one.rank, False):
+                slot.promised = True
+                handed_over.append(slot.ref)
+        return [ref for ref in handed_over if ref is not None]
 
     def lost(self, slot: Slot) -> None:
         """The bytes of a sealed slot are bad: an erasure from now on."""

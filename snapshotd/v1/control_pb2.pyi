@@ -231,8 +231,8 @@ class WorkerDetached(_message.Message):
     rank: int
     nonce: str
     finished: bool
-    sealing: SlotRef
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., finished: _Optional[bool] = ..., sealing: _Optional[_Union[SlotRef, _Mapping]] = ...) -> None: ...
+    sealing: _containers.RepeatedCompositeFieldContainer[SlotRef]
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., finished: _Optional[bool] = ..., sealing: _Optional[_Iterable[_Union[SlotRef, _Mapping]]] = ...) -> None: ...
 
 class NodeSealed(_message.Message):
     __slots__ = ("job", "epoch", "step", "shards")

@@ -54,7 +54,7 @@ def test_a_restarted_worker_goes_on_from_the_newest_sealed_step_even_if_it_is_no
 
 
 def worker_gone_while_hashing(bench: Bench) -> None:
-    gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=slot_ref(6, 1))
+    gone = control.WorkerDetached(job=JOB, epoch=1, rank=1, nonce="w1.1", sealing=[slot_ref(6, 1)])
     bench.node("n1", worker_detached=gone)
     broken(bench)
     bench.attach("n0", 0, epoch=2)
