@@ -1,7 +1,9 @@
 """
 Many daemons that are played by one process, eight ranks on each, for a coordinator that is real.
 
-They say what daemons say, in as many messages over as many connections, and do nothing of what they are told.
+They say what daemons say, in as many messages over as many connections, and do nothing of what they are told. An order
+to protect stands for them, as it does for daemons: of later steps they say that they are protected when they say that
+they are sealed, or a little later.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snapshotd.rpc import open_aio_channel
+from snapshotd.stripesets import set_digest
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import control_pb2_grpc as control_grpc
 
@@ -23,7 +26,7 @@ from .replay import KINDS
 __all__ = ["Fleet"]
 
 JOB = "fleet"
-_SLOT_BYTES = 1 << 30
+_SLOT_BYTES = 16 << 20
 _HEARTBEAT_S = 1.0
 
 
@@ -40,6 +43,7 @@ class _Node:
         self._slots: dict[int, list[control.SlotRef]] = {}
         self._parities: dict[int, list[tuple[control.StripeSet, int]]] = {}
         self._freed = control.InventoryChange()
+        self._order: control.Protect | None = None
         self.heard: dict[str, control.CoordinatorMessage] = {}
 
     async def serve(self, address: str) -> None:
@@ -73,20 +77,28 @@ class _Node:
             self._freed.Clear()
         self._outbox.put_nowait(message)
 
-    def seal(self, step: int) -> None:
-        shards = [control.NodeSealed.Shard(slot=self._slot(step, lane)) for lane in range(len(self._ranks))]
+    def seal(self, step: int, *, apart: bool) -> None:
+        shards = [control.NodeSealed.Shard(slot=slot_of(self._fleet, self.epoch, step, rank)) for rank in self._ranks]
         self._slots[step] = [shard.slot for shard in shards]
-        self.tell(sealed=control.NodeSealed(job=JOB, epoch=self.epoch, step=step, shards=shards))
+        sealed = control.NodeSealed(job=JOB, epoch=self.epoch, step=step, shards=shards)
+        if self._order is None:
+            self.tell(sealed=sealed)
+            return
+        digests = self._fleet.set_digests(self._order, step)
+        lanes = self._parities_of(self._order, step)
+        built = control.ParityBuilt(job=JOB, epoch=self.epoch, step=step, lanes=lanes, unasked=True)
+        built.sets.extend(digests[lane] for lane in lanes)
+        if apart:
+            sealed.protecting = True
+            self.tell(sealed=sealed)
+            self.tell(parity_built=built)
+        else:
+            sealed.built.CopyFrom(built)
+            self.tell(sealed=sealed)
 
     def beat(self) -> None:
         counters = {f"counter_{index}": index for index in range(20)}
         self.tell(heartbeat=control.Heartbeat(counters=counters, arena_bytes=1, budget_bytes=2, resident_bytes=3))
-
-    def _slot(self, step: int, lane: int) -> control.SlotRef:
-        ref = control.SlotRef(job=JOB, epoch=self.epoch, step=step, rank=self._ranks[lane], lane=lane)
-        ref.world_size, ref.file_bytes = self._fleet.world_size, _SLOT_BYTES
-        ref.root_digest, ref.layout_hash = f"{step:016x}{ref.rank:016x}", "1" * 32
-        return ref
 
     def _hear(self, message: control.CoordinatorMessage) -> None:
         body = message.WhichOneof("body") or ""
@@ -101,15 +113,19 @@ class _Node:
             self._fleet.committed(message.committed.step)
 
     def _build(self, order: control.Protect) -> None:
-        parities = self._parities[order.step] = [
+        self._order = order
+        lanes = self._parities_of(order, order.step)
+        self.tell(parity_built=control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, lanes=lanes))
+
+    def _parities_of(self, order: control.Protect, step: int) -> list[int]:
+        """The lanes of which it has parity of a step."""
+        parities = self._parities[step] = [
             (one, position)
             for one in order.sets
             for position, member in enumerate(one.members)
             if member.node_id == self.node_id
         ]
-        lanes = [one.lane for one, _ in parities]
-        built = control.ParityBuilt(job=JOB, epoch=order.epoch, step=order.step, lanes=lanes)
-        self.tell(parity_built=built)
+        return [one.lane for one, _ in parities]
 
     def _free(self, before: int) -> None:
         for step in [step for step in self._slots if step < before]:
@@ -120,9 +136,17 @@ class _Node:
                 self._freed.parities_removed.add(set=name, position=position)
 
 
+def slot_of(fleet: Fleet, epoch: int, step: int, rank: int) -> control.SlotRef:
+    ref = control.SlotRef(job=JOB, epoch=epoch, step=step, rank=rank, lane=rank % fleet.ranks_per_node)
+    ref.world_size, ref.file_bytes = fleet.world_size, _SLOT_BYTES
+    ref.root_digest, ref.layout_hash = f"{step:016x}{rank:016x}", "1" * 32
+    return ref
+
+
 class Fleet:
     """
     The daemons. ``run`` captures a step every ``period_s`` and returns how long each took to be committed everywhere.
+    ``apart``: it takes them so long to protect it that they say so in a message of its own.
     """
 
     def __init__(self, num_nodes: int, ranks_per_node: int) -> None:
@@ -132,6 +156,7 @@ class Fleet:
         self._nodes = [_Node(self, index) for index in range(num_nodes)]
         self._told = 0
         self._step = 0
+        self._digests: dict[tuple[int, int], list[int]] = {}
         self._whole = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -160,15 +185,30 @@ class Fleet:
         if self._told == len(self._nodes):
             self._whole.set()
 
-    async def run(self, steps: int, period_s: float) -> list[float]:
+    def set_digests(self, order: control.Protect, step: int) -> list[int]:
+        """Of the sets of an order, for another step."""
+        place = (order.sets[0].group, step)
+        digests = self._digests.get(place)
+        if digests is None:
+            digests = self._digests[place] = []
+            for one in order.sets:
+                again = control.StripeSet()
+                again.CopyFrom(one)
+                again.step = step
+                for member in again.members:
+                    member.slot.CopyFrom(slot_of(self, one.epoch, step, member.slot.rank))
+                digests.append(set_digest(again))
+        return digests
+
+    async def run(self, steps: int, period_s: float, *, apart: bool = False) -> list[float]:
         found: list[float] = []
         beaten_at = 0.0
         for _ in range(steps):
             began = time.monotonic()
-            self._step, self._told = self._step + 1, 0
+            self._step, self._told, self._digests = self._step + 1, 0, {}
             self._whole.clear()
             for node in self._nodes:
-                node.seal(self._step)
+                node.seal(self._step, apart=apart)
             if began - beaten_at >= _HEARTBEAT_S:
                 beaten_at = began
                 for node in self._nodes:

@@ -2,10 +2,11 @@
 The messages of a protected step and nothing else: what a small step costs before anybody does anything with it.
 
 `python -m benchmarks.messages coordinate PORT_FILE NODES`, and for each node `... node ADDRESS SOCKET RANK UNIT_BYTES`:
-a worker says that it sealed, its node tells the coordinator over gRPC, which tells two of them when all have. The slots
-are one unit each: rank 0 then reads those of all others over TCP into memory, in a thread, rank 1 that of rank 0, and
-both report; then the coordinator tells all that the step is committed, and the nodes tell their workers. The
-messages are a daemon's own, with as much in them. Nothing is hashed, encoded, written, looked up or decided.
+a worker says that it sealed, and its node tells the coordinator over gRPC, two of them when they have read what they
+need. The slots are one unit each: rank 0 reads those of all others over TCP into memory, in a thread, rank 1 that of
+rank 0 and the digests of the others. When all have reported, the coordinator tells all that the step is committed, and
+the nodes tell their workers. The messages are a daemon's own, with as much in them. Nothing is hashed, encoded,
+written, looked up, waited for or decided.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = ["Played"]
 
 _LENGTH = struct.Struct("<I")
 _HASH = "0123456789abcdef" * 2
+_DIGEST_BYTES = 8
 _BUILDERS = ("n0", "n1")
 
 
@@ -40,8 +42,7 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
         self._count = count
         self._sessions: dict[str, asyncio.Queue[control.CoordinatorMessage]] = {}
         self._peers: list[control.PeerAddress] = []
-        self._sealed: list[control.StripeMember] = []
-        self._num_built = 0
+        self._num_sealed = 0
 
     async def NodeSession(self, request_iterator: Any, context: Any) -> None:
         queue: asyncio.Queue[control.CoordinatorMessage] = asyncio.Queue()
@@ -51,20 +52,14 @@ class _Coordinator(control_grpc.CoordinatorServiceServicer):
         if message.HasField("hello"):
             self._sessions[message.hello.node_id] = queue
             self._peers.append(control.PeerAddress(node_id=message.hello.node_id, bulk=message.hello.bulk_address))
-        elif message.HasField("sealed"):
-            slot = message.sealed.shards[0].slot
-            self._sealed.append(control.StripeMember(node_id=f"n{slot.rank}", slot=slot))
-            if len(self._sealed) == self._count:
-                step = {"job": slot.job, "epoch": slot.epoch, "step": slot.step}
-                stripe_set = control.StripeSet(**step, m=1, members=self._sealed)
-                self._sealed = []
-                self._tell(_BUILDERS, protect=control.Protect(**step, sets=[stripe_set], peers=self._peers))
+            if len(self._peers) == self._count:
+                self._tell(_BUILDERS, protect=control.Protect(peers=self._peers))
         else:
-            self._num_built += 1
-            if self._num_built == len(_BUILDERS):
-                self._num_built = 0
-                built = message.parity_built
-                committed = control.Committed(job=built.job, epoch=built.epoch, step=built.step, level=2)
+            self._num_sealed += 1
+            if self._num_sealed == self._count:
+                self._num_sealed = 0
+                sealed = message.sealed
+                committed = control.Committed(job=sealed.job, epoch=sealed.epoch, step=sealed.step, level=2)
                 self._tell(self._sessions, committed=committed)
 
     def _tell(self, names: Iterable[str], **body: Any) -> None:
@@ -76,8 +71,7 @@ class _Node:
     def __init__(self, index: int, unit_bytes: int) -> None:
         self._name, self._rank, self._unit_bytes = f"n{index}", index, unit_bytes
         self._port = serve_plainly(memoryview(mmap.mmap(-1, unit_bytes)), None)
-        self._rooms: dict[str, memoryview] = {}
-        self._socks: dict[str, socket.socket] = {}
+        self._reads: dict[socket.socket, memoryview] = {}
         self._pool = ThreadPoolExecutor(1)
         self._outbox: asyncio.Queue[control.NodeMessage] = asyncio.Queue()
         self._writer: asyncio.StreamWriter
@@ -90,10 +84,9 @@ class _Node:
             self._outbox.put_nowait(control.NodeMessage(hello=hello))
             async with await asyncio.start_unix_server(self._worker, path):
                 writer = asyncio.create_task(self._write(call))
-                loop = asyncio.get_running_loop()
                 async for message in call:
                     if message.HasField("protect"):
-                        loop.run_in_executor(self._pool, self._build, message.protect, loop)
+                        self._connect(message.protect.peers)
                     else:
                         self._commit()
                 await writer
@@ -111,28 +104,35 @@ class _Node:
                 **step, rank=self._rank, world_size=4, file_bytes=100_000, layout_hash=_HASH, root_digest=_HASH
             )
             sealed = control.NodeSealed(**step, shards=[control.NodeSealed.Shard(slot=slot, pledged=True)])
-            self._outbox.put_nowait(control.NodeMessage(sealed=sealed))
+            if self._reads:
+                loop = asyncio.get_running_loop()
+                sealed.built.CopyFrom(control.ParityBuilt(**step, lanes=[0], unasked=True, sets=[1 << 60]))
+                loop.run_in_executor(self._pool, self._read, sealed, loop)
+            else:
+                self._report(sealed)
 
-    def _build(self, protect: control.Protect, loop: asyncio.AbstractEventLoop) -> None:
-        for peer in protect.peers:
-            if peer.node_id == self._name or self._rank > 0 and peer.node_id != "n0":
+    def _connect(self, peers: Iterable[control.PeerAddress]) -> None:
+        """To whom this node reads from, and how much: all of a slot, or its digest."""
+        for peer in peers:
+            if peer.node_id == self._name:
                 continue
-            if peer.node_id not in self._socks:
-                host, port = peer.bulk.split(":")
-                sock = self._socks[peer.node_id] = socket.create_connection((host, int(port)))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._rooms[peer.node_id] = memoryview(bytearray(self._unit_bytes))
-        for sock in self._socks.values():
-            sock.sendall(RANGE.pack(0, self._unit_bytes))
-        for name, sock in self._socks.items():
-            at = 0
-            while at < self._unit_bytes:
-                at += sock.recv_into(self._rooms[name][at:])
-        loop.call_soon_threadsafe(self._report, protect)
+            host, port = peer.bulk.split(":")
+            sock = socket.create_connection((host, int(port)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            whole = self._rank == 0 or peer.node_id == "n0"
+            self._reads[sock] = memoryview(bytearray(self._unit_bytes if whole else _DIGEST_BYTES))
 
-    def _report(self, protect: control.Protect) -> None:
-        built = control.ParityBuilt(job=protect.job, epoch=protect.epoch, step=protect.step, lanes=[0])
-        self._outbox.put_nowait(control.NodeMessage(parity_built=built))
+    def _read(self, sealed: control.NodeSealed, loop: asyncio.AbstractEventLoop) -> None:
+        for sock, room in self._reads.items():
+            sock.sendall(RANGE.pack(0, room.nbytes))
+        for sock, room in self._reads.items():
+            at = 0
+            while at < room.nbytes:
+                at += sock.recv_into(room[at:])
+        loop.call_soon_threadsafe(self._report, sealed)
+
+    def _report(self, sealed: control.NodeSealed) -> None:
+        self._outbox.put_nowait(control.NodeMessage(sealed=sealed))
 
     def _commit(self) -> None:
         data = worker.Frame(grant=worker.Grant(slot_id=1, path="/dev/shm/slot", file_bytes=100_000)).SerializeToString()

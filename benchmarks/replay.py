@@ -23,7 +23,7 @@ from .bare_server import relay, serve
 __all__ = ["KINDS"]
 
 KINDS = ("epoch_formed", "protect", "committed")
-_CAUSES = {"hello": "epoch_formed", "sealed": "protect", "parity_built": "committed"}
+_CAUSES = {"hello": "epoch_formed", "sealed": "protect", "parity_built": "committed", "sealed and built": "committed"}
 """What all daemons have said before the answer goes to all."""
 
 
@@ -53,8 +53,9 @@ class _Replay(grpc.GenericRpcHandler):
         body = message.WhichOneof("body")
         if body == "hello":
             self._queues[message.hello.node_id] = queue
-        kind = _CAUSES.get(body)
-        if kind is None:
+        cause = "sealed and built" if body == "sealed" and message.sealed.HasField("built") else body
+        kind = _CAUSES.get(cause)
+        if kind is None or message.sealed.protecting:
             return
         self._said[kind] += 1
         if self._said[kind] == self._all:

@@ -81,6 +81,7 @@ class Arena:
         """What scan() deleted: (file name, reason)."""
         self._clock = clock
         self._lock = threading.Lock()
+        self._more_sealed = threading.Condition(self._lock)
         self._used_bytes = 0
         self._live: dict[int, AnyFile] = {}  # by file id: whatever is counted
         self._sealed: dict[KeyId, SealableFile] = {}
@@ -166,6 +167,7 @@ class Arena:
             old = self._sealed.get(key)
             gone = self._dismiss(old, "delete") if old is not None else False
             self._sealed[key] = obj
+            self._more_sealed.notify_all()
         if old is not None and gone:
             old.unmap()
 
@@ -248,6 +250,12 @@ class Arena:
             obj.num_leases += 1
             return Lease(obj, self._unlease)
 
+    def wait_sealed(self, key: ObjectKey, timeout_s: float) -> None:
+        """Return when there is a sealed file of that key, when the time is over, or when the arena is closed."""
+        name = key_id(key)
+        with self._lock:
+            self._more_sealed.wait_for(lambda: name in self._sealed or self._closed, timeout_s)
+
     def verify(self, obj: SealableFile, pace: Callable[[int], None] | None = None) -> list[int]:
         """
         Hash a sealed file again and return the indexes of the chunks that do not match.
@@ -312,6 +320,7 @@ class Arena:
             if self._closed:
                 return
             self._closed = True
+            self._more_sealed.notify_all()
             objects = list(self._live.values())
             for table in (self._live, self._sealed, self._pool):
                 table.clear()

@@ -5,7 +5,8 @@ Rule 1: a step is committed only when every rank of the current, complete epoch 
 parity, every node of it has built its part. A step that cannot be protected is given up, never committed half. A node
 without a part answers all the same, unless it has pledged its slots: from then on it does not give them away to a newer
 step.
-Rule 2: one Protect is in flight per job; of several whole steps the latest wins.
+Rule 2: one step at a time is being protected; of several whole ones the latest wins. Nodes are told what to build, but
+for those that have begun without being told: what they built counts if it is what they would be told.
 Rule 3: a step that some rank left out can never be whole. Then all ranks start again at one step further on, and
 further each time that this fails in a row (1, 2, 4 ... 64 steps), until a commit succeeds.
 """
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from snapshotd.coordinator.inventory import Node
+from snapshotd.coordinator.inventory import Node, ParityKey
 from snapshotd.coordinator.job import Context, Job, Sealed
 from snapshotd.coordinator.membership import Epoch
 from snapshotd.coordinator.protecting import Protecting, Shards, begin_protecting
@@ -48,6 +49,7 @@ class Commits:
         self._adopted = False
         self._adopting_since: float | None = None
         self._ordered: list[Protecting] = []
+        self._unasked: dict[int, dict[str, control.ParityBuilt | None]] = {}
         self._abandon: control.Abandon | None = None
         self._ctx = ctx
         self._job = job
@@ -60,7 +62,7 @@ class Commits:
         self._adopted = not adopt
         self.in_flight, self._abandon = None, None
         self.min_step, self._streak, self.furthest = 0, 0, -1
-        self.sealed, self.progress, self._skipped = {}, {}, {}
+        self.sealed, self.progress, self._skipped, self._unasked = {}, {}, {}, {}
         self._adopting_since = None
 
     def on_sealed(self, node: Node, message: control.NodeSealed) -> None:
@@ -81,6 +83,8 @@ class Commits:
             self._saw_progress(rank, step)
             if kept:
                 self.sealed.setdefault(step, {})[rank] = shard
+        if kept:
+            self._note_unasked(node, message)
         self.advance()
 
     def on_skipped(self, node: Node, message: control.NodeSkipped) -> None:
@@ -96,13 +100,51 @@ class Commits:
         self.advance()
 
     def on_parity_built(self, node: Node, message: control.ParityBuilt) -> None:
-        self._add_built(node, message)
+        if not message.unasked:
+            self._add_built(node, message)
         epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
-        flight = self.in_flight
-        if epoch is None or flight is None or flight.step != message.step:
+        if epoch is None:
             return
-        self._note_built(node)
-        self.advance()
+        if message.unasked:
+            self._on_unasked(node, message)
+        flight = self.in_flight
+        if flight is not None and flight.step == message.step:
+            self._note_built(node)
+            self.advance()
+
+    def _note_unasked(self, node: Node, message: control.NodeSealed) -> None:
+        """Whether the parity of a sealed step is built, or being built, there without an order."""
+        flight = self.in_flight
+        if message.HasField("built"):
+            self._on_unasked(node, message.built)
+        elif message.protecting:
+            if flight is None or flight.step != message.step:
+                self._unasked.setdefault(message.step, {})[node.node_id] = None
+        else:
+            self._unasked.get(message.step, {}).pop(node.node_id, None)
+            if flight is not None and flight.step == message.step and node.node_id in flight.unasked:
+                self._order(flight, node)
+
+    def _on_unasked(self, node: Node, built: control.ParityBuilt) -> None:
+        """What was built without an order counts when it is what the order says; and counts as nothing until then."""
+        flight = self.in_flight
+        if flight is None or flight.step != built.step:
+            if built.step in self.sealed:
+                self._unasked.setdefault(built.step, {})[node.node_id] = built
+        elif node.node_id in flight.waiting:
+            self._add_unasked(flight, node, built)
+
+    def _add_unasked(self, flight: Protecting, node: Node, built: control.ParityBuilt) -> None:
+        flight.unasked.discard(node.node_id)
+        if flight.means(node.node_id, built):
+            self._add_parities(node, flight.expected[node.node_id], built)
+            self._note_built(node)
+        if node.node_id in flight.waiting:
+            self._order(flight, node)
+
+    def _order(self, flight: Protecting, node: Node) -> None:
+        flight.unasked.discard(node.node_id)
+        self._ctx.out.to_node(node.session, protect=flight.order_of(node.node_id))
 
     def on_parity_failed(self, node: Node, message: control.ParityFailed) -> None:
         epoch = self._current(message.epoch, f"parity of step {message.step} by {node.node_id}")
@@ -248,11 +290,17 @@ class Commits:
             self._commit(epoch, step, SEALED)
             return
         nodes = self._ctx.nodes
-        self.in_flight = begin_protecting(self._job.name, epoch, step, shards, nodes, self._ctx.now)
-        self._ordered = [*self._ordered[1 - _ORDERS_KEPT :], self.in_flight]
-        for group, order in zip(epoch.groups, self.in_flight.orders, strict=True):
-            asked = (node_id for node_id in group if node_id in self.in_flight.waiting)
+        flight = self.in_flight = begin_protecting(self._job.name, epoch, step, shards, nodes, self._ctx.now)
+        self._ordered = [*self._ordered[1 - _ORDERS_KEPT :], flight]
+        unasked = self._unasked.pop(step, {})
+        flight.unasked = flight.waiting & unasked.keys()
+        for group, order in zip(epoch.groups, flight.orders, strict=True):
+            asked = (node_id for node_id in group if node_id in flight.waiting and node_id not in flight.unasked)
             self._ctx.out.to_nodes(map(nodes.session_of, asked), protect=order)
+        for node_id in sorted(flight.unasked):
+            built, node = unasked[node_id], nodes.get(node_id)
+            if built is not None and node is not None:
+                self._add_unasked(flight, node, built)
 
     def _finish(self, epoch: Epoch) -> bool:
         flight = self.in_flight
@@ -286,6 +334,7 @@ class Commits:
         self._streak = 0
         self.sealed = {later: shards for later, shards in self.sealed.items() if later > step}
         self._skipped = {later: ranks for later, ranks in self._skipped.items() if later > step}
+        self._unasked = {later: built for later, built in self._unasked.items() if later > step}
         # That there ever was a commit must not be forgotten: it makes the difference to a fresh start.
         first = older is None or older.epoch != epoch.number
         self._ctx.out.put(self._job.name, "commit", self._job.commit_json(), sync=first)
@@ -308,8 +357,7 @@ class Commits:
         slack = min(SLACK_STEPS_MAX, (1 << self._streak) >> 1)
         self._streak = min(self._streak + 1, 10)
         self.min_step = self.furthest + 1 + slack
-        self.sealed = {}
-        self._skipped = {}
+        self.sealed, self._skipped, self._unasked = {}, {}, {}
         self._abandon = control.Abandon(
             job=self._job.name,
             epoch=self._job.number,
@@ -348,6 +396,8 @@ class Commits:
                 self.sealed[step].pop(rank, None)
             if not self.sealed[step]:
                 del self.sealed[step]
+        for unasked in self._unasked.values():
+            unasked.pop(node.node_id, None)
 
     def _saw_progress(self, rank: int, step: int) -> None:
         self.progress[rank] = max(self.progress.get(rank, -1), step)
@@ -363,7 +413,12 @@ class Commits:
                 self._job.counts["refused_messages"] += 1
                 self._ctx.out.close(node.session)
             return
-        lanes = set(message.lanes)
+        self._add_parities(node, expected, message)
+
+    def _add_parities(
+        self, node: Node, expected: dict[ParityKey, control.StripeSet], built: control.ParityBuilt
+    ) -> None:
+        lanes = set(built.lanes)
         for place, part_of in expected.items():
             if part_of.lane in lanes:
                 self._ctx.nodes.add_parity(node, place, part_of)

@@ -2,16 +2,18 @@
 One step on its way to being protected: what is coded together, what each node is told, and who has not done it yet.
 
 A node is told of its own parity group only: with hundreds of nodes the whole order would be most of a commit's cost.
+What it was told stands: nodes that have built, or are building, the same of a later step are not told again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from snapshotd.coordinator.inventory import Inventory, ParityKey, SlotKey
 from snapshotd.coordinator.membership import Epoch
 from snapshotd.coordinator.snapshots import parity_sizes
+from snapshotd.stripesets import set_digest
 from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["Protecting", "Shards", "begin_protecting"]
@@ -27,7 +29,8 @@ class Protecting:
 
     orders: by parity group. group_of: where a node finds its order. sealed: the slots of each node. expected: the
     parity that each node is to build, and what it is a part of. waiting: nodes that have yet to say ParityBuilt; those
-    that neither have a part nor need to promise anything more are not asked.
+    that neither have a part nor need to promise anything more are not asked. unasked: those of them that have begun
+    without an order, and have not been given one.
     """
 
     epoch: int
@@ -38,9 +41,22 @@ class Protecting:
     sealed: dict[str, set[SlotKey]]
     expected: dict[str, dict[ParityKey, control.StripeSet]]
     waiting: set[str]
+    unasked: set[str] = field(default_factory=set)
+    _digests: dict[int, list[int]] = field(default_factory=dict)
 
     def order_of(self, node_id: str) -> control.Protect:
         return self.orders[self.group_of[node_id]]
+
+    def means(self, node_id: str, built: control.ParityBuilt) -> bool:
+        """Whether what a node has built without an order is what its order would have said."""
+        group = self.group_of[node_id]
+        digests = self._digests.get(group)
+        if digests is None:
+            digests = self._digests[group] = [set_digest(one) for one in self.orders[group].sets]
+        sets = zip(built.lanes, built.sets, strict=False)
+        return len(built.lanes) == len(built.sets) and all(
+            lane < len(digests) and digests[lane] == digest for lane, digest in sets
+        )
 
 
 def begin_protecting(job: str, epoch: Epoch, step: int, shards: Shards, nodes: Inventory, now: float) -> Protecting:

@@ -6,14 +6,15 @@ Rule 2: nothing of an epoch older than the newest known one is acted on; it is c
 Rule 3: with the coordinator away, capture goes on; with it back, the hello says all that is here.
 Rule 4: a connection touches only slots of its own job and rank.
 
-`core_state` has the records, `core_slots` the life of slots and parity, `core_orders` what the coordinator orders.
+`core_state` has the records, `core_slots` the life of slots and parity, `core_orders` what the coordinator orders,
+`core_protect` which parity is built.
 """
 
 from __future__ import annotations
 
 from snapshotd.daemon.core_orders import Orders
 from snapshotd.daemon.core_slots import Slots
-from snapshotd.daemon.core_state import JobState, NodeState, Slot, State, Worker, parity_key
+from snapshotd.daemon.core_state import HOLD_S, JobState, NodeState, Slot, State, Worker, parity_key
 from snapshotd.daemon.events import (
     CloseWorker,
     CoordinatorDown,
@@ -99,9 +100,9 @@ class NodeCore:
             case SlotSealFailed(slot=slot, reason=reason):
                 self._on_seal_failed(slot, reason)
             case ParityFinished():
-                self.orders.on_parity_finished(event)
+                self.orders.protects.on_finished(event)
             case ParityAborted():
-                self.orders.on_parity_aborted(event)
+                self.orders.protects.on_aborted(event)
             case RebuildFinished():
                 self.orders.on_rebuild_finished(event)
             case PersistFinished(done=done):
@@ -236,6 +237,7 @@ class NodeCore:
             return
         if one.restoring:
             self.state.do(ReleaseRestore(conn=conn, batch_id=None))
+        self.orders.protects.tell_whole(self.state.job(one.job))
         gone = control.WorkerDetached(
             job=one.job,
             epoch=one.epoch,
@@ -302,7 +304,7 @@ class NodeCore:
             self.orders.report_late(job, slot)
         if slot.key[0] == job.epoch:
             job.progress[slot.rank] = max(job.progress.get(slot.rank, -1), slot.key[1])
-            self.orders.report_sealed(job, slot.key[1])
+            self.orders.report_sealed(job, slot.key[1], now=True)
             self.orders.report_partial(job)
         self.slots.serve(job)
 
@@ -432,6 +434,7 @@ class NodeCore:
         for job in self.state.jobs.values():
             self.orders.give_up_queries(job)
             self.slots.serve(job)
+        self.state.tell_held(HOLD_S)
         self.state.tell_freed()
         if self._heartbeat_at is None or now - self._heartbeat_at >= HEARTBEAT_S:
             self._heartbeat_at = now

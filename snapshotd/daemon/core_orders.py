@@ -6,14 +6,12 @@ Rule: an order that comes twice is worked off once and answered each time.
 
 from __future__ import annotations
 
+from snapshotd.daemon.core_protect import Protects
 from snapshotd.daemon.core_slots import Slots
 from snapshotd.daemon.core_state import JobState, NodeState, Slot, SnapshotKey, State, Worker, parity_key
 from snapshotd.daemon.events import (
-    BuildParity,
     DeleteParity,
     DeleteSlot,
-    ParityAborted,
-    ParityFinished,
     PersistSlots,
     RebuildFinished,
     RebuildObject,
@@ -34,11 +32,12 @@ _DECISIONS = {
 
 
 class Orders:
-    """Works off the coordinator's messages."""
+    """Works off the coordinator's messages; those about parity are `protects`'."""
 
     def __init__(self, state: NodeState, slots: Slots) -> None:
         self._state = state
         self._slots = slots
+        self.protects = Protects(state, slots)
 
     def on_message(self, message: control.CoordinatorMessage) -> None:
         body = message.WhichOneof("body")
@@ -70,7 +69,7 @@ class Orders:
         if body == "epoch_formed":
             self._on_formed(job, message.epoch_formed)
         elif body == "protect":
-            self._on_protect(job, message.protect)
+            self.protects.on_ordered(job, message.protect)
         elif body == "abandon":
             self._on_abandon(job, message.abandon)
         elif body == "restore_plan":
@@ -146,12 +145,17 @@ class Orders:
             self.report_sealed(job, step)
         self.report_partial(job)
 
-    def report_sealed(self, job: JobState, step: int) -> None:
-        """Say that all ranks here have sealed a step, once they have."""
+    def report_sealed(self, job: JobState, step: int, *, now: bool = False) -> None:
+        """
+        Say that all ranks here have sealed a step, once they have; where the last of them has done it ``now`` and the
+        parity is being built at once, with that.
+        """
         slots = self._slots.sealed(job.name, (job.epoch, step))
         expected = self._expected_ranks(job)
         if expected and expected <= {slot.rank for slot in slots if not slot.rebuilt}:
-            self._send_sealed(job, step, slots)
+            report = self._sealed_report(job, step, slots)
+            if not now or not self.protects.begin_unasked(job, report):
+                self._state.tell(control.NodeMessage(sealed=report))
 
     def report_partial(self, job: JobState) -> None:
         """Say which ranks sealed a step that another rank here has left out: it cannot become whole."""
@@ -168,7 +172,7 @@ class Orders:
             pending = {slot.rank for slot in sealing if slot.key == key}
             left_out = expected - sealed - pending
             if sealed and any(job.progress.get(rank, -1) >= step for rank in left_out):
-                self._send_sealed(job, step, slots)
+                self._state.tell(control.NodeMessage(sealed=self._sealed_report(job, step, slots)))
 
     def report_late(self, job: JobState, slot: Slot) -> None:
         """Say that a slot is sealed whose worker is gone; with all of the step here, none of which may be known."""
@@ -176,15 +180,14 @@ class Orders:
         added = [one.ref for one in self._slots.sealed(job.name, slot.key) if one.ref is not None]
         self._state.tell(control.NodeMessage(inventory_change=control.InventoryChange(slots_added=added)))
 
-    def _send_sealed(self, job: JobState, step: int, slots: list[Slot]) -> None:
+    def _sealed_report(self, job: JobState, step: int, slots: list[Slot]) -> control.NodeSealed:
         if self._state.connected:
             job.reported.add((job.epoch, step))
         slots = sorted(slots, key=lambda slot: slot.rank)
         shards = [slot.shard for slot in slots if slot.shard is not None and not slot.rebuilt]
         if self._state.connected and any(shard.pledged for shard in shards):
             job.pledged.add((job.epoch, step))
-        report = control.NodeSealed(job=job.name, epoch=job.epoch, step=step, shards=shards)
-        self._state.tell(control.NodeMessage(sealed=report))
+        return control.NodeSealed(job=job.name, epoch=job.epoch, step=step, shards=shards)
 
     def _expected_ranks(self, job: JobState) -> set[int]:
         if job.ranks_here is not None:
@@ -196,99 +199,7 @@ class Orders:
     def _is_uncommitted(self, job: JobState, key: SnapshotKey) -> bool:
         return key[0] == job.epoch and (job.committed is None or key > job.committed)
 
-    # ------------------------------------------------------------ protect and commit
-
-    def _my_positions(self, protect: control.Protect) -> list[tuple[control.StripeSet, int]]:
-        me = self._state.settings.node_id
-        return [
-            (one, position)
-            for one in protect.sets
-            for position, member in enumerate(one.members)
-            if member.node_id == me
-        ]
-
-    def _on_protect(self, job: JobState, protect: control.Protect) -> None:
-        key = (protect.epoch, protect.step)
-        if job.committed is not None and key <= job.committed:
-            self._state.count("stale_messages")
-            return
-        mine = self._my_positions(protect)
-        for one, position in mine:
-            slot = one.members[position].slot
-            if slot.file_bytes and self._slots.holding(job.name, key, slot.rank) is None:
-                self._parity_failed(protect, f"the slot of rank {slot.rank} is not here any more")
-                return
-        if key in job.built:
-            self._send_built(job, protect)
-            return
-        if job.building is not None:
-            if (job.building.epoch, job.building.step) == key:
-                return
-            self._slots.cancel_build(job)
-        self._build(job, protect)
-
-    def _build(self, job: JobState, protect: control.Protect) -> None:
-        if (protect.epoch, protect.step) in job.cancelling:
-            # The cancelled build of the same step has not ended yet.
-            job.build_next = protect
-            return
-        job.building = protect
-        self._state.do(BuildParity(protect=protect))
-
-    def _after_cancel(self, job: JobState, key: SnapshotKey) -> control.Protect | None:
-        """A cancelled build has ended; return the same step's Protect that came meanwhile."""
-        job.cancelling.discard(key)
-        following = job.build_next
-        if following is None or (following.epoch, following.step) != key:
-            return None
-        job.build_next = None
-        return following
-
-    def on_parity_finished(self, event: ParityFinished) -> None:
-        job, key = self._state.job(event.job), (event.epoch, event.step)
-        order = self._after_cancel(job, key)
-        wanted = any(slot.key == key for slot in self._slots.sealed(event.job))
-        if job.building is not None and (job.building.epoch, job.building.step) == key:
-            order, job.building = job.building, None
-        if not wanted or event.epoch < job.epoch:
-            for ref in event.parities:
-                if parity_key(ref) not in job.parities:
-                    self._state.do(DeleteParity(parity=ref))
-            return
-        for ref in event.parities:
-            job.parities[parity_key(ref)] = ref
-        job.built.add(key)
-        self._state.count("parity_us", int(event.seconds * 1e6))
-        if order is not None:
-            self._send_built(job, order)
-        elif event.parities:  # it was too late to stop it: what there is now may be another coordinator's news
-            change = control.InventoryChange(parities_added=event.parities)
-            self._state.tell(control.NodeMessage(inventory_change=change))
-
-    def on_parity_aborted(self, event: ParityAborted) -> None:
-        job = self._state.job(event.job)
-        if (event.epoch, event.step) in job.cancelling:
-            following = self._after_cancel(job, (event.epoch, event.step))
-            if following is not None and following.epoch == job.epoch:
-                self._on_protect(job, following)
-            return
-        building = job.building
-        if building is None or (building.epoch, building.step) != (event.epoch, event.step):
-            return
-        job.building = None
-        self._state.count("parity_failures")
-        self._parity_failed(building, event.reason)
-
-    def _send_built(self, job: JobState, order: control.Protect) -> None:
-        built = control.ParityBuilt(job=job.name, epoch=order.epoch, step=order.step)
-        for one, position in self._my_positions(order):
-            if (one.epoch, one.step, one.group, one.lane, position) in job.parities:
-                built.lanes.append(one.lane)
-        self._state.tell(control.NodeMessage(parity_built=built))
-
-    def _parity_failed(self, protect: control.Protect, reason: str) -> None:
-        failed = control.ParityFailed(job=protect.job, epoch=protect.epoch, step=protect.step, reason=reason)
-        self._state.tell(control.NodeMessage(parity_failed=failed))
+    # ------------------------------------------------------------ commit
 
     def _on_committed(self, committed: control.Committed) -> None:
         job, key = self._state.job(committed.job), (committed.epoch, committed.step)
@@ -303,6 +214,7 @@ class Orders:
             self._slots.cancel_build(job)
         job.committed = key
         job.kept = {one for one in job.kept if one >= key}
+        job.built_unasked = {one for one in job.built_unasked if one > key}
         self._slots.free(job, lambda other: other < key)
 
     def _on_abandon(self, job: JobState, abandon: control.Abandon) -> None:

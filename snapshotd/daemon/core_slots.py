@@ -322,6 +322,7 @@ class Slots:
             del job.parities[key]
             self._state.do(DeleteParity(parity=ref))
         job.built = {key for key in job.built if not gone(key)}
+        job.built_unasked = {key for key in job.built_unasked if not gone(key)}
         job.reported = {key for key in job.reported if not gone(key)}
         job.pledged = {key for key in job.pledged if not gone(key)}
         job.unsure = {key for key in job.unsure if not gone(key)}
@@ -337,6 +338,14 @@ class Slots:
             job.cancelling.add((job.building.epoch, job.building.step))
             self._state.do(CancelParity(job=job.name, epoch=job.building.epoch, step=job.building.step))
         job.building = job.build_next = None
+        self.take_back_unasked(job)
+
+    def take_back_unasked(self, job: JobState) -> None:
+        """What was begun without an order is not built: the step is sealed here, and that is all."""
+        report, job.unasked = job.unasked, None
+        if report is not None and (self._state.take_held(report) or report.epoch == job.epoch):
+            report.protecting = False
+            self._state.tell(control.NodeMessage(sealed=report))
 
     def drop_orphans(self, job: JobState) -> None:
         """Free slots of ranks that do not run here any more; the ranks that do may adopt those of their layout."""

@@ -27,7 +27,7 @@ from snapshotd.daemon.events import (
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
-__all__ = ["JobState", "NodeState", "ParityKey", "Slot", "SnapshotKey", "State", "Worker", "parity_key"]
+__all__ = ["HOLD_S", "JobState", "NodeState", "ParityKey", "Slot", "SnapshotKey", "State", "Worker", "parity_key"]
 
 SnapshotKey: TypeAlias = tuple[int, int]
 """epoch, step"""
@@ -35,6 +35,8 @@ ParityKey: TypeAlias = tuple[int, int, int, int, int]
 """epoch, step, group, lane, position; of one job"""
 
 _MAX_DISPLACED: Final = 64
+HOLD_S: Final = 0.1
+"""What is being built longer than this is not waited for by the word that its step is sealed."""
 
 
 def parity_key(ref: control.ParityRef) -> ParityKey:
@@ -137,7 +139,9 @@ class JobState:
     formed: the epoch's membership, once it is complete, and ranks_here: which of them are on this node.
     progress: the highest step that each rank sealed or skipped in the epoch. unsure: snapshots found at the start of
     the daemon; until the coordinator commits or abandons it, each of them may be the committed one. displaced: nonces
-    of processes whose rank another one has taken; they do not take it back from one that is there.
+    of processes whose rank another one has taken; they do not take it back from one that is there. standing: the order
+    to protect that was carried out last, in this epoch. unasked: the report of the step `building` without one.
+    built_unasked: steps built so, of whose stripe sets the coordinator may know nothing yet.
     """
 
     name: str
@@ -153,6 +157,9 @@ class JobState:
     plan: control.RestorePlan | None = None
     plan_asked: bool = False
     building: control.Protect | None = None
+    standing: control.Protect | None = None
+    unasked: control.NodeSealed | None = None
+    built_unasked: set[SnapshotKey] = field(default_factory=set)
     cancelling: set[SnapshotKey] = field(default_factory=set)
     build_next: control.Protect | None = None
     parities: dict[ParityKey, control.ParityRef] = field(default_factory=dict)
@@ -174,7 +181,7 @@ class JobState:
         if epoch <= self.epoch:
             return False
         self.epoch, self.plan, self.plan_asked = epoch, None, False
-        self.formed, self.ranks_here = None, None
+        self.formed, self.ranks_here, self.standing = None, None, None
         self.min_step, self.split, self.split_reason = 0, True, ""
         self.progress, self.assigned, self.built, self.reported, self.pledged = {}, {}, set(), set(), set()
         return True
@@ -188,6 +195,7 @@ class NodeState:
         self.now = 0.0
         self.connected = False
         self._freed = control.InventoryChange()
+        self._held: list[tuple[float, control.NodeSealed]] = []
         self.workers: dict[WorkerConn, Worker] = {}
         self.jobs: dict[str, JobState] = {}
         self.slots: dict[SlotId, Slot] = {}
@@ -221,21 +229,45 @@ class NodeState:
         """The session with the coordinator begins or ends; what was freed is known from the hello that comes next."""
         self.connected = connected
         self._freed = control.InventoryChange()
+        self._held = []
 
     def tell(self, message: control.NodeMessage) -> None:
-        """Say something to the coordinator; without a session it is dropped: the next hello says it all."""
+        """
+        Say something to the coordinator, behind what is held; without a session it is dropped: the next hello says it
+        all.
+        """
         if self.connected:
-            self._seq += 1
-            message.seq = self._seq
-            if self._has_freed:
-                message.freed.CopyFrom(self._freed)
-                self._freed = control.InventoryChange()  # a new one: a cleared message keeps its memory
-            self._effects.append(ToCoordinator(message=message))
+            self.tell_held()
+            self._say(message)
+
+    def _say(self, message: control.NodeMessage) -> None:
+        self._seq += 1
+        message.seq = self._seq
+        if self._has_freed:
+            message.freed.CopyFrom(self._freed)
+            self._freed = control.InventoryChange()  # a new one: a cleared message keeps its memory
+        self._effects.append(ToCoordinator(message=message))
+
+    def hold(self, report: control.NodeSealed) -> None:
+        """Something may soon be added to this report: say it with the next word, or tick, unless it is taken."""
+        self._held.append((self.now, report))
+
+    def take_held(self, report: control.NodeSealed) -> bool:
+        """Whether that report was still held; it is the caller's now."""
+        before = len(self._held)
+        self._held = [(since, one) for since, one in self._held if one is not report]
+        return len(self._held) < before
+
+    def tell_held(self, at_least_s: float = 0.0) -> None:
+        """Say what has been held for so long."""
+        while self._held and self.now - self._held[0][0] >= at_least_s:
+            self._say(control.NodeMessage(sealed=self._held.pop(0)[1]))
 
     def freed(self, slots: Iterable[control.SlotRef] = (), parities: Iterable[control.ParityRef] = ()) -> None:
         """Objects are gone from here on purpose. No hurry: their names are said with the next message, or tick."""
         if not self.connected:
             return
+        self.tell_held()  # it may be of what is gone now
         for slot in slots:
             self._freed.slots_removed.add(job=slot.job, epoch=slot.epoch, step=slot.step, rank=slot.rank)
         for parity in parities:

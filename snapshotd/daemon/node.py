@@ -71,6 +71,7 @@ class DaemonNode:
         self._server = BulkServer(
             (host, port),
             self._arena.acquire,
+            wait=self._arena.wait_sealed,
             tls=tls.server_context() if tls else None,
             guard=PeerGuard(insecure=settings.insecure),
             suspected=self._suspected,

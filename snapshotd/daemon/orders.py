@@ -104,7 +104,8 @@ class Orders:
 
     def build_parity(self, protect: control.Protect, cancel: threading.Event) -> list[control.ParityRef]:
         refs = build_parity(protect, self._node_id, self._arena, self._paced, self._codec, cancel)
-        self._layouts.learn(protect.sets, self._paced)
+        # Of an order that stands the slots are known from what was built, and their layouts from what was ordered.
+        self._layouts.learn(protect.sets if protect.peers else [ref.set for ref in refs], self._paced)
         return refs
 
     def delete_parity(self, ref: control.ParityRef) -> None:

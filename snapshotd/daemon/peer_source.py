@@ -27,7 +27,12 @@ __all__ = ["PeerSource"]
 
 
 class PeerSource:
-    """A sealed object on another node. Its digests are fetched with the first read."""
+    """
+    A sealed object on another node. Its digests are fetched with the first read.
+
+    root: its root digest; where it is not known ("") that of the digests that come. wait_s: how long its streams wait
+    for the peer to seal it.
+    """
 
     is_local: Final = False
 
@@ -40,12 +45,14 @@ class PeerSource:
         node_id: str,
         file_bytes: int,
         root: str,
+        wait_s: float,
         on_corruption: OnCorruption,
         cancel: threading.Event | None,
         pace: Callable[[int], None] | None,
     ) -> None:
         self.node_id, self.file_bytes = node_id, file_bytes
         self.address, self.key, self.root = address, key, root
+        self._wait_s = wait_s
         self._client = client
         self._on_corruption = on_corruption
         self._cancel = cancel
@@ -77,6 +84,7 @@ class PeerSource:
                 f"{self.name} on {self.node_id} has {info.file_bytes} bytes, expected {self.file_bytes}"
             )
         check_root(self, info.digests, self.root)
+        self.root = info.root
         self._digests = info.digests
 
     def fetch(self, begin: int, end: int, room: memoryview) -> memoryview:
@@ -112,6 +120,7 @@ class PeerSource:
                 digests=self._digests,
                 file_bytes=self.file_bytes,
                 learned=self._learn,
+                wait_s=self._wait_s,
                 cancel=self._cancel,
                 pace=self._pace,
             )

@@ -8,17 +8,23 @@ data, and receives as much, whatever the size of the group. With k = 1 parity is
 Rule 1: what is encoded is verified as it is read. A bit that flipped since the seal must not end up in the parity,
 where nobody would find it before the day it is needed.
 Rule 2: parity is sealed whole or not at all, and its record says all that is needed to decode.
+Rule 3: where nobody has ordered it, what a peer has sealed is known from that peer: its slot is waited for, a little,
+and comes with its root digest, which goes into the record. Whoever commits compares that with what the peer reported.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache
+from typing import Final
 
 from snapshotd.arena import Arena, ParityFile, parity_key
 from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.seal import DigestsInPassing
-from snapshotd.daemon.sources import Source, Sources
+from snapshotd.daemon.source import Source
+from snapshotd.daemon.sources import LocalSource, PeerSource, Sources
 from snapshotd.daemon.windows import Input, run_windows
 from snapshotd.erasure import Codec, ParityRow, StripeGeometry
 from snapshotd.errors import LayoutError, UsageError
@@ -27,6 +33,9 @@ from snapshotd.layout import root_digest
 from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["build_parity", "check_stripe_set", "clear_gaps", "geometry_of", "has_part", "seal_parity"]
+
+_SEALED_S: Final = 0.5
+"""How much later than this node another one may seal a step whose parity nobody has ordered."""
 
 
 def build_parity(
@@ -40,7 +49,8 @@ def build_parity(
     """
     Build and seal the parity files of ``node_id`` for all stripe sets that it is a member of.
 
-    What is there already is not built again. On any error, and when ``cancel`` is set (Cancelled), nothing that was
+    What is there already is not built again. Slots of others without a root digest are waited for, and get theirs from
+    who has them: it is in what is returned. On any error, and when ``cancel`` is set (Cancelled), nothing that was
     built by this call stays. SourceFailed says which member could not be read, and why.
     """
     failpoint("daemon.before_encode")
@@ -149,19 +159,40 @@ def _build(
     built.append(parity)
     rows = geometry.parity_rows(position)
     clear_gaps(parity, rows)
-    needed = {p for row in rows for p in geometry.contributors(row.stripe) if geometry.lengths[p]}
-    members: dict[int, Source] = {}
-    try:
-        for p in sorted(needed):
+    needed = {p for row in rows for p in geometry.contributors(row.stripe) if _gives(geometry, p, row.stripe)}
+    unknown = {p for p, member in enumerate(stripe_set.members) if geometry.lengths[p] and not member.slot.root_digest}
+    with ExitStack() as stack:
+        members: dict[int, LocalSource | PeerSource] = {}
+        for p in sorted(needed | unknown):
             member = stripe_set.members[p]
-            members[p] = sources.slot(member.slot, member.node_id, cancel)
+            wait_s = _SEALED_S if p in unknown else 0.0
+            members[p] = sources.slot(member.slot, member.node_id, cancel, wait_s=wait_s)
+            stack.callback(members[p].close)
+        # Those of which nothing is encoded here are asked who they are before the others are read.
+        others: list[Source] = [members[p] for p in sorted(unknown - needed)]
+        asked = [stack.enter_context(other.stream(0, 0)) for other in others]
         digests = DigestsInPassing(parity.view, parity.file_bytes)
         for row in rows:
             _encode(geometry, row, parity, digests, members, codec, cancel)
-    finally:
-        for source in members.values():
-            source.close()
+        for stream in asked:
+            stream.take(0, memoryview(b""))
+        if unknown:
+            stripe_set = _with_roots(stripe_set, {p: members[p].root for p in unknown})
     return seal_parity(arena, parity, stripe_set, position, digests.finish(cancel))
+
+
+def _gives(geometry: StripeGeometry, position: int, stripe: int) -> bool:
+    begin, end = geometry.unit_range(position, stripe)
+    return begin < end
+
+
+def _with_roots(stripe_set: control.StripeSet, roots: Mapping[int, str]) -> control.StripeSet:
+    """A stripe set whose slots are known now."""
+    whole = control.StripeSet()
+    whole.CopyFrom(stripe_set)
+    for position, root in roots.items():
+        whole.members[position].slot.root_digest = root
+    return whole
 
 
 def _encode(
@@ -169,7 +200,7 @@ def _encode(
     row: ParityRow,
     parity: ParityFile,
     digests: DigestsInPassing,
-    members: dict[int, Source],
+    members: Mapping[int, LocalSource | PeerSource],
     codec: Codec,
     cancel: threading.Event | None,
 ) -> None:

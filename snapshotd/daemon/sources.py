@@ -201,20 +201,33 @@ class Sources:
         with self._lock:
             self._addresses.update((peer.node_id, peer.bulk) for peer in peers)
 
-    def slot(self, ref: control.SlotRef, node_id: str, cancel: threading.Event | None = None) -> Source:
+    def slot(
+        self, ref: control.SlotRef, node_id: str, cancel: threading.Event | None = None, *, wait_s: float = 0.0
+    ) -> LocalSource | PeerSource:
         """
         Return the slot of ``ref``: from the arena when it is there, else from ``node_id``.
 
         CorruptionError when this node should have it and does not; PeerUnreachable for a node without address. That a
-        peer does not have it shows at the first read.
+        peer does not have it shows at the first read; streams from it wait up to ``wait_s`` for it to be sealed there.
+        Without ``root_digest`` in ``ref`` the slot is as good as the word of who has it.
         """
-        return self._open(slot_key(ref), node_id, ref.file_bytes, ref.root_digest, cancel)
+        return self._open(slot_key(ref), node_id, ref.file_bytes, ref.root_digest, cancel, wait_s)
 
-    def parity(self, ref: control.ParityRef, node_id: str, cancel: threading.Event | None = None) -> Source:
-        """The same for a parity file. Without ``root_digest`` in ``ref`` it is as good as the word of who has it."""
-        return self._open(parity_key(ref), node_id, ref.file_bytes, ref.root_digest, cancel)
+    def parity(
+        self, ref: control.ParityRef, node_id: str, cancel: threading.Event | None = None
+    ) -> LocalSource | PeerSource:
+        """The same for a parity file."""
+        return self._open(parity_key(ref), node_id, ref.file_bytes, ref.root_digest, cancel, 0.0)
 
-    def _open(self, key: ObjectKey, node_id: str, file_bytes: int, root: str, cancel: threading.Event | None) -> Source:
+    def _open(
+        self,
+        key: ObjectKey,
+        node_id: str,
+        file_bytes: int,
+        root: str,
+        cancel: threading.Event | None,
+        wait_s: float,
+    ) -> LocalSource | PeerSource:
         lease = self._arena.acquire(key) if self._arena is not None else None
         if lease is not None:
             try:
@@ -239,6 +252,7 @@ class Sources:
             node_id=node_id,
             file_bytes=file_bytes,
             root=root,
+            wait_s=wait_s,
             on_corruption=self.on_corruption,
             cancel=cancel,
             pace=self._pace,

@@ -10,6 +10,7 @@ Rule 3: whole chunks leave unverified, for the reader has their digests; chunks 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from snapshotd.arena.keys import describe
 from snapshotd.errors import CorruptionError, RemoteProtocolError, UsageError
@@ -21,6 +22,9 @@ from snapshotd.transfer.objects import Holding, Objects, Refusal, Servable
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
 
 __all__ = ["Answers"]
+
+_WAIT_S: Final = 1.0
+"""No request keeps the thread of its connection for longer because of what is not sealed yet."""
 
 
 class Answers:
@@ -54,7 +58,7 @@ class Answers:
             out.frame(BulkResponse(ok=True, held=True, file_bytes=obj.file_bytes, root_digest=obj.root))
             return
         failpoint("transfer.before_send")
-        lease = self._objects.lease(request.object)
+        lease = self._objects.lease(request.object, min(request.wait_ms / 1000, _WAIT_S))
         try:
             obj = lease.obj
             with memoryview(obj.view)[: obj.file_bytes] as view:

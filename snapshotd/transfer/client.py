@@ -160,6 +160,7 @@ class BulkClient:
         digests: bytes | None,
         file_bytes: int,
         learned: Callable[[ObjectInfo], None] = lambda info: None,
+        wait_s: float = 0.0,
         cancel: threading.Event | None = None,
         pace: Callable[[int], None] | None = None,
     ) -> Incoming:
@@ -168,7 +169,9 @@ class BulkClient:
 
         Whole chunks around the spans travel, and what is handed out was verified here. The request is on its way when
         this returns, and the answer is awaited by the first fill: whoever reads from several peers asks them all first.
-        ``digests`` and ``learned`` are those of ``read_verified``. Whoever waits longer than the peer's timeout between
+        ``digests`` and ``learned`` are those of ``read_verified``; of spans of no bytes the first fill, of no bytes,
+        learns the digests. ``wait_s``: the peer waits so long, a second at most, for an object that it has not sealed
+        yet. Whoever waits longer than the peer's timeout between
         two fills loses the connection. What is returned is to be closed, or a context manager.
         """
         if any(not 0 <= begin <= end <= file_bytes for begin, end in spans):
@@ -177,7 +180,9 @@ class BulkClient:
         ranges = [whole_chunks(span, file_bytes) for span in spans if span[0] < span[1]]
         if len(ranges) > wire.RANGES_MAX:
             raise UsageError(f"{len(ranges)} ranges are more than {wire.RANGES_MAX}")
-        request = BulkRequest(protocol=wire.PROTOCOL, object=key, digests=digests is None)
+        request = BulkRequest(
+            protocol=wire.PROTOCOL, object=key, digests=digests is None, wait_ms=round(wait_s * 1000)
+        )
         request.ranges.extend(ByteRange(begin=begin, end=end) for begin, end in ranges)
         expected = sum(end - begin for begin, end in ranges)
         answer = self._ask(address, request, cancel)

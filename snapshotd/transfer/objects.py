@@ -20,7 +20,7 @@ from snapshotd.errors import SnapshotdError
 from snapshotd.transfer import wire
 from snapshotd.v1.bulk_pb2 import ObjectKey
 
-__all__ = ["HELD_MAX", "Holding", "Leased", "Lookup", "Objects", "Refusal", "Servable"]
+__all__ = ["HELD_MAX", "Holding", "Leased", "Lookup", "Objects", "Refusal", "Servable", "Wait"]
 
 HELD_MAX: Final = 4096
 """Objects that one connection may hold: far more than there are ranks on a node."""
@@ -58,6 +58,7 @@ class Leased(Protocol):
 
 
 Lookup = Callable[[ObjectKey], "Leased | None"]
+Wait = Callable[[ObjectKey, float], None]
 
 
 class Refusal(SnapshotdError):
@@ -83,19 +84,28 @@ class Objects:
 
     Args:
         lookup: finds an object and leases it; None for what is not here.
+        wait: returns when an object is sealed here, or after so many seconds.
         holders_max: so many connections may hold something.
     """
 
-    def __init__(self, lookup: Lookup, *, holders_max: int) -> None:
+    def __init__(self, lookup: Lookup, *, wait: Wait, holders_max: int) -> None:
         self._lookup = lookup
+        self._wait = wait
         self._holders_max = holders_max
         self._lock = threading.Lock()
         self._num_holders = 0
         self._held: dict[KeyId, list[_Held]] = {}
 
-    def lease(self, key: ObjectKey) -> Leased:
-        """Return the right to read a sealed object until it is closed; Refusal when it is not here."""
-        return self._find(key) or _Share(self, key)
+    def lease(self, key: ObjectKey, wait_s: float = 0.0) -> Leased:
+        """
+        Return the right to read a sealed object until it is closed; Refusal when it is not here, and does not come
+        within ``wait_s``.
+        """
+        found = self._find(key)
+        if found is None and wait_s > 0:
+            self._wait(key, wait_s)
+            found = self._find(key)
+        return found or _Share(self, key)
 
     def _find(self, key: ObjectKey) -> Leased | None:
         try:

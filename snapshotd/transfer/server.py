@@ -20,7 +20,7 @@ from snapshotd.errors import AccessDenied, RemoteProtocolError, SnapshotdError, 
 from snapshotd.security import PeerGuard
 from snapshotd.transfer import wire
 from snapshotd.transfer.answers import Answers
-from snapshotd.transfer.objects import Holding, Lookup, Objects, Refusal
+from snapshotd.transfer.objects import Holding, Lookup, Objects, Refusal, Wait
 from snapshotd.v1.bulk_pb2 import BulkRequest, BulkResponse, ObjectKey
 
 __all__ = ["BulkServer"]
@@ -41,6 +41,7 @@ class BulkServer:
         listen: (host, port); port 0 takes a free one, see ``address``. UsageError when it cannot be had.
         lookup: finds an object and leases it; None for what is not here.
         tls: a context that asks for the peer's certificate; None for plain TCP.
+        wait: returns when an object is there to be found, or after so many seconds: requests may wait for one.
         suspected: hears, in a thread of a connection, that a reader found an object rotten; it is to be verified.
         guard: who is served. Default: on loopback our own user and root, nobody else without TLS.
         max_connections: beyond that the connection that has been idle longest is closed for a new one, or, if all are
@@ -56,6 +57,7 @@ class BulkServer:
         *,
         tls: ssl.SSLContext | None = None,
         guard: PeerGuard | None = None,
+        wait: Wait = lambda key, timeout_s: None,
         suspected: Callable[[ObjectKey], None] = lambda key: None,
         max_connections: int = 64,
         timeout_s: float = 30.0,
@@ -65,7 +67,7 @@ class BulkServer:
             raise UsageError("max_connections and timeouts of a bulk server must be positive")
         self._tls = tls
         self._guard = guard if guard is not None else PeerGuard()
-        self._objects = Objects(lookup, holders_max=max(1, max_connections // 2))
+        self._objects = Objects(lookup, wait=wait, holders_max=max(1, max_connections // 2))
         self._answers = Answers(
             self._objects, suspected=suspected, sent=lambda nbytes: self._count("sent_bytes", nbytes)
         )

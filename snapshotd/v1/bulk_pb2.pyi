@@ -62,7 +62,7 @@ class ParityKey(_message.Message):
     def __init__(self, group: _Optional[int] = ..., lane: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class BulkRequest(_message.Message):
-    __slots__ = ("protocol", "object", "digests", "ranges", "suspect", "blocks", "hold", "exact")
+    __slots__ = ("protocol", "object", "digests", "ranges", "suspect", "blocks", "hold", "exact", "wait_ms")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class BulkRequest(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     object: ObjectKey
     digests: bool
@@ -79,7 +80,8 @@ class BulkRequest(_message.Message):
     blocks: _containers.RepeatedCompositeFieldContainer[Block]
     hold: bool
     exact: bool
-    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., hold: _Optional[bool] = ..., exact: _Optional[bool] = ...) -> None: ...
+    wait_ms: int
+    def __init__(self, protocol: _Optional[int] = ..., object: _Optional[_Union[ObjectKey, _Mapping]] = ..., digests: _Optional[bool] = ..., ranges: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., suspect: _Optional[bool] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., hold: _Optional[bool] = ..., exact: _Optional[bool] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class BulkResponse(_message.Message):
     __slots__ = ("ok", "code", "message", "file_bytes", "root_digest", "payload_bytes", "held", "digests", "exact")

@@ -235,7 +235,7 @@ class WorkerDetached(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., nonce: _Optional[str] = ..., finished: _Optional[bool] = ..., sealing: _Optional[_Iterable[_Union[SlotRef, _Mapping]]] = ...) -> None: ...
 
 class NodeSealed(_message.Message):
-    __slots__ = ("job", "epoch", "step", "shards")
+    __slots__ = ("job", "epoch", "step", "shards", "protecting", "built")
     class Shard(_message.Message):
         __slots__ = ("slot", "replica_group", "replica_hash", "replica_digest", "pledged")
         SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -253,11 +253,15 @@ class NodeSealed(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PROTECTING_FIELD_NUMBER: _ClassVar[int]
+    BUILT_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
     shards: _containers.RepeatedCompositeFieldContainer[NodeSealed.Shard]
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[NodeSealed.Shard, _Mapping]]] = ...) -> None: ...
+    protecting: bool
+    built: ParityBuilt
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[NodeSealed.Shard, _Mapping]]] = ..., protecting: _Optional[bool] = ..., built: _Optional[_Union[ParityBuilt, _Mapping]] = ...) -> None: ...
 
 class NodeSkipped(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "reason")
@@ -274,16 +278,20 @@ class NodeSkipped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ParityBuilt(_message.Message):
-    __slots__ = ("job", "epoch", "step", "lanes")
+    __slots__ = ("job", "epoch", "step", "lanes", "unasked", "sets")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    UNASKED_FIELD_NUMBER: _ClassVar[int]
+    SETS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
     lanes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., lanes: _Optional[_Iterable[int]] = ...) -> None: ...
+    unasked: bool
+    sets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., lanes: _Optional[_Iterable[int]] = ..., unasked: _Optional[bool] = ..., sets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ParityFailed(_message.Message):
     __slots__ = ("job", "epoch", "step", "reason")

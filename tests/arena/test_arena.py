@@ -495,3 +495,20 @@ def test_many_threads(arena: Arena) -> None:
 
 def test_budget_module_is_what_the_arena_uses(root: Path) -> None:
     assert budget.default_budget(root) > 0
+
+
+@pytest.mark.parametrize("ends", ["sealed", "closed"])
+def test_waiting_for_a_seal(ends: str, arena: Arena) -> None:
+    ref = SlotRef(job="j", epoch=1, step=1, file_bytes=CHUNK_BYTES)
+    slot = arena.create_slot(b"", CHUNK_BYTES, job="j")
+    arena.wait_sealed(slot_key(ref), 0.001)
+    waiter = threading.Thread(target=arena.wait_sealed, args=(slot_key(ref), 600.0))
+    waiter.start()
+    if ends == "sealed":
+        digests = chunk_digests(slot.view, CHUNK_BYTES)
+        ref.root_digest = root_digest(digests)
+        arena.seal(slot, ref, digests)
+    else:
+        arena.close()
+    waiter.join(60.0)
+    assert not waiter.is_alive()

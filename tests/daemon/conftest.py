@@ -35,7 +35,7 @@ class Node:
         self.node_id = node_id
         self.corruptions: list[Corruption] = []
         self.arena = Arena(root / node_id, budget_bytes=1 << 30)
-        self.server = BulkServer(("127.0.0.1", 0), self.arena.acquire)
+        self.server = BulkServer(("127.0.0.1", 0), self.arena.acquire, wait=self.arena.wait_sealed)
         self.client = BulkClient(timeout_s=5.0)
         self.sources = Sources(node_id, self.arena, self.client, self.corruptions.append)
         self.alive = True

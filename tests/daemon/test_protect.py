@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,8 +12,9 @@ from snapshotd.arena import slot_key
 from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.protect import build_parity, geometry_of, has_part
 from snapshotd.daemon.windows import SourceFailed
-from snapshotd.errors import LayoutError, UsageError
+from snapshotd.errors import LayoutError, SnapshotdError, UsageError
 from snapshotd.v1 import control_pb2 as control
+from snapshotd.v1.bulk_pb2 import ObjectKey
 
 SIZES = {2: (30_000, 70_000), 3: (70_000, 1, 30_000), 4: (9_000, 9_000, 70_000, 200), 5: (1000, 2000, 90_000, 4, 5)}
 
@@ -216,3 +218,72 @@ def test_a_group_with_the_bytes_of_one_member_only(cluster) -> None:
     stripe_set = cluster.stripe_set([cluster.seal(nodes[0], []), None, None], 2)
     for ref in cluster.protect(stripe_set):
         assert cluster.parity_bytes(ref) == expected_parity(cluster, stripe_set, ref.position)
+
+
+# ---------------------------------------------------------------- without an order
+
+
+def as_it_stands(cluster, stripe_set: control.StripeSet, node_id: str) -> control.Protect:
+    """What is built without an order: the node knows its own slot, and of the others how large they are."""
+    for node in cluster.nodes.values():
+        node.sources.learn(cluster.peers)
+    again = control.StripeSet()
+    again.CopyFrom(stripe_set)
+    for member in again.members:
+        if member.node_id != node_id:
+            member.slot.root_digest = ""
+    return control.Protect(job="job", epoch=1, step=7, sets=[again])
+
+
+@pytest.mark.parametrize("elements", [9000, 500_000])
+def test_without_an_order_the_same_parity_and_the_same_record_come_out(cluster, elements: int) -> None:
+    """Of small slots a node is a member of the set that reads nothing of some of them: it learns who they are."""
+    nodes = cluster.add("n0", "n1", "n2", "n3")
+    slots = [cluster.seal_random(node, elements + i, rank=i) for i, node in enumerate(nodes)]
+    stripe_set = cluster.stripe_set(slots, 1)
+    built = []
+    for node in nodes:
+        order = as_it_stands(cluster, stripe_set, node.node_id)
+        built += build_parity(order, node.node_id, node.arena, node.sources, cluster.codec)
+    assert [ref.position for ref in built] == ([0, 1] if elements == 9000 else [0, 1, 2, 3])
+    for ref in built:
+        assert ref.set == stripe_set
+        assert cluster.parity_bytes(ref) == expected_parity(cluster, stripe_set, ref.position)
+    assert cluster.protect(stripe_set) == built
+
+
+@pytest.mark.parametrize("read", ["its bytes", "who it is"])
+def test_a_slot_that_is_sealed_a_little_later_is_waited_for(cluster, read: str) -> None:
+    nodes = cluster.add("n0", "n1", "n2", "n3")
+    slots = [cluster.seal_random(node, 9000, rank=i) for i, node in enumerate(nodes)]
+    stripe_set = cluster.stripe_set(slots, 1)
+    me = nodes[0 if read == "its bytes" else 1]
+    nodes[2].arena.delete(nodes[2].arena.find(slot_key(slots[2])))
+    asked, wait_sealed = threading.Event(), nodes[2].arena.wait_sealed
+
+    def wait(key: ObjectKey, timeout_s: float) -> None:
+        asked.set()
+        wait_sealed(key, 60.0)
+
+    nodes[2].server._objects._wait = wait
+    with ThreadPoolExecutor(1) as pool:
+        order = as_it_stands(cluster, stripe_set, me.node_id)
+        building = pool.submit(build_parity, order, me.node_id, me.arena, me.sources, cluster.codec)
+        assert asked.wait(60.0)
+        assert not building.done()
+        assert cluster.seal_random(nodes[2], 9000, rank=2) == slots[2]
+        (ref,) = building.result(60.0)
+    assert ref.set == stripe_set
+    assert cluster.parity_bytes(ref) == expected_parity(cluster, stripe_set, ref.position)
+
+
+def test_a_slot_that_is_not_sealed_is_not_waited_for_for_ever(cluster) -> None:
+    nodes = cluster.add("n0", "n1", "n2", "n3")
+    slots = [cluster.seal_random(node, 9000, rank=i) for i, node in enumerate(nodes)]
+    stripe_set = cluster.stripe_set(slots, 1)
+    nodes[2].arena.delete(nodes[2].arena.find(slot_key(slots[2])))
+    for node in nodes[:2]:
+        order = as_it_stands(cluster, stripe_set, node.node_id)
+        with pytest.raises(SnapshotdError, match=r"slot of rank 2 .* is not sealed here"):
+            build_parity(order, node.node_id, node.arena, node.sources, cluster.codec)
+        assert parities(node) == []

@@ -133,7 +133,10 @@ add(
 
 # ---------------------------------------------------------------- the coordinator
 
-add("coordinator-idle-fsdp2-n3", fsdp2(3), "at 6; kill coordinator; start coordinator; go", "undisturbed")
+add(
+    "coordinator-idle-fsdp2-n3", fsdp2(3),
+    "at 6; counted unasked_parities; kill coordinator; start coordinator; go", "undisturbed",
+)  # fmt: skip
 add(
     "coordinator-back-while-training-goes-on-ddp-n2", ddp(2),
     "at 6; kill coordinator; go; start coordinator", "undisturbed",

@@ -85,10 +85,25 @@ class Truth:
                 missing -= {ranks[p] for p in data}
         return not missing
 
+    def most_lost(self) -> int:
+        """At how many positions of a stripe set something is missing, its slot or its parity; of the worst set."""
+        worst = 0
+        for key, one in self.sets.items():
+            lengths = tuple(m.slot.file_bytes for m in one.members)
+            bad = 0
+            for position, member in enumerate(one.members):
+                parity = parity_bytes(lengths, one.m, position) and (*key, position) not in self.parity
+                bad += bool(parity or (member.slot.file_bytes and member.slot.rank not in self.slots))
+            worst = max(worst, bad)
+        return worst
+
     def whole(self) -> bool:
-        """Nothing at all is missing, parity included."""
+        """Nothing at all is missing, parity included: that of all ranks, or of none."""
         if not self.world_size or len(self.slots) < self.world_size:
             return False
+        covered = {member.slot.rank for one in self.sets.values() for member in one.members if member.slot.file_bytes}
+        if covered and len(covered) < self.world_size:
+            return False  # one group has built its parity, another has not
         for key, one in self.sets.items():
             lengths = tuple(m.slot.file_bytes for m in one.members)
             for position in range(len(one.members)):

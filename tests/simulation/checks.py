@@ -222,11 +222,12 @@ class Checks:
         self.commits += 1
         self.committed, self.ever_committed = key, True
         self.relied = {key: Relied(key=key, level=level, m=m, budget=m)}
-        # A node whose daemon is down may have lost its arena already; then that loss counts from the beginning.
+        # A node whose daemon is down may have lost its arena already, and bytes may have become rotten that nobody has
+        # read since: what is lost counts from the beginning.
         nodes = [node for node in self._world.nodes.values() if not node.lost]
         there = truth(nodes, key)
         if not (there.whole() if m else there.rebuildable()):
-            self.relied[key].budget -= 1
+            self.relied[key].budget -= max(1, there.most_lost())
         self.check_relied()
 
     def _on_choice(self, choice: dict[str, object], commit: dict[str, list[int]] | None) -> None:

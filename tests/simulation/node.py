@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from tests.simulation.worker import SimWorker
     from tests.simulation.world import World
 
-TICK_S = 1.0
+TICK_S = 0.5
+_SEALED_S = 0.5
+"""How long a build that nobody ordered waits for what its peers have not sealed yet."""
 
 
 class SimNode:
@@ -187,7 +189,9 @@ class SimNode:
 
     def _work(self, incarnation: int, work: object, args: tuple[object, ...]) -> None:
         if self.incarnation == incarnation and self.core is not None:
-            self.handle(work(*args))  # type: ignore[operator]
+            ending = work(*args)  # type: ignore[operator]
+            if ending is not None:
+                self.handle(ending)
 
     def _void(self, slot: events.SlotId) -> events.SlotReady:
         self.arena[slot].record = None
@@ -273,7 +277,7 @@ class SimNode:
                 return None
         return None
 
-    def _build(self, protect: control.Protect) -> events.Event:
+    def _build(self, protect: control.Protect, waits: bool = True) -> events.Event | None:
         key = (protect.epoch, protect.step)
         if key in self._cancelled:
             self._cancelled.discard(key)
@@ -284,13 +288,20 @@ class SimNode:
             for position, member in enumerate(one.members):
                 if member.slot.file_bytes:
                     source = self._source(member.node_id, key, member.slot.rank)
+                    if source is None and not member.slot.root_digest and waits:
+                        self._run(_SEALED_S, self._build, protect, False)
+                        return None
                     if source is None:
                         reason = f"{member.node_id} does not give the slot of rank {member.slot.rank}"
                         return events.ParityAborted(job=protect.job, epoch=key[0], step=key[1], reason=reason)
                     contents[position] = source.content
+            known = control.StripeSet()
+            known.CopyFrom(one)
+            for position, content in contents.items():
+                known.members[position].slot.root_digest = content
             for position, member in enumerate(one.members):
                 if member.node_id == self.node_id:
-                    made.append((one, position, contents))
+                    made.append((known, position, contents))
         parities = []
         for one, position, contents in made:
             lengths = tuple(member.slot.file_bytes for member in one.members)

@@ -11,7 +11,7 @@ from snapshotd.coordinator.commits import Commits
 from snapshotd.coordinator.core import CoordinatorCore
 from snapshotd.coordinator.events import SessionId
 from snapshotd.coordinator.inventory import Inventory, Node
-from snapshotd.daemon.core_orders import Orders
+from snapshotd.daemon.core_protect import Protects
 from snapshotd.daemon.core_slots import Slots
 from snapshotd.daemon.core_state import JobState, Slot
 from snapshotd.daemon.events import ParityFinished
@@ -60,14 +60,14 @@ def commit_with_a_node_missing(patch: pytest.MonkeyPatch) -> None:
 
 def free_the_committed_too_early(patch: pytest.MonkeyPatch) -> None:
     """A node frees the committed snapshot as soon as it has built parity of a newer one."""
-    finished = Orders.on_parity_finished
+    finished = Protects.on_finished
 
-    def hasty(self: Orders, event: ParityFinished) -> None:
+    def hasty(self: Protects, event: ParityFinished) -> None:
         finished(self, event)
         job = self._state.job(event.job)
         self._slots.free(job, lambda key: key < (event.epoch, event.step))
 
-    patch.setattr(Orders, "on_parity_finished", hasty)
+    patch.setattr(Protects, "on_finished", hasty)
 
 
 def decide_while_slots_are_hashed(patch: pytest.MonkeyPatch) -> None:
