@@ -39,12 +39,14 @@ class Run:
     Attributes:
         short: the short form of CI: a second or two per row, ratios only.
         scale: factor on all sizes, at `size`.
+        pace: factor on the time that rounds may take, where the run is late.
         directory: this part's own, in tmpfs.
     """
 
-    def __init__(self, directory: Path, *, scale: float = 1.0, short: bool = False) -> None:
+    def __init__(self, directory: Path, *, scale: float = 1.0, short: bool = False, pace: float = 1.0) -> None:
         self.directory = directory
         self.scale = scale
+        self.pace = pace
         self.short = short
         self._stack = ExitStack()
 
@@ -81,7 +83,7 @@ class Run:
             for way in ways.values():
                 way()
         least, most = (3, min(rounds, 5)) if self.short else (min(3, rounds), rounds)
-        within_s = min(within_s, 3.0) if self.short else within_s
+        within_s = min(within_s, 3.0) if self.short else within_s * self.pace
         began = time.monotonic()
         for count in range(most):
             if count >= least and time.monotonic() - began > within_s:

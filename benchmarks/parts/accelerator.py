@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..state import Training
 
 GOAL = 12
+SECONDS = 2
 
 _BYTES = 12e9
 """1e9 parameters of four bytes, and AdamW's two moments of each."""

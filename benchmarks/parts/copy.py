@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bound", "rows"]
 
 GOAL = 1
+SECONDS = 26
 
 
 def rows(run: Run) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from snapshotd.layout import CHUNK_BYTES
 from .. import Row, Run
 
 GOAL = 4
+SECONDS = 4
 
 
 def rows(run: Run) -> Iterator[Row]:

@@ -21,6 +21,7 @@ from ..owner import PIECE_BYTES, RANGE, certificate
 from ..processes import Child, wait_for
 
 GOAL = 6
+SECONDS = 32
 
 _PEER = "127.0.0.1"
 _KEY = ObjectKey(job="bench", epoch=1, step=1, slot=SlotKey(rank=0))

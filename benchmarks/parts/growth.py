@@ -12,6 +12,7 @@ from .. import Row, Run, Series
 from .worker_memory import anonymous_bytes
 
 GOAL = 11
+SECONDS = 76
 _SIZES = (0.1e9, 1e9, 3e9, 6e9)
 _STEPS = 10_000
 _BATCH = 10

@@ -14,6 +14,7 @@ from ..played import Company
 from ..processes import wait_for
 
 GOAL = 10
+SECONDS = 17
 
 _NODES = 4
 _BYTES = 100_000

@@ -11,6 +11,7 @@ from .. import Row, Run, Series
 from ..played import Company
 
 GOAL = 9
+SECONDS = 13
 
 _NODES, _M, _GENERATIONS = 4, 1, 2
 _HEARTBEAT_S = 1.5

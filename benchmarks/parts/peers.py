@@ -26,6 +26,7 @@ from ..peers.turns import Turns
 from ..processes import BenchError, Child
 
 GOAL = 20
+SECONDS = 242
 
 FAMILIES = {
     "torch_native": "",
@@ -150,6 +151,7 @@ def measure(run: Run, family: str, world: int, nbytes: int, within_s: float = 7.
     """
     with contextlib.ExitStack() as stack:
         places = _clusters(run, world, nbytes, stack) if family == "ours" else {}
+        within_s *= run.pace
         children = [_start(run, family, world, rank, nbytes, within_s, places) for rank in range(world)]
         try:
             for child in children:
@@ -168,14 +170,15 @@ def measure_in_turns(run: Run, families: Sequence[str], nbytes: int, found: Foun
     with contextlib.ExitStack() as stack:
         turns = stack.enter_context(Turns(run.directory / "turns"))
         children: dict[str, Child] = {}
+        turns_s = _TURNS_S * run.pace
         for family in families:
             places = _clusters(run, 1, nbytes, stack) if family == "ours" else {}
-            children[family] = _start(run, family, 1, 0, nbytes, _TURNS_S, places, turns=run.directory / "turns")
+            children[family] = _start(run, family, 1, 0, nbytes, turns_s, places, turns=run.directory / "turns")
             stack.callback(children[family].end)
         failed = {**turns.gather(children, FAMILY_S), **turns.go_round()}
         began = time.monotonic()
         for count in range(_ROUNDS):
-            if count >= 3 and time.monotonic() - began > _TURNS_S:
+            if count >= 3 and time.monotonic() - began > turns_s:
                 break
             failed |= turns.go_round(backwards=count % 2 == 1)
         turns.end()

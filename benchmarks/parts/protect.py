@@ -11,6 +11,7 @@ from ..floors import Floors
 from ..played import Company
 
 GOAL = 7
+SECONDS = 41
 
 _NODES, _K = 4, 3
 _SHARE = 2 * _NODES * (1 + 1 / _K) + 3

@@ -23,6 +23,7 @@ from ..cluster import clean_environment
 from ..processes import BenchError, Child, wait_for
 
 GOAL = 21
+SECONDS = 64
 
 BYTES = 300_000_000
 JOBS, KILLS = 2, 1

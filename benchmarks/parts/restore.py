@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..state import Training
 
 GOAL = 8
+SECONDS = 19
 
 _PIECE_BYTES = 1 << 20
 

@@ -9,6 +9,7 @@ from .. import Row, Run
 from ..bare import BareCopy, bare_slot
 
 GOAL = 2
+SECONDS = 30
 _COMPUTE_S = 0.02
 
 

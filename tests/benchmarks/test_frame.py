@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import Row, Run, Sample, Series
+from benchmarks import bench as runner
 from benchmarks.figures import ratio_of
 from benchmarks.rows import MET, MISSED, WITHIN
 
@@ -92,6 +93,29 @@ def test_differences_and_other_rounds_are_compared_by_their_medians(below: tuple
 )
 def test_a_goal_is_missed_beyond_the_spread_only(row: Row, short: bool, verdict: str) -> None:
     assert verdict == row.judged("part", short=short).verdict
+
+
+@pytest.mark.parametrize(
+    ("slowness", "left", "pace"),
+    [
+        (1.0, 1.0, 1.0),  # as in a quiet hour
+        (0.5, 1.0, 1.0),  # a faster machine needs no more rounds
+        (1.2, 0.5, (840 - 1.2 * 420) / (1.2 * 420)),
+        (1.9, 0.3, 0.4),  # so late that it does not matter any more
+    ],
+)
+def test_a_run_that_is_late_gives_its_rounds_less_time(
+    monkeypatch: pytest.MonkeyPatch, slowness: float, left: float, pace: float
+) -> None:
+    seconds = {"first": round(840 * (1 - left)), "then": round(840 * left)}
+    monkeypatch.setattr(runner, "_number", lambda name, constant, default: seconds[name])
+    done = {"first": slowness * seconds["first"]} if left < 1 else {}
+    assert runner._pace(done, ["then"]) == pytest.approx(pace, abs=0.005)
+
+
+def test_each_part_of_a_whole_run_says_how_long_it_takes() -> None:
+    assert [name for name in runner.whole_run() if runner._number(name, "SECONDS", -1) < 0] == []
+    assert sum(runner._number(name, "SECONDS", 0) for name in runner.whole_run()) <= runner.WHOLE_S
 
 
 def test_rounds_go_in_turns_there_and_back(tmp_path: Path) -> None:
