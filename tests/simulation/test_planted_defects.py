@@ -11,6 +11,7 @@ from snapshotd.coordinator.commits import Commits
 from snapshotd.coordinator.core import CoordinatorCore
 from snapshotd.coordinator.events import SessionId
 from snapshotd.coordinator.inventory import Inventory, Node
+from snapshotd.coordinator.membership import Epoch
 from snapshotd.daemon.core_protect import Protects
 from snapshotd.daemon.core_slots import Slots
 from snapshotd.daemon.core_state import JobState, Slot
@@ -88,14 +89,43 @@ def overwrite_what_was_pledged(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Slots, "_exposed", forgetful)
 
 
+def believe_what_has_only_begun(patch: pytest.MonkeyPatch) -> None:
+    """A node that builds parity without an order is not waited for."""
+    begin = Commits._begin
+
+    def hasty(self: Commits, epoch: Epoch, step: int) -> None:
+        begin(self, epoch, step)
+        if self.in_flight is not None:
+            self.in_flight.waiting -= self.in_flight.unasked
+
+    patch.setattr(Commits, "_begin", hasty)
+    patch.setattr(Commits, "_missing_parts", lambda self, epoch, flight: [])
+
+
+def overwrite_what_nobody_ordered(patch: pytest.MonkeyPatch) -> None:
+    """A node that has built parity without an order gives the step's slots away, although it may be committed."""
+    finished = Protects.on_finished
+
+    def forgetful(self: Protects, event: ParityFinished) -> None:
+        job = self._state.job(event.job)
+        unasked = job.unasked is not None
+        finished(self, event)
+        if unasked:
+            job.built.discard((event.epoch, event.step))
+
+    patch.setattr(Protects, "on_finished", forgetful)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "plant",
     [
         accept_old_epochs,
+        believe_what_has_only_begun,
         commit_with_a_node_missing,
         decide_while_slots_are_hashed,
         free_the_committed_too_early,
+        overwrite_what_nobody_ordered,
         overwrite_what_was_pledged,
     ],
     ids=lambda plant: plant.__name__,
