@@ -15,13 +15,17 @@ session, own environment, killed by SIGKILL like any other.
 
 Rule 1: the zygote has one thread and no gRPC channel; it refuses to fork otherwise.
 Rule 2: nothing of the zygote's own environment reaches a child.
+Rule 3: a launcher ends after its exit handlers, with its code; that torch is then taken apart, half a second of CPU, is
+        left to the plain launchers of some scenarios.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import os
 import runpy
@@ -49,15 +53,27 @@ KINDS = {
         "torch.optim.lr_scheduler",
         "numpy",
         "snapshotd_client",
+        "snapshotd_client.direct",
     ),
 }
 """What each kind imports before it forks."""
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
+_launcher_code: list[int] = []
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_REQUEST = 1 << 20
+
+
+@atexit.register
+def _leave() -> None:
+    # Runs after everybody else's exit handlers: this module registers it before it imports anything else.
+    if _launcher_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_launcher_code[-1])
 
 
 @dataclass
@@ -258,7 +274,14 @@ def run(kind: str, job: Job) -> None:
         from torch.distributed.run import main
 
         sys.argv = ["torchrun", *job.argv]
-        main(job.argv)
+        _launcher_code.append(1)  # what an exception makes of it
+        try:
+            main(job.argv)
+        except SystemExit as end:
+            if end.code is None or isinstance(end.code, int):
+                _launcher_code.append(end.code or 0)
+            raise
+        _launcher_code.append(0)
         sys.exit(0)
     sys.argv = list(job.argv)
     if job.env.get("FAULTS_STUB"):
@@ -278,6 +301,8 @@ def main() -> None:
     sys.path.insert(0, str(SCRIPTS))
     for name in KINDS[kind]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each child touches every object of torch when it collects garbage and when it ends
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # also when the tests themselves are killed, nothing stays behind
