@@ -149,7 +149,8 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without anything that steers torchrun or snapshotd."""
     unwanted = ("SNAPSHOTD_", "TORCHELASTIC_", "FAULTS_", "PYTEST_")
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
-    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted) and name not in ranks}
+    # Values of the wanted names only: pytest sets and takes away its own beside our threads.
+    return {name: os.environ[name] for name in os.environ if not name.startswith(unwanted) and name not in ranks}
 
 
 def alive(pid: int) -> bool:
