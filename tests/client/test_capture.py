@@ -60,7 +60,7 @@ class Gate:
         self.go.touch()
 
 
-def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path):
+def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path, monkeypatch):
     """Breaks: the optimizer changes parameters that are being copied, and the snapshot is half of each step."""
     model, opt = job()
     snap = snapshotter(model, opt)
@@ -69,8 +69,18 @@ def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path):
     gate = Gate(tmp_path)
     snap.capture(0)
     gate.wait()
+    changed, update_waits = snap._pipeline._changed, threading.Event()
+    really_wait = changed.wait
+
+    def wait(timeout=None):
+        if threading.current_thread() is update:
+            update_waits.set()
+        return really_wait(timeout)
+
+    monkeypatch.setattr(changed, "wait", wait)
     update = threading.Thread(target=train, args=(model, opt))
     update.start()
+    assert update_waits.wait(20)
     gate.open()
     update.join()
     assert snap.wait(20)
