@@ -24,23 +24,34 @@ def source_of(case: str) -> Path:
     return folder / "ckpt" if (folder / "ckpt").is_dir() else folder / "checkpoint.pt"
 
 
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def universal(case: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture as a universal checkpoint, which each test of it reads."""
+    path = tmp_path_factory.mktemp("universal") / "u"
+    convert(source_of(case), path, to="universal")
+    return path
+
+
 @pytest.mark.parametrize("to", ["universal", "dcp", "torch", "deepspeed", "megatron", "hf"])
-@pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case: str, to: str, tmp_path: Path) -> None:
+def test_there_and_back(case: str, universal: Path, to: str, tmp_path: Path) -> None:
     """Who converts to try another framework, and comes back, must not have lost anything that nobody spoke of."""
-    convert(source_of(case), tmp_path / "u", to="universal")
-    whole = read(tmp_path / "u")
+    whole = read(universal)
     target = tmp_path / ("x.pt" if to == "torch" else "x")
     if to == "megatron" and case not in MEGATRON:
         with pytest.raises(UsageError, match="not those of a Megatron-core GPT model"):
-            convert(tmp_path / "u", target, to=to)
+            convert(universal, target, to=to)
         return
     if to == "deepspeed" and not whole.param_groups and not whole.optimizer_kinds:
         assert ["there are no parameter groups"] == [
-            line.split(":")[0] for line in convert(tmp_path / "u", target, to=to).lost
+            line.split(":")[0] for line in convert(universal, target, to=to).lost
         ]
         return
-    report = convert(tmp_path / "u", target, to=to, layout=LAYOUTS.get(to))
+    report = convert(universal, target, to=to, layout=LAYOUTS.get(to))
     back = read(target)
     back.check()
     differences = diff(whole, back)
