@@ -170,11 +170,12 @@ class Commits:
             self._forget_seals(epoch, node)
         if self._abandon is not None:
             self._ctx.out.to_node(node.session, abandon=self._abandon)
-        if self.in_flight is not None:
-            if self.in_flight.expected.get(node.node_id):
+        flight = self.in_flight
+        if flight is not None:
+            if flight.expected.get(node.node_id):
                 self._note_built(node)
-            if node.node_id in self.in_flight.waiting:
-                self._ctx.out.to_node(node.session, protect=self.in_flight.order_of(node.node_id))
+            if node.node_id in flight.waiting:
+                self._order(flight, node)
 
     def tick(self) -> None:
         flight = self.in_flight
@@ -227,14 +228,15 @@ class Commits:
         Learn from the nodes what was committed: the store may have forgotten the newest commits of this epoch.
 
         A protected step of which everything is there may have been committed; to commit it (again) is right in any
-        case. One that lacks a part, but can be had, is kept beside the older commit until it is whole again.
+        case. One that lacks a part, but can be had, is kept beside the older commit until it is whole again. One of
+        which a group has no parity at all was not: it is sealed, and protected as any other.
         """
         job, number = self._job, epoch.number
         nodes = self._ctx.nodes.connected()
         found = collect(job.name, nodes, lambda key: key[0] == number and not self._is_committed(*key))
         for key in sorted(found, reverse=True):
             snapshot = found[key]
-            if not snapshot.verdict()[0] or (epoch.m and not snapshot.sets):
+            if not snapshot.verdict()[0] or (epoch.m and not snapshot.covered()):
                 continue
             older = job.committed
             if epoch.m == 0 or snapshot.redundant() or older is None or not self._can_be_had(older):

@@ -67,10 +67,14 @@ class Snapshot:
                 return False, f"step {self.step}: more than m={one.m} parts are lost (of {lost}): {reason}"
         return True, f"step {self.step}: every rank's slot is there or can be decoded"
 
+    def covered(self) -> bool:
+        """Whether there is a stripe set of every rank: else a parity group has built nothing, or lost all of it."""
+        ranks = {member.slot.rank for one in self.sets.values() for member in one.members if member.slot.file_bytes}
+        return ranks == set(range(self.world_size))
+
     def redundant(self) -> bool:
         """Whether nothing at all is missing, and every rank is covered by parity."""
-        covered = {member.slot.rank for one in self.sets.values() for member in one.members if member.slot.file_bytes}
-        if covered != set(range(self.world_size)) or self.missing_ranks():
+        if not self.covered() or self.missing_ranks():
             return False
         return not any(data or parity for data, parity in map(self.losses, self.sets.values()))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from snapshotd.stripesets import set_digest
 from snapshotd.v1 import control_pb2 as control
-from tests.coordinator.bench import JOB, Bench, running, slot_ref
+from tests.coordinator.bench import JOB, SETTINGS, Bench, running, slot_ref
 
 NODES = ("n0", "n1")
 
@@ -124,6 +126,19 @@ def test_a_node_that_was_away_says_all_that_it_holds_and_is_told() -> None:
     assert bench.to_node("n0 again", "protect").step == 6
 
 
+def test_a_node_that_was_away_while_it_was_waited_for_is_told_once() -> None:
+    bench = after_a_commit()
+    sealed(bench, "n0", 6, protecting=True)
+    sealed(bench, "n1", 6, built=what_is_built(6, "n1"))
+    bench.hello("n0", session="n0 again", slots=[slot_ref(5, 0), slot_ref(6, 0)], epochs={JOB: 1})
+    assert bench.to_node("n0 again", "protect").step == 6
+    shard = control.NodeSealed.Shard(slot=slot_ref(6, 0))
+    bench.node("n0 again", sealed=control.NodeSealed(job=JOB, epoch=1, step=6, shards=[shard]))
+    assert bench.to_node("n0 again", "protect") is None
+    bench.node("n0 again", parity_built=control.ParityBuilt(job=JOB, epoch=1, step=6, lanes=[0]))
+    assert bench.to_node("n0 again", "committed").step == 6
+
+
 def test_of_a_step_that_was_given_up_nothing_is_remembered() -> None:
     bench = after_a_commit()
     sealed(bench, "n0", 6, built=what_is_built(6, "n0"))
@@ -134,3 +149,49 @@ def test_of_a_step_that_was_given_up_nothing_is_remembered() -> None:
     sealed(bench, "n0", 7, built=what_is_built(7, "n0"))
     sealed(bench, "n1", 7, built=what_is_built(7, "n1"))
     assert bench.to_node("n0", "committed").step == 7
+
+
+def test_a_step_that_only_one_group_has_built_is_protected_after_a_restart_of_the_coordinator() -> None:
+    """Breaks: it is taken for one that was committed and has lost parity, and nothing is committed for a minute."""
+    settings = replace(SETTINGS, group_size=2)
+    bench = Bench(settings)
+    names = [f"n{index}" for index in range(4)]
+    for name in names:
+        bench.hello(name)
+    for index in range(4):
+        bench.join(f"a{index}", least=4, most=4)
+    for rank, name in enumerate(names):
+        bench.attach(name, rank, epoch=1, world=4)
+    for rank, name in enumerate(names):
+        bench.sealed(name, 5, rank, world=4)
+    orders = {name: bench.to_node(name, "protect") for name in names}
+    for name, order in orders.items():
+        bench.protect = order
+        bench.built(name)
+    assert bench.to_node("n0", "committed").step == 5
+
+    again = Bench(settings, remembered=bench.store)
+    group = {member.node_id for member in orders["n0"].sets[0].members}
+    assert len(group) == 2
+    for rank, name in enumerate(names):
+        parities = [parity_of(orders[name], name, 5)] + ([parity_of(orders[name], name, 6)] if name in group else [])
+        worker = control.WorkerAttached(job=JOB, epoch=1, rank=rank, world_size=4, nonce=f"w1.{rank}")
+        slots = [slot_ref(step, rank, world=4) for step in (5, 6)]
+        again.hello(name, slots=slots, parities=parities, workers=[worker], epochs={JOB: 1})
+    for rank, name in enumerate(names):
+        again.sealed(name, 6, rank, world=4)
+    assert {again.to_node(name, "protect").step for name in names} == {6}
+    for name in names:
+        again.node(name, parity_built=control.ParityBuilt(job=JOB, epoch=1, step=6, lanes=[0]))
+    assert again.to_node("n0", "committed").step == 6
+
+
+def parity_of(order: control.Protect, node_id: str, step: int) -> control.ParityRef:
+    """What a node holds that has built its part of that order, for another step."""
+    one = control.StripeSet()
+    one.CopyFrom(order.sets[0])
+    one.step = step
+    for member in one.members:
+        member.slot.CopyFrom(slot_ref(step, member.slot.rank, world=4))
+    position = [member.node_id for member in one.members].index(node_id)
+    return control.ParityRef(set=one, position=position, file_bytes=64)
