@@ -4,7 +4,7 @@ The parity that this node builds of a step: because it is told to, or because it
 Rule 1: one step at a time, and what the coordinator orders comes first.
 Rule 2: an order that was carried out stands until the epoch ends. When all ranks here have sealed a later step, of the
 same layouts, its parity is built at once, from what the peers have sealed of it. The report of the seal waits for that,
-`HOLD_S` at most: in a healthy job one message says both.
+`HOLD_S` and a tick at most: in a healthy job one message says both.
 Rule 3: nothing depends on that. What was begun without an order and cannot be finished is taken back by the report of
 the seal without it, and nothing more is begun so before the next order was carried out.
 Rule 4: a step whose workers go may never be whole for the coordinator, which would know nothing of the parity that it
