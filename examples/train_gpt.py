@@ -203,7 +203,9 @@ def parallelize(model: nn.Module, parallel: str, world: int, device: torch.devic
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        # Without it DDP groups the gradients anew after the first step of each process. Of three workers or more that
+        # is another order of sums, so a run that was restarted would differ in the last bits, whoever restored it.
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     return model
 
 

@@ -35,9 +35,9 @@ _STEP_MS = "300"
 class Demo:
     """One run of the demo under `root`."""
 
-    def __init__(self, root: Path, wanted: Plan, *, steps: int, device: str, console: Console) -> None:
+    def __init__(self, root: Path, wanted: Plan, *, steps: int, device: str, parallel: str, console: Console) -> None:
         self._root, self._wanted, self._steps, self._console = root, wanted, steps, console
-        self._device = device
+        self._device, self._parallel = device, parallel
         self.outcomes = [
             Outcome(name=name, at_step=steps * (index + 1) // (len(wanted.faults) + 1) - 1)
             for index, name in enumerate(wanted.faults)
@@ -61,8 +61,7 @@ class Demo:
 
     def _training(self, out: str, *more: str) -> list[str]:
         where = ["--device", self._device, "--backend", "gloo"]  # NCCL does not let workers share a device
-        if self._device == "cuda":
-            where += ["--parallel", "ddp"]  # gloo on CUDA tensors has not all that FSDP2 asks for
+        where += ["--parallel", self._parallel]
         return [training_script(), "--steps", str(self._steps), "--out", str(self._root / out), *where, *more]
 
     def _disturbed(self, view: View) -> None:
@@ -128,7 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="snapshotd-demo-", dir=memory if memory.is_dir() else None))
-    demo = Demo(root, options.faults, steps=options.steps, device=options.device, console=console)
+    demo = Demo(
+        root,
+        options.faults,
+        steps=options.steps,
+        device=options.device,
+        parallel=options.parallel,
+        console=console,
+    )
     equal = False
     try:
         equal = demo.run()
@@ -165,12 +171,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", default="all", metavar="LIST", help=f"all, none, or some of {', '.join(FAULTS)}")
     parser.add_argument("--steps", type=int, default=0, help="default: 40, or 24 with fewer than two faults")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all workers on the first GPUs")
+    parser.add_argument("--parallel", choices=("fsdp2", "ddp"), help="default: fsdp2; on CUDA ddp, and nothing else")
     parser.add_argument("--keep", action="store_true", help=f"keep the logs in {_KEPT}/ even when all went well")
     options = parser.parse_args(argv)
     try:
         options.faults = plan(options.faults)
     except ValueError as error:
         parser.error(str(error))
+    if options.device == "cuda" and options.parallel == "fsdp2":
+        parser.error(
+            "--device cuda goes with --parallel ddp only: gloo on CUDA tensors has not all that FSDP2 asks for"
+        )
+    options.parallel = options.parallel or ("ddp" if options.device == "cuda" else "fsdp2")
     options.steps = options.steps or (40 if len(options.faults.faults) > 1 else 24)
     if options.steps < 5 * (len(options.faults.faults) + 1):
         parser.error(f"--steps {options.steps} leaves less than 5 steps between faults")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from examples.demo.records import Run, Summary
 from examples.demo.verdict import judge
-from examples.train_gpt import Sampler, corpus
+from examples.train_gpt import GPT, Sampler, corpus, parallelize
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_gpt.py"
 DATA = torch.arange(1000).to(torch.uint8)
@@ -52,6 +53,21 @@ def test_the_corpus_is_bounded_and_the_same_each_time():
     text = corpus(100_000)
     assert len(text) == 100_000
     assert torch.equal(text, corpus(100_000))
+
+
+def test_ddp_sums_gradients_in_one_order_however_often_it_is_restarted(tmp_path):
+    """A first step after a restart that groups them otherwise ends in other bits, with three workers or more."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        gpt = GPT(layers=1, width=32, heads=4, context=16, dropout=0.0)
+        model = parallelize(gpt, "ddp", 1, torch.device("cpu"))
+        for _ in range(3):
+            model(torch.zeros(2, 16, dtype=torch.long)).sum().backward()
+        facts = model._get_ddp_logging_data()
+        assert facts["iteration"] >= 2
+        assert not facts["has_rebuilt_buckets"]
+    finally:
+        dist.destroy_process_group()
 
 
 def train(out, *arguments):
