@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..processes import BenchError, wait_for
 from .bare_parts import BareParts
 from .system import Setting, System
 
@@ -21,6 +22,7 @@ __all__ = ["systems"]
 
 _JOB = "bench"
 _POLL_S = 0.01
+_COMMIT_S = 30.0
 _WARM_STEPS, _WARM_STEP_S = 40, 2.0
 
 
@@ -44,7 +46,7 @@ class Snapshots(System):
         self.outlives = "node" if level == "protected" else "worker"
         self.polls = self.outlives == "node"
         self._level = level
-        self._step = -1
+        self._step, self._left_out = -1, 0
         self._status = _Status(coordinator)
         self._snapshots = Snapshotter(
             setting.training.model,
@@ -61,8 +63,18 @@ class Snapshots(System):
         self._snapshots.restore()
         self._warm_up()
 
+    def ready(self) -> None:
+        """
+        Once the daemon has granted a slot, which it does when it hears of the commit before.
+
+        It hears of it later than we do where others have its core. Training would leave that step out and keep the
+        next; a round has one.
+        """
+        wait_for(lambda: self._snapshots._pipeline._grants, "a slot for the next step", _COMMIT_S)
+
     def save(self, step: int) -> None:
         self._step = step
+        self._left_out = self._snapshots.stats["skipped"]
         self._snapshots.capture(step)
 
     def fence(self) -> None:
@@ -78,10 +90,13 @@ class Snapshots(System):
             self._snapshots.wait()
 
     def _await_commit(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + _COMMIT_S
         while not self._status.committed(self._step, self._level):
+            stats = self._snapshots.stats
+            if stats["skipped"] > self._left_out:
+                raise BenchError(f"step {self._step} was left out: {stats}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"step {self._step} was not committed: {self._snapshots.stats}")
+                raise BenchError(f"step {self._step} was not committed: {stats}; {self._status.job()}")
             time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -101,7 +116,7 @@ class Snapshots(System):
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             if everywhere.item():
                 return
-        raise TimeoutError(f"no step was committed at the start: {self._snapshots.stats}")
+        raise BenchError(f"no step was committed at the start: {self._snapshots.stats}; {self._status.job()}")
 
 
 class _Status:
@@ -115,10 +130,12 @@ class _Status:
         self._stub = control_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._request = control_pb2.GetStatusRequest()
 
-    def committed(self, step: int, level: str) -> bool:
+    def job(self) -> dict[str, Any]:
         jobs = json.loads(self._stub.GetStatus(self._request, timeout=10).json)["jobs"]
-        ours: dict[str, Any] = next((job for job in jobs if job["job"] == _JOB), {})
-        committed: dict[str, Any] = ours.get("committed") or {}
+        return next((job for job in jobs if job["job"] == _JOB), {})
+
+    def committed(self, step: int, level: str) -> bool:
+        committed: dict[str, Any] = self.job().get("committed") or {}
         return committed.get("step", -1) >= step and committed.get("level") in (level, "protected", "persisted")
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class Setting:
 
 class System(ABC):
     """
-    One system. The trainer calls, for each step: save, (forward and backward), fence, (update), drain.
+    One system. The trainer calls `ready`, then for each step: save, (forward and backward), fence, (update), drain.
 
     Attributes:
         outlives: what the snapshot survives once `complete` returns: "worker", "node" or "nothing".
@@ -43,6 +43,9 @@ class System(ABC):
     lacks = ""
     polls = False
     waits = True
+
+    def ready(self) -> None:
+        """Return when a save would be kept; what this takes is no part of a step."""
 
     @abstractmethod
     def save(self, step: int) -> None:

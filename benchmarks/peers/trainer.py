@@ -2,6 +2,7 @@
 Trains, and measures one family of systems: `python -m benchmarks.peers.trainer SPEC.json`, once per rank.
 
 One sample is one step of training that keeps the state it began with: save, forward and backward, fence, update, drain.
+It begins when the system is ready to keep it.
 Plain steps stand between them. Each sample has the step's seconds, the seconds that training was held, the seconds
 until the snapshot was complete while training went on, and the CPU seconds of the services that the system has.
 """
@@ -75,6 +76,7 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
     for step, system in enumerate(systems, FIRST_STEP):
         dist.barrier()
         plain = _plain_step(training)
+        system.ready()
         dist.barrier()
         found = _kept_step(training, system, step, watched=True)
         if _agreed(found["step_s"] <= spec["within_s"]):
@@ -91,6 +93,7 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
         for system in quick if count % 2 == 0 else list(reversed(quick)):
             dist.barrier()
             plain = _plain_step(training)
+            system.ready()
             dist.barrier()
             services = cpu_seconds(spec["places"].get("pids", ()))
             found = _kept_step(training, system, step, watched=not system.polls)
@@ -99,6 +102,7 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
             samples[system.name].append({**found, "plain_s": plain["step_s"]})
             step += 1
             if system.polls:
+                system.ready()
                 dist.barrier()
                 watched = _kept_step(training, system, step, watched=True)
                 step += 1
