@@ -14,6 +14,7 @@ BEGAN = time.time()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 from ..state import Training  # noqa: E402
@@ -95,9 +96,10 @@ def main(mode: str, directory: str, nbytes: str) -> None:
     notes.add("joined", rank=dist.get_rank())
 
     def shard(model: torch.nn.Module) -> None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     training = Training(int(nbytes), tensors=592, threads=1, wrap=shard)
     keeper = Ours(training) if mode == "ours" else Dcp(training, mode)

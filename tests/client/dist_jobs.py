@@ -67,8 +67,9 @@ def wrap(kind, model):
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp":
-        fully_shard(model.first)
-        fully_shard(model)
+        mesh = init_device_mesh("cpu", (WORLD,))
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
     if kind == "hsdp":
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -208,9 +209,10 @@ def from_fixture(job):
     truth = json.loads(Path(job["truth"]).read_text())
     config = tiny.Cfg(**{**truth["model"], "seed": 5})
     model = tiny.build(config)
+    mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     opt = torch.optim.AdamW(tiny.groups_of(model, "one"))
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, tiny.warm_cos())
     extra = {"dataloader": {}, "train": {"step": 0}}

@@ -4,15 +4,17 @@ import lab
 import torch
 import torch.distributed as dist
 from snapshotd_client import Snapshotter  # snapshotd
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 args = lab.arguments()
 dist.init_process_group("gloo")
 lab.seed()
 model = lab.build_model(args)
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 for block in getattr(model, "blocks", []):
-    fully_shard(block)
-fully_shard(model)
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
 optimizers = lab.build_optimizers(args, model)
 scheduler = lab.build_scheduler(args, optimizers[0])
 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5, enabled=args.amp)

@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,9 +30,10 @@ class Run:
 
     def __init__(self, seed: int) -> None:
         self.model = tiny.build(tiny.Cfg(**{**CONFIG.facts(), "seed": seed}))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in self.model.layers:
-            fully_shard(layer)
-        fully_shard(self.model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(tiny.groups_of(self.model, "decay"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, tiny.warm_cos())
 
