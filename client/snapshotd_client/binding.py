@@ -116,6 +116,10 @@ class Binding:
             for number in parts:
                 self.sources[number] = _NOTHING
 
+    def reads(self, begin: int, end: int) -> bool:
+        """Whether a tensor lay between these addresses of host memory when it was looked at last."""
+        return any(begin <= pointer < end for pointer in self._pointers)
+
     def replicated(self) -> list[torch.Tensor]:
         """Return the local parts of all replicated tensors of the main group."""
         tensors = [*self._locals, *self._scratch]

@@ -11,9 +11,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from snapshotd_client.pipeline import Job, Pipeline
 from snapshotd_client.plan import Plan
 from snapshotd_client.restore import Restorer
 from snapshotd_client.settings import Settings
+from snapshotd_client.sharing import Sharing
 
 __all__ = ["Snapshotter"]
 
@@ -99,6 +102,8 @@ class Snapshotter:
             compare=self.settings.debug_copy,
         )
         self._fence = Fence([view.optimizer for view in self._inventory.optimizers], self.fence)
+        self._steady = threading.RLock()  # held while a capture takes the tensors' addresses, and while memory moves
+        self._sharing = Sharing(self._memory_moves)
         self._link.start()
         self._pipeline.start()
         _alive.add(self)
@@ -153,7 +158,8 @@ class Snapshotter:
             failpoint("client.capture")
             self._finish_reading()
             begun = time.perf_counter_ns()
-            self._capture(step)
+            with self._steady:
+                self._capture(step)
             self._counters.add("prepare_ns", time.perf_counter_ns() - begun)
         except Exception as error:  # Rule 1
             self._counters.add("errors")
@@ -283,6 +289,17 @@ class Snapshotter:
         if self.settings.debug_copy:
             self._pipeline.wait(_DEBUG_WAIT_S)
 
+    @contextmanager
+    def _memory_moves(self, begin: int, end: int) -> Iterator[None]:
+        """Another thread, or this one, moves host memory: after the capture that reads it, and before the next."""
+        binding = self._binding
+        if self._inert or binding is None or not binding.reads(begin, end):
+            yield
+            return
+        with self._steady:
+            self._pipeline.fence()
+            yield
+
     def _hold(self) -> None:
         """
         Let the device finish this capture before all that comes: since the last one no update was announced.
@@ -361,6 +378,7 @@ class Snapshotter:
         self._closed = True
         _alive.discard(self)
         self._fence.remove()
+        self._sharing.remove()
         self._pipeline.close(_CLOSE_S)
         self._link.close(pb.Frame(goodbye=pb.Goodbye(finished=finished and not self._failed)))
         self._binding = self._plan = None
