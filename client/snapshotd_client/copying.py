@@ -108,12 +108,13 @@ class CopyPool:
         copy_alone()
         while (item := self._queue.get()) is not None:
             share, done = item
+            failed: BaseException | None = None
             try:
                 share.copy()
             except BaseException as error:  # goes to the thread that waits, and is raised there
-                done.put(error)
-            else:
-                done.put(None)
+                failed = error
+            del item, share  # nothing here holds what has been copied
+            done.put(failed)
 
 
 def go_first() -> None:

@@ -69,6 +69,7 @@ class Inventory:
         self._buffers: dict[str, Leaf] = {}
         self._rng = RngText()
         self._devices: list[torch.device] = []
+        self._forgotten = False
         self._scan()
 
     def read(self) -> tuple[Reading, bool]:
@@ -80,6 +81,8 @@ class Inventory:
 
     def unchanged(self) -> bool:
         """Look whether the layout is still that of the last scan, and take in what may change without it."""
+        if self._forgotten:
+            return False
         return self.tree.unchanged() and all(view.refresh() for view in self.optimizers)
 
     def rescan(self) -> Reading:
@@ -120,6 +123,14 @@ class Inventory:
         forgotten = [view.forget_moving() for view in self.optimizers]
         return True in forgotten
 
+    def forget(self) -> None:
+        """Let go of all tensors; the next look finds them again."""
+        self._forgotten = True
+        self._fixed, self._lasting, self._lasting_of, self._buffers = [], [], [], {}
+        self.tree.forget()
+        for view in self.optimizers:
+            view.forget()
+
     def unseen(self) -> list[str]:
         """Return the paths of what looks like state, but is not captured."""
         return unseen_state(self.optimizers)
@@ -128,6 +139,7 @@ class Inventory:
         return [param for view in self.optimizers for param in view.strays]
 
     def _scan(self) -> None:
+        self._forgotten = False
         self.tree.scan()
         for view in self.optimizers:
             view.scan(self.tree)

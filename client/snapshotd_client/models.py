@@ -106,6 +106,11 @@ class ModelTree:
         self._counted = [entries for entries in self._fsdp_dicts if entries]
         self._sizes = list(map(len, self._counted))
 
+    def forget(self) -> None:
+        """Let go of everything but the modules, until the next ``scan``."""
+        self._reset()
+        self._held, self._empty, self._counted, self._sizes = Held(()), [], [], []
+
     def unchanged(self) -> bool:
         """Whether all parameters are the objects of the last scan, and no module came or went. Cheap."""
         # FSDP2 swaps sharded and unsharded parameters in and out of the module: only their number is looked at.

@@ -184,6 +184,12 @@ class OptimizerView:
             self._held = self._leaves = None
         return bool(moving)
 
+    def forget(self) -> None:
+        """Let go of everything but the optimizer, until the next ``scan``."""
+        self.params, self.strays, self._members = [], [], []
+        self._groups, self._entries, self._moving = [], [], []
+        self._held = self._leaves = self._text = None
+
     def text(self) -> bytes:
         """Return the JSON text of groups and state, for the step's meta."""
         if self._text is None:

@@ -104,6 +104,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._job: Job | None = None
+        self._holds_job = False  # the copy thread, in whatever state the job is
         self._grants: deque[pb.Grant] = deque(maxlen=_MAX_GRANTS)
         self._registration: Registration | None = None
         self._opened: set[int] = set()  # slots that were mapped ahead, or could not be
@@ -194,6 +195,12 @@ class Pipeline:
         if skip is not None:
             self._link.post(skip, job.session)
 
+    def drain(self) -> None:
+        """Fence, and return when copies on an accelerator have ended, too, and nothing here holds what was copied."""
+        self.fence()
+        with self._changed:
+            self._changed.wait_for(lambda: self._job is None and not self._holds_job)
+
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until the last capture is skipped, or the daemon has it; False if it is void, or time ran out."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -262,10 +269,14 @@ class Pipeline:
         copy_alone()
         while True:
             with self._changed:
+                if self._holds_job:
+                    self._holds_job = False
+                    self._changed.notify_all()
                 self._changed.wait_for(lambda: self._stopping or self._job_is_ready() or self._unopened())
                 if self._stopping:
                     return
                 job = self._job if self._job_is_ready() else None
+                self._holds_job = job is not None
                 ahead = self._unopened()
                 if job is not None:
                     outcome = self._take_grant(job)
@@ -278,6 +289,7 @@ class Pipeline:
                 self._serve(job, outcome)
             else:
                 self._finish(job, outcome)
+            job = None
 
     def _job_is_ready(self) -> bool:
         job = self._job

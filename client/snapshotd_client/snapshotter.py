@@ -40,6 +40,7 @@ _CLOSE_S = 10.0
 _COPY_THREADS = 4
 """At most, where nobody says how many: more rarely copy faster."""
 _DEBUG_WAIT_S = 5.0
+_RELEASE_S = 5.0
 
 
 class Snapshotter:
@@ -176,6 +177,22 @@ class Snapshotter:
         """
         if not self._inert and not self._finish_reading():
             self._unfenced = 0
+
+    def release(self) -> None:
+        """
+        Let go of all tensors, once the last capture is copied; one that finds no slot for some seconds is given up.
+
+        What was captured is held from one capture to the next. Call this before you move state elsewhere and count on
+        its memory, as where a device is lent out between two phases of training. The next capture looks at everything
+        anew.
+        """
+        if self._inert or self._closed:
+            return
+        with self._steady:
+            self._pipeline.wait(_RELEASE_S)
+            self._pipeline.drain()
+            self._binding = None
+            self._inventory.forget()
 
     def _finish_reading(self) -> bool:
         """Fence; return whether an accelerator only records what is issued now."""
