@@ -38,6 +38,10 @@ _MAX_CALL_BYTES: Final = 1 << 30
 _ZFEC_WINDOW_BYTES: Final = 1 << 20
 """zfec makes bytes objects: large enough that the calls vanish, and the C library finds memory of this size again."""
 
+_ZFEC_MANY: Final = 6
+_ZFEC_PIECE_BYTES: Final = 256 * 1024
+"""So many sources of 1 MiB are more than a core's cache holds: of smaller pieces all rows are made at once."""
+
 _NOTHING: Final = memoryview(b"")
 
 
@@ -97,7 +101,13 @@ class ZfecCodec:
     ) -> None:
         views, targets = _check_encode(k, m, rows, sources, outs)
         encode = self._encoder(k, k + m).encode
-        for blocks, parts in _pieces(views, targets):
+        if k >= _ZFEC_MANY and len(rows) > 1:  # for each row all that went in would be read from memory again
+            numbers = [k + row for row in rows]
+            for blocks, parts in _pieces(views, targets, _ZFEC_PIECE_BYTES):
+                for part, made in zip(parts, encode(blocks, numbers), strict=True):
+                    part[:] = made
+            return
+        for blocks, parts in _pieces(views, targets, _ZFEC_WINDOW_BYTES):
             for row, part in zip(rows, parts, strict=True):
                 part[:] = encode(blocks, [k + row])[0]  # one by one: its memory is in the caches, and free for the next
 
@@ -105,7 +115,7 @@ class ZfecCodec:
         self, k: int, m: int, known: Sequence[tuple[int, Buffer | None]], wanted_index: int, out: Buffer
     ) -> None:
         indexes, views, target = _check_decode(k, m, known, wanted_index, out)
-        for blocks, [part] in _pieces(views, [target]):
+        for blocks, [part] in _pieces(views, [target], _ZFEC_WINDOW_BYTES):
             if wanted_index in indexes:
                 part[:] = blocks[indexes.index(wanted_index)]
                 continue
@@ -310,22 +320,22 @@ def _views(buffers: Sequence[Buffer | None], *, writable: bool = False) -> list[
 
 
 def _pieces(
-    views: Sequence[memoryview], targets: Sequence[memoryview]
+    views: Sequence[memoryview], targets: Sequence[memoryview], most: int
 ) -> Iterable[tuple[Sequence[Block], Sequence[memoryview]]]:
     """What zfec is given at a time, and where the result goes: mostly everything as it is."""
     size = len(targets[0]) if targets else 0
-    whole = 0 < size <= _ZFEC_WINDOW_BYTES
+    whole = 0 < size <= most
     for view in views:
         whole = whole and len(view) == size
-    return [(views, targets)] if whole else _windows(views, targets, size)
+    return [(views, targets)] if whole else _windows(views, targets, size, most)
 
 
 def _windows(
-    views: Sequence[memoryview], targets: Sequence[memoryview], size: int
+    views: Sequence[memoryview], targets: Sequence[memoryview], size: int, most: int
 ) -> Iterator[tuple[Sequence[Block], Sequence[memoryview]]]:
     """The bytes where they are; only what is short is copied, with zeros behind it."""
-    for begin in range(0, size, _ZFEC_WINDOW_BYTES):
-        end = min(begin + _ZFEC_WINDOW_BYTES, size)
+    for begin in range(0, size, most):
+        end = min(begin + most, size)
         blocks = [view[begin:end] for view in views]
         yield (
             [block if len(block) == end - begin else block.tobytes().ljust(end - begin, b"\0") for block in blocks],
