@@ -270,7 +270,8 @@ add(
 
 LOST = r"steps? (is|are) lost"
 GONE = "the state is lost, and nothing is on the durable tier"
-PERSIST = {"persist_every": 3}
+PERSIST = {"persist_every": 4}
+"""One step before the sixth, where a scenario stands still, and the next behind it, even where a step is left out."""
 
 add(
     "two-nodes-durable-fsdp2-n4-m1", fsdp2(4, spares=2, **PERSIST),
