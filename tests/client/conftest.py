@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,3 +69,22 @@ def seed() -> Callable[[int], None]:
         np.random.seed(value)
 
     return run
+
+
+@pytest.fixture
+def fence_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Snapshotter, threading.Thread], threading.Event]:
+    """Make an event that is set when a thread waits for the copy."""
+
+    def watch(snap: Snapshotter, thread: threading.Thread) -> threading.Event:
+        waits, changed = threading.Event(), snap._pipeline._changed
+        really_wait = changed.wait
+
+        def wait(timeout: float | None = None) -> bool:
+            if threading.current_thread() is thread:
+                waits.set()
+            return really_wait(timeout)
+
+        monkeypatch.setattr(changed, "wait", wait)
+        return waits
+
+    return watch

@@ -60,7 +60,7 @@ class Gate:
         self.go.touch()
 
 
-def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path, monkeypatch):
+def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path, fence_waits):
     """Breaks: the optimizer changes parameters that are being copied, and the snapshot is half of each step."""
     model, opt = job()
     snap = snapshotter(model, opt)
@@ -69,16 +69,8 @@ def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path, monkeypatch):
     gate = Gate(tmp_path)
     snap.capture(0)
     gate.wait()
-    changed, update_waits = snap._pipeline._changed, threading.Event()
-    really_wait = changed.wait
-
-    def wait(timeout=None):
-        if threading.current_thread() is update:
-            update_waits.set()
-        return really_wait(timeout)
-
-    monkeypatch.setattr(changed, "wait", wait)
     update = threading.Thread(target=train, args=(model, opt))
+    update_waits = fence_waits(snap, update)
     update.start()
     assert update_waits.wait(20)
     gate.open()

@@ -10,25 +10,6 @@ import torch
 from test_capture import Gate, job, reasons, train
 
 
-@pytest.fixture
-def fence_waits(monkeypatch):
-    """Make an event that is set when a thread waits for the copy."""
-
-    def watch(snap, thread):
-        waits, changed = threading.Event(), snap._pipeline._changed
-        really_wait = changed.wait
-
-        def wait(timeout=None):
-            if threading.current_thread() is thread:
-                waits.set()
-            return really_wait(timeout)
-
-        monkeypatch.setattr(changed, "wait", wait)
-        return waits
-
-    return watch
-
-
 @pytest.mark.parametrize("what", ["model", "momentum"])
 def test_memory_moves_after_the_copy(daemon, snapshotter, tmp_path, fence_waits, what):
     """Breaks: a model that is shared with another process right after a capture ends the training with SIGSEGV."""
