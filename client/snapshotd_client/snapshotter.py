@@ -395,8 +395,8 @@ class Snapshotter:
         self._closed = True
         _alive.discard(self)
         self._fence.remove()
-        self._sharing.remove()
         self._pipeline.close(_CLOSE_S)
+        self._sharing.remove()  # the last copy may have been running
         self._link.close(pb.Frame(goodbye=pb.Goodbye(finished=finished and not self._failed)))
         self._binding = self._plan = None
 

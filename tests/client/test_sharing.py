@@ -64,6 +64,28 @@ def test_a_tensor_sent_to_another_process_moves_after_the_copy(daemon, snapshott
     snapshotter.sealed(0)
 
 
+def test_memory_moves_after_the_last_copy(daemon, snapshotter, tmp_path, fence_waits):
+    """Breaks: a thread that sends weights while the training ends makes it end with SIGSEGV."""
+    model, opt = job()
+    snap = snapshotter(model, opt)
+    gate = Gate(tmp_path)
+    snap.capture(0)
+    gate.wait()
+    closes = threading.Thread(target=snap.close)
+    closing = fence_waits(snap, closes)
+    closes.start()
+    assert closing.wait(20)
+    moves = threading.Thread(target=model.share_memory)
+    waits = fence_waits(snap, moves)
+    moves.start()
+    assert waits.wait(20)
+    gate.open()
+    moves.join()
+    closes.join()
+    snapshotter.sealed(0)
+    assert all(parameter.is_shared() for parameter in model.parameters())
+
+
 def test_a_capture_that_has_not_begun_is_given_up(daemon, snapshotter):
     """Breaks: the copy begins when the memory is gone."""
     model, opt = job()
