@@ -2,7 +2,8 @@
 The live tensors behind a plan: what the copy thread reads, and what tells whether it changed under it.
 
 Rule 1: ``bind`` is called for each capture, after the fence of the one before. Where nothing is another object or lies
-elsewhere, it takes three passes without a line of Python per tensor (``Held``'s rule).
+elsewhere, no line of Python runs per tensor (``Held``'s rule), and as soon as they stay where they are, none is asked
+where that is: a ``Sight`` of them holds.
 Rule 2: a view keeps the memory that it shows, so memory at the same address is the same memory.
 Rule 3: what ``bind`` can only find out slowly (the same memory under another shape) is found by ``moved``, behind the
 copy and off the training thread. Then this step is not kept, and the next ``bind`` looks at everything.
@@ -15,19 +16,21 @@ from collections.abc import Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from snapshotd_client.arrays import Array, carrier_dtype, version_of, view_of
 from snapshotd_client.dtensors import is_dtensor, local_of
 from snapshotd_client.leaves import Leaf
 from snapshotd_client.plan import Plan
+from snapshotd_client.sight import Sight
 
 __all__ = ["Binding"]
 
 _NOTHING: Final[torch.Tensor] = torch.empty(0, device="cpu")
 _NOWHERE: Final = -1
-_AT_ONCE: Final = 256
-"""Tensors that ``moved`` looks at before it lets the training thread go on: some 0.1 ms."""
+_AT_ONCE: Final = 250
+"""Tensors of one ``Sight``, and that ``moved`` looks at before it lets the training thread go on: some 0.1 ms."""
 
 _pointer_of: Final = torch.Tensor.data_ptr
 _shape_of: Final = torch.Tensor.size
@@ -59,7 +62,8 @@ class Binding:
         self._pointers: list[int] = []
         self._shapes: list[object] = [None] * self._num_lasting
         self._strides: list[object] = [None] * self._num_lasting
-        self._versions: list[int] = []
+        self._sights: list[Sight] | None = None
+        self._versions: list[Array] = []
 
     def bind(self, lasting: list[Leaf], sync: Sequence[Leaf]) -> bool:
         """
@@ -69,20 +73,25 @@ class Binding:
         """
         if not self.follow(lasting) or not self._clone(sync):
             return False
-        self._versions = _versions(self._locals)
+        self._versions = self._look_at_versions()
         return True
 
     def follow(self, lasting: list[Leaf]) -> bool:
         """Look where the tensors of these leaves lie now; False where one is not what the plan says."""
         if lasting is not self._lasting and not self._take(lasting):
             return False
+        if self._sights and all(sight.holds() for sight in self._sights):
+            return True
         for index, tensor in self._sharded:  # the local part of a DTensor can be another tensor at any time
             local = local_of(tensor)
             if local is not self._locals[index]:
                 self._locals[index], self._pointers[index] = local, _NOWHERE
         pointers = list(map(_pointer_of, self._locals))
         if pointers == self._pointers:
+            if self._sights is None:
+                self._sights = self._see()
             return True
+        self._sights = None
         self.copies.clear()
         for index, pointer in enumerate(pointers):
             if pointer != self._pointers[index] and not self._look(index, self._locals[index]):
@@ -94,12 +103,11 @@ class Binding:
     def moved(self) -> list[str]:
         """Return the names of the tensors that are not what they were at ``bind``: changed in place, or reshaped."""
         moved: list[str] = []
-        for begin in range(0, len(self._locals), _AT_ONCE):
-            part = slice(begin, begin + _AT_ONCE)
+        for number, part in enumerate(self._batches()):
             tensors, names = self._locals[part], self._names[part]
-            now = _versions(tensors)
-            if now != self._versions[part]:
-                moved += [name for name, a, b in zip(names, now, self._versions[part], strict=False) if a != b]
+            changed = _versions(tensors) != self._versions[number]
+            if changed.any():
+                moved += [names[index] for index in np.flatnonzero(changed)]
             shapes, strides = list(map(_shape_of, tensors)), list(map(_strides_of, tensors))
             if shapes != self._shapes[part] or strides != self._strides[part]:
                 self._lasting = None
@@ -111,7 +119,7 @@ class Binding:
     def forget(self) -> None:
         """Let go of all tensors that are not our own; the next ``bind`` finds them again."""
         self.copies.clear()
-        self._lasting, self._locals, self._sharded, self._versions = None, [], [], []
+        self._lasting, self._locals, self._sharded, self._versions, self._sights = None, [], [], [], None
         for parts in self._parts_of[: self._num_lasting]:
             for number in parts:
                 self.sources[number] = _NOTHING
@@ -133,7 +141,27 @@ class Binding:
         self._locals = [local_of(leaf.tensor) for leaf in lasting]
         self._sharded = [(index, leaf.tensor) for index, leaf in enumerate(lasting) if is_dtensor(leaf.tensor)]
         self._pointers = [_NOWHERE] * len(lasting)
+        self._sights = None
         return True
+
+    def _batches(self) -> list[slice]:
+        return [slice(begin, begin + _AT_ONCE) for begin in range(0, len(self._locals), _AT_ONCE)]
+
+    def _see(self) -> list[Sight]:
+        """Look at all tensors in such a way that one look tells whether they are where they were; [] if that fails."""
+        assert self._lasting is not None
+        objects = [leaf.tensor for leaf in self._lasting]
+        try:
+            return [Sight(objects[part], self._locals[part], self._pointers[part]) for part in self._batches()]
+        except (ValueError, OSError):
+            return []
+
+    def _look_at_versions(self) -> list[Array]:
+        batches = self._batches()
+        seen = [sight.versions() for sight in self._sights] if self._sights else [None] * len(batches)
+        return [
+            _versions(self._locals[part]) if found is None else found for part, found in zip(batches, seen, strict=True)
+        ]
 
     def _look(self, index: int, tensor: torch.Tensor) -> bool:
         if not self._is_planned(index, tensor):
@@ -174,11 +202,12 @@ class Binding:
             self.sources[number] = whole[part.slices] if part.slices else whole
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+def _versions(tensors: Sequence[torch.Tensor]) -> Array:
+    """How often each was changed in place; -1 where nobody counts (inference tensors)."""
     try:
-        return [tensor._version for tensor in tensors]
+        return np.array([tensor._version for tensor in tensors])
     except RuntimeError:
-        return [version_of(tensor) for tensor in tensors]
+        return np.array([version_of(tensor) for tensor in tensors])
 
 
 def _device_view(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,19 +9,18 @@ whose version is the one before is not opened: that spares most of the look. Ano
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 from torch._C._dynamo import guards
 
-__all__ = ["Held", "is_same"]
+from snapshotd_client.words import Words, offset_of
 
-_version_of: Callable[[dict[Any, Any]], int] | None = None
-if sys.version_info < (3, 12):  # later ones count nothing; torch's function would have each change call back
-    _version_of = getattr(guards, "dict_version", None)
+__all__ = ["Held", "is_same"]
 
 
 class Held:
@@ -31,16 +30,18 @@ class Held:
         known = list(dicts)
         self._empty = [entries for entries in known if not entries]
         self._filled = [entries for entries in known if entries]
-        self._versions = _versions(self._filled)
+        place = _place_of_version()
+        self._words = None if place is None else Words(id(entries) + place for entries in known)
+        self._versions = None if self._words is None else self._words.read()
         self._keys, self._values = _look(self._filled)
 
     def unchanged(self) -> bool:
         """Whether each of the dicts has the same keys and values, put in in the same order: the very objects."""
-        if any(self._empty):
-            return False
-        versions = _versions(self._filled)
+        versions = None if self._words is None else self._words.read()
         if versions is not None and versions == self._versions:
             return True
+        if any(self._empty):
+            return False
         keys, values = _look(self._filled)
         if not (is_same(keys, self._keys) and is_same(values, self._values)):
             return False
@@ -53,9 +54,18 @@ def is_same(found: Sequence[object], held: Sequence[object]) -> bool:
     return len(found) == len(held) and all(map(operator.is_, found, held))
 
 
-def _versions(dicts: list[dict[Any, Any]]) -> list[int] | None:
-    return None if _version_of is None else list(map(_version_of, dicts))
-
-
 def _look(dicts: list[dict[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return list(chain.from_iterable(dicts)), list(chain.from_iterable(map(dict.values, dicts)))
+
+
+@functools.cache
+def _place_of_version() -> int | None:
+    """How many bytes from its beginning a dict has its version; None where there is none, or nobody says where."""
+    version_of = getattr(guards, "dict_version", None)
+    if sys.version_info >= (3, 12) or version_of is None:  # later ones count nothing, and torch would watch each dict
+        return None
+    dicts: list[dict[Any, Any]] = [{number: number} for number in range(3)]
+    try:
+        return offset_of(*((id(some), version_of(some)) for some in dicts), within=dict.__basicsize__)
+    except (ValueError, OSError):
+        return None

@@ -133,8 +133,14 @@ def test_slots_are_mapped_before_a_step_needs_them(daemon, job):
     assert before == snap._pipeline._copier._slots
 
 
-@pytest.mark.parametrize("change", ["data", "set", "swapped", "state", "dict", "dict, then state", "loaded"])
-def test_a_tensor_that_is_another_is_captured(daemon, job, change):
+@pytest.fixture(params=["seen", "asked"])
+def look_at_tensors(request, monkeypatch):
+    if request.param == "asked":
+        monkeypatch.setattr("snapshotd_client.sight._fields", lambda: None)
+
+
+@pytest.mark.parametrize("change", ["data", "set", "swapped", "shared", "state", "dict", "dict, then state", "loaded"])
+def test_a_tensor_that_is_another_is_captured(look_at_tensors, daemon, job, change):
     """Breaks: the bytes of a tensor that was left are kept as this step's, for ever after."""
     model, opt, snap = job
     weight, name = model[0].weight, "model.0.weight"
@@ -143,9 +149,12 @@ def test_a_tensor_that_is_another_is_captured(daemon, job, change):
     if change == "data":
         weight.data = weight.data.clone()
     elif change == "set":
-        weight.data.set_(torch.rand(6, 6))
+        with torch.no_grad():
+            weight.set_(torch.rand(6, 6))
     elif change == "swapped":
         torch.utils.swap_tensors(weight, nn.Parameter(torch.rand(6, 6)))
+    elif change == "shared":
+        weight.share_memory_()
     else:
         name = "optim.0.weight.exp_avg"
     if change.startswith("dict"):
@@ -190,7 +199,7 @@ _CHANGES = {
 @pytest.fixture(params=["versions", "no versions"])
 def dict_versions(request, monkeypatch):
     if request.param == "no versions":
-        monkeypatch.setattr("snapshotd_client.held._version_of", None)
+        monkeypatch.setattr("snapshotd_client.held._place_of_version", lambda: None)
 
 
 @pytest.mark.parametrize("kind", [dict, lambda known: defaultdict(list, known)], ids=["dict", "defaultdict"])
