@@ -3,10 +3,10 @@ The live tensors behind a plan: what the copy thread reads, and what tells wheth
 
 Rule 1: ``bind`` is called for each capture, after the fence of the one before. Where nothing is another object or lies
 elsewhere, no line of Python runs per tensor (``Held``'s rule), and as soon as they stay where they are, none is asked
-where that is: a ``Sight`` of them holds.
+where that is, nor of what shape: a ``Sight`` of them holds.
 Rule 2: a view keeps the memory that it shows, so memory at the same address is the same memory.
-Rule 3: what ``bind`` can only find out slowly (the same memory under another shape) is found by ``moved``, behind the
-copy and off the training thread. Then this step is not kept, and the next ``bind`` looks at everything.
+Rule 3: what ``bind`` can only find out slowly without one (the same memory under another shape) is found by ``moved``,
+behind the copy and off the training thread. Then this step is not kept, and the next ``bind`` looks at everything.
 """
 
 from __future__ import annotations
@@ -88,13 +88,18 @@ class Binding:
                 self._locals[index], self._pointers[index] = local, _NOWHERE
         pointers = list(map(_pointer_of, self._locals))
         if pointers == self._pointers:
-            if self._sights is None:
+            if self._sights == []:
+                return True
+            changed = self._reshaped()
+            if not changed:
                 self._sights = self._see()
-            return True
+                return True
+        else:
+            changed = [index for index, (a, b) in enumerate(zip(pointers, self._pointers, strict=True)) if a != b]
         self._sights = None
         self.copies.clear()
-        for index, pointer in enumerate(pointers):
-            if pointer != self._pointers[index] and not self._look(index, self._locals[index]):
+        for index in changed:
+            if not self._look(index, self._locals[index]):
                 self._lasting = None
                 return False
         self._pointers = pointers
@@ -108,11 +113,9 @@ class Binding:
             changed = _versions(tensors) != self._versions[number]
             if changed.any():
                 moved += [names[index] for index in np.flatnonzero(changed)]
-            shapes, strides = list(map(_shape_of, tensors)), list(map(_strides_of, tensors))
-            if shapes != self._shapes[part] or strides != self._strides[part]:
+            if not self._sights and (reshaped := self._reshaped(part)):
                 self._lasting = None
-                looks = zip(names, shapes, self._shapes[part], strides, self._strides[part], strict=False)
-                moved += [name for name, a, b, c, d in looks if a != b or c != d]
+                moved += [self._names[index] for index in reshaped]
             time.sleep(0)
         return moved
 
@@ -144,11 +147,20 @@ class Binding:
         self._sights = None
         return True
 
+    def _reshaped(self, part: slice = slice(None)) -> list[int]:
+        """Return which tensors have another shape, or other strides, than they had when they were looked at last."""
+        tensors = self._locals[part]
+        shapes, strides = list(map(_shape_of, tensors)), list(map(_strides_of, tensors))
+        if shapes == self._shapes[part] and strides == self._strides[part]:
+            return []
+        looks = zip(shapes, self._shapes[part], strides, self._strides[part], strict=True)
+        return [index for index, (a, b, c, d) in enumerate(looks, part.start or 0) if a != b or c != d]
+
     def _batches(self) -> list[slice]:
         return [slice(begin, begin + _AT_ONCE) for begin in range(0, len(self._locals), _AT_ONCE)]
 
     def _see(self) -> list[Sight]:
-        """Look at all tensors in such a way that one look tells whether they are where they were; [] if that fails."""
+        """Look at all tensors in such a way that one look tells whether they are what they were; [] if that fails."""
         assert self._lasting is not None
         objects = [leaf.tensor for leaf in self._lasting]
         try:

@@ -22,6 +22,10 @@ def places(tensors):
     return [tensor.data_ptr() for tensor in tensors]
 
 
+def looks(tensors):
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+
+
 def seen(tensors):
     return Sight(tensors, tensors, places(tensors))
 
@@ -39,6 +43,7 @@ def tensors():
         torch.zeros(0),
         torch.from_numpy(np.ones(5)),
         torch.rand(6, 8).t(),
+        torch.rand(2, 3, 1, 2, 1).expand(2, 3, 4, 2, 5),
         base[50:],
     ]
 
@@ -65,6 +70,11 @@ _CHANGES = {
     "shared": lambda tensor: tensor.share_memory_(),
     "resized": _resized,
     "another type": lambda tensor: setattr(tensor, "data", tensor.data.to(torch.float64)),
+    "rows": lambda tensor: setattr(tensor, "data", tensor.data[:1]),
+    "transposed": lambda tensor: setattr(tensor, "data", tensor.data.t()),
+    "flat": lambda tensor: setattr(tensor, "data", tensor.data.view(6)),
+    "more dimensions": lambda tensor: setattr(tensor, "data", tensor.data[None]),
+    "strides alone": lambda tensor: setattr(tensor, "data", tensor.data.as_strided((2, 3), (1, 2))),
     "no memory": lambda tensor: tensor.untyped_storage().resize_(0),
 }
 
@@ -73,11 +83,11 @@ _CHANGES = {
 def test_it_holds_as_long_as_torch_says_so(tensors, change):
     """Breaks: a copy from where a tensor was before; or all tensors are asked, each step."""
     look = seen(tensors)
-    before = places(tensors)
+    before = looks(tensors)
     assert look.holds()
     _CHANGES[change](tensors[0])
     gc.collect()
-    assert look.holds() is (places(tensors) == before)
+    assert look.holds() is (looks(tensors) == before)
     assert look.holds() is (change in ("none", "in place", "gradient"))
     again = seen(tensors) if change != "no memory" else look
     assert again.holds() is (change != "no memory")
@@ -110,15 +120,17 @@ def test_what_does_not_count_is_left_to_torch():
 
 def test_what_is_not_as_torch_says_is_not_believed(tensors):
     """Breaks: with another torch, whose objects are built in another way, tensors move unseen."""
+    sparse, long = torch.zeros(3).to_sparse(), torch.zeros(1, 1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="do not say what torch says"):
         Sight(tensors, tensors, [1, *places(tensors)[1:]])
     with pytest.raises(ValueError, match="places where the words could be"):
         words.offset_of((id(tensors[0]), 1 << 60), within=64)
+    with pytest.raises(ValueError, match="of many dimensions"):
+        seen([*tensors, long])
     with pytest.raises(ValueError, match="no multiple of 8"):
         words.Words([id(tensors[0]) + 1])
     with pytest.raises(OSError, match="."):
         words.peek(8, 8)
-    sparse = torch.zeros(3).to_sparse()
     with pytest.raises(ValueError, match="without memory"):
         Sight([sparse], [sparse], [0])
 
