@@ -3,49 +3,56 @@ Whether something is still what it was: the objects that a look found are held, 
 
 Rule 1: objects are held as long as they are compared, so that an identity never stands for two of them.
 Rule 2: no line of Python runs per object. That is what makes a look at 10,000 tensors in each step affordable.
-Rule 3: where the interpreter gives each state of each dict a version of its own (PEP 509, up to Python 3.11), a dict
-whose version is the one before is not opened: that spares most of the look. Another version only says: look.
+Rule 3: dicts that a second look has found unchanged are not opened any more: it is read in memory, for all of them at
+once, that their tables are the ones that they were and have the same keys and values in the same places (see
+docs/adr/0015). Where that says anything else, or is not to be had, they are looked into.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import sys
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Any, Final
 
-from torch._C._dynamo import guards
+import numpy as np
 
-from snapshotd_client.words import Words, offset_of
+from snapshotd_client.words import Trail, block, offset_of, peek
 
 __all__ = ["Held", "is_same"]
+
+_TRAILS: Final = 2
+"""Where this many times dicts had the same entries, but not in the same places, it would be so each time."""
+
+Dict = dict[Any, Any]
 
 
 class Held:
     """The keys and values of some dicts, as they are when this is made."""
 
-    def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
+    def __init__(self, dicts: Iterable[Dict]) -> None:
         known = list(dicts)
         self._empty = [entries for entries in known if not entries]
         self._filled = [entries for entries in known if entries]
-        place = _place_of_version()
-        self._words = None if place is None else Words(id(entries) + place for entries in known)
-        self._versions = None if self._words is None else self._words.read()
         self._keys, self._values = _look(self._filled)
+        self._trail: Trail | None = None
+        self._trails = _TRAILS
 
     def unchanged(self) -> bool:
         """Whether each of the dicts has the same keys and values, put in in the same order: the very objects."""
-        versions = None if self._words is None else self._words.read()
-        if versions is not None and versions == self._versions:
+        if self._trail is not None and self._trail.holds():
             return True
         if any(self._empty):
             return False
         keys, values = _look(self._filled)
         if not (is_same(keys, self._keys) and is_same(values, self._values)):
             return False
-        self._versions = versions
+        self._trail = None
+        if self._trails:
+            self._trails -= 1
+            self._trail = _trail_of(self._empty, self._filled)
         return True
 
 
@@ -54,18 +61,62 @@ def is_same(found: Sequence[object], held: Sequence[object]) -> bool:
     return len(found) == len(held) and all(map(operator.is_, found, held))
 
 
-def _look(dicts: list[dict[Any, Any]]) -> tuple[list[Any], list[Any]]:
+def _look(dicts: list[Dict]) -> tuple[list[Any], list[Any]]:
     return list(chain.from_iterable(dicts)), list(chain.from_iterable(map(dict.values, dicts)))
 
 
-@functools.cache
-def _place_of_version() -> int | None:
-    """How many bytes from its beginning a dict has its version; None where there is none, or nobody says where."""
-    version_of = getattr(guards, "dict_version", None)
-    if sys.version_info >= (3, 12) or version_of is None:  # later ones count nothing, and torch would watch each dict
+def _trail_of(empty: list[Dict], filled: list[Dict]) -> Trail | None:
+    """Return where in memory the entries of these dicts lie; None where that is not to be found out."""
+    fields = _fields()
+    # An OrderedDict has its order elsewhere.
+    if fields is None or any(type(entries) not in (dict, defaultdict) for entries in filled):
         return None
-    dicts: list[dict[Any, Any]] = [{number: number} for number in range(3)]
+    used, table = fields
+    trail = Trail()
+    begins = np.array([*map(id, filled), *map(id, empty)], np.int64)
+    found = trail.follow(np.concatenate((begins + used, begins[: len(filled)] + table)))
+    tables = found[len(begins) :]
+    trail.follow(tables + 8)  # how large it is: its entries are nowhere else then
     try:
-        return offset_of(*((id(some), version_of(some)) for some in dicts), within=dict.__basicsize__)
+        trail.follow([place for pair in zip(filled, tables.tolist(), strict=True) for place in _places(*pair)])
+    except KeyError:
+        return None
+    return trail
+
+
+def _places(entries: Dict, table: int) -> Iterator[int]:
+    """Where a dict's keys and values lie in its table. KeyError where they do not."""
+    words = block(table, dict.__sizeof__(entries) - type(entries).__basicsize__)
+    places = {pair: table + 8 * number for number, pair in enumerate(pairwise(words))}
+    for key, value in entries.items():
+        place = places[id(key), id(value)]
+        yield place
+        yield place + 8
+
+
+@functools.cache
+def _fields() -> tuple[int, int] | None:
+    """How many bytes from its beginning a dict has the number of its entries, and where its table lies; or None."""
+    dicts: list[Dict] = [{str(number): [number] for number in range(size)} for size in (3, 17, 200)]
+    try:
+        used = offset_of(*((id(some), len(some)) for some in dicts), within=dict.__basicsize__)
+        tables = [_tables_of(some) for some in dicts]
+        [table] = set.intersection(*tables)
     except (ValueError, OSError):
         return None
+    return used, table
+
+
+def _tables_of(some: Dict) -> set[int]:
+    """The words of a dict that are addresses of what has its entries, each of them once, in their order."""
+    items = [(id(key), id(value)) for key, value in some.items()]
+    nbytes = dict.__sizeof__(some) - dict.__basicsize__
+    found = set()
+    for number, word in enumerate(peek(id(some), dict.__basicsize__)):
+        try:
+            words = peek(word, nbytes)
+        except (OSError, OverflowError):
+            continue
+        if [pair for pair in pairwise(words) if pair in set(items)] == items:
+            found.add(8 * number)
+    return found

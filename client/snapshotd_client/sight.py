@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from snapshotd_client.arrays import Array
-from snapshotd_client.words import Words, offset_of, peek
+from snapshotd_client.words import Trail, Words, offset_of, peek
 
 __all__ = ["Sight"]
 
@@ -58,7 +58,7 @@ class Sight:
         fields = _fields()
         if fields is None:
             raise ValueError("the fields of torch's objects are not to be found")
-        self._lies = _Path()
+        self._lies = Trail()
         sharded = [(a, b) for a, b in zip(objects, tensors, strict=True) if a is not b]
         if sharded:
             slot = {type(outer): (outer, inner) for outer, inner in sharded}
@@ -78,7 +78,7 @@ class Sight:
         _expect(np.where(said == 0, 0, data + offsets * sizes), said)  # torch says 0 of what has no elements
         self._follow_shapes(fields, impls, tensors)
 
-        self._counters = _Path()
+        self._counters = Trail()
         counters = self._counters.follow(self._counters.follow(inside) + fields.counter)
         # Inference tensors count nothing.
         self._versions = Words(counters + fields.version) if counters.all() else None
@@ -104,22 +104,6 @@ class Sight:
         shapes = chain.from_iterable(tensor.shape for tensor in tensors)
         strides = chain.from_iterable(tensor.stride() for tensor in tensors)
         _expect(self._lies.follow(places), [*dims, *shapes, *strides])
-
-
-class _Path:
-    """Words that lead to other words, in the order in which they do, and what they were."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[Words, bytes]] = []
-
-    def follow(self, addresses: Sequence[int] | Array) -> Array:
-        words = Words(addresses)
-        found = words.read()
-        self._steps.append((words, found))
-        return np.frombuffer(found, np.int64)
-
-    def holds(self) -> bool:
-        return all(words.read() == found for words, found in self._steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ Rule: who gives an address holds what lies there as long as it is read. Nothing 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from snapshotd_client.arrays import Array
 
-__all__ = ["Words", "offset_of", "peek"]
+__all__ = ["Trail", "Words", "block", "offset_of", "peek"]
 
 _WORD: Final = 8
 _AT_ONCE: Final = 500
@@ -54,6 +54,36 @@ class Words:
         """Return them, one after the other."""
         parts = [_memory[part].tobytes() for part in self._parts]
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class Trail:
+    """
+    Words that lead to other words, and what they were: whether all of them still are that is told from the first to the
+    last, so that no address is followed that was not just read again from the object that owns what lies there.
+    """
+
+    __slots__ = ("_steps",)
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Words, bytes]] = []
+
+    def follow(self, addresses: Sequence[int] | Array) -> Array:
+        """Read the words there, remember them, and return them."""
+        words = Words(addresses)
+        found = words.read()
+        self._steps.append((words, found))
+        return np.frombuffer(found, np.int64)
+
+    def holds(self) -> bool:
+        """Whether all words are what they were."""
+        return all(words.read() == found for words, found in self._steps)
+
+
+def block(begin: int, nbytes: int) -> list[int]:
+    """Return the words of ``nbytes`` from ``begin`` on, which whoever asks for them has a hold on."""
+    first = begin // _WORD - 1
+    words: list[int] = _memory[first : first + nbytes // _WORD].tolist()
+    return words
 
 
 def offset_of(*known: tuple[int, int], within: int) -> int:
