@@ -94,9 +94,10 @@ def test_a_capture_that_has_not_begun_is_given_up(daemon, snapshotter):
     snap.capture(0)
     assert snap.wait(20)
     snapshotter.sealed(0)
-    daemon.grant = False
-    with snap._pipeline._changed:
+    with snap._pipeline._changed:  # that of step 0 is granted again behind its seal
+        assert snap._pipeline._changed.wait_for(lambda: len(snap._pipeline._grants) == daemon.num_slots, 20)
         snap._pipeline._grants.clear()
+    daemon.grant = False
     snap.capture(1)
     model.share_memory()
     daemon.wait_for(lambda: daemon.skips)
