@@ -74,12 +74,12 @@ def _trail_of(empty: list[Dict], filled: list[Dict]) -> Trail | None:
     used, table = fields
     trail = Trail()
     begins = np.array([*map(id, filled), *map(id, empty)], np.int64)
-    found = trail.follow(np.concatenate((begins + used, begins[: len(filled)] + table)))
-    tables = found[len(begins) :]
-    trail.follow(tables + 8)  # how large it is: its entries are nowhere else then
     try:
+        found = trail.follow(np.concatenate((begins + used, begins[: len(filled)] + table)))
+        tables = found[len(begins) :]
+        trail.follow(tables + 8)  # how large it is: its entries are nowhere else then
         trail.follow([place for pair in zip(filled, tables.tolist(), strict=True) for place in _places(*pair)])
-    except KeyError:
+    except (KeyError, ValueError):
         return None
     return trail
 

@@ -123,10 +123,6 @@ class _Fields:
 
 @functools.cache
 def _fields() -> _Fields | None:
-    return _find_fields_safely()
-
-
-def _find_fields_safely() -> _Fields | None:
     """None where this torch's objects are not as they are expected to be."""
     try:
         with torch.inference_mode(False), torch.no_grad():

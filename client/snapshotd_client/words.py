@@ -20,6 +20,9 @@ from snapshotd_client.arrays import Array
 __all__ = ["Trail", "Words", "block", "offset_of", "peek"]
 
 _WORD: Final = 8
+_END: Final = 1 << 57
+"""No address of a process is as large, unless its upper bits mean something else."""
+
 _AT_ONCE: Final = 500
 """For more than these NumPy lets go of the interpreter's lock, which may take 5 ms to be had again."""
 
@@ -29,7 +32,7 @@ class _Everything:
 
     __array_interface__: Final[dict[str, Any]] = {
         "data": (_WORD, True),
-        "shape": ((1 << 57) // _WORD - 1,),
+        "shape": (_END // _WORD - 1,),
         "typestr": np.dtype(np.int64).str,
         "version": 3,
     }
@@ -39,14 +42,14 @@ _memory: Final[Array] = np.asarray(_Everything())
 
 
 class Words:
-    """The words of 8 bytes at ``addresses``, which are multiples of 8."""
+    """The words of 8 bytes at ``addresses``. ValueError for what is no multiple of 8, or can be no address."""
 
     __slots__ = ("_parts",)
 
     def __init__(self, addresses: Iterable[int] | Array) -> None:
         given = addresses if isinstance(addresses, np.ndarray) else np.array(list(addresses), np.int64)
-        if (given % _WORD).any():
-            raise ValueError("an address that is no multiple of 8")
+        if ((given % _WORD != 0) | (given < _WORD) | (given >= _END)).any():
+            raise ValueError("an address that is no multiple of 8, or none at all")
         indices = given // _WORD - 1
         self._parts = [indices[begin : begin + _AT_ONCE] for begin in range(0, len(indices), _AT_ONCE)]
 

@@ -129,6 +129,9 @@ def test_what_is_not_as_torch_says_is_not_believed(tensors):
         seen([*tensors, long])
     with pytest.raises(ValueError, match="no multiple of 8"):
         words.Words([id(tensors[0]) + 1])
+    for nowhere in (0, 1 << 57, -8):
+        with pytest.raises(ValueError, match="none at all"):
+            words.Words([nowhere])
     with pytest.raises(OSError, match="."):
         words.peek(8, 8)
     with pytest.raises(ValueError, match="without memory"):
@@ -148,7 +151,7 @@ def test_the_fields_are_found_wherever_the_first_capture_is(mode):
         torch.set_default_dtype(torch.bfloat16)
     try:
         with contexts[mode]:
-            assert sight._find_fields_safely() == sight._fields() is not None
+            assert sight._fields.__wrapped__() == sight._fields() is not None
     finally:
         torch.set_default_dtype(torch.float32)
 
