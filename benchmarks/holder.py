@@ -52,13 +52,13 @@ def main(directory: str, out: str, nbytes: str) -> None:
     members = [control.StripeMember(node_id=f"n{rank}", slot=ref) for rank, ref in enumerate(refs)]
     stripe_set = control.StripeSet(job=JOB, epoch=1, step=1, group=0, lane=0, m=1, members=members)
     order = control.Protect(job=JOB, epoch=1, step=1, sets=[stripe_set])
-    server = BulkServer(("127.0.0.1", 0), arena.acquire)
+    servers = [BulkServer(("127.0.0.1", 0), arena.acquire) for _ in range(RANKS)]
     codec, _ = load_codec()
     with BulkClient() as client:
         for rank in range(RANKS):
             build_parity(order, f"n{rank}", arena, Sources(f"n{rank}", arena, client), codec)
     found = {
-        "address": server.address_text,
+        "addresses": [server.address_text for server in servers],
         "plain": [serve_plainly(arena.acquire(slot_key(ref)).obj.view, None) for ref in refs[:-1]],
         "plain_bytes": refs[0].file_bytes,
         "set": b64encode(stripe_set.SerializeToString()).decode(),

@@ -60,7 +60,7 @@ class _Locator:
             decision = worker.RestoreDecision(kind=worker.RestoreDecision.KIND_SNAPSHOT, direct=True)
             return worker.Frame(request_id=frame.request_id, restore_decision=decision)
         if frame.HasField("restore_locate"):
-            found = self._restores[conn].locate(self._hellos[conn].rank, frame.restore_locate.wants)
+            found = self._restores[conn].locate(self._hellos[conn].rank, frame.restore_locate.boxes)
             return worker.Frame(request_id=frame.request_id, restore_sources=found)
         if frame.HasField("restore_done"):
             self._restores.pop(conn).close()
@@ -78,7 +78,10 @@ class _Locator:
             source_world_size=RANKS,
             nodes=nodes,
             slots=[member.slot for member in stripe_set.members],
-            peers=[control.PeerAddress(node_id=node, bulk=self._found["address"]) for node in nodes],
+            peers=[
+                control.PeerAddress(node_id=node, bulk=address)
+                for node, address in zip(nodes, self._found["addresses"], strict=True)
+            ],
         )
 
 

@@ -123,7 +123,7 @@ class _Silent:
 
 @dataclass
 class _Held:
-    address: str
+    addresses: list[str]
     plain: list[int]
     stripe_set: control.StripeSet
 
@@ -134,7 +134,7 @@ class _Scene:
     def __init__(self, run: Run, path: Path, found: dict[str, Any], nbytes: int, memory: memoryview) -> None:
         self._nbytes = nbytes
         self._held = _Held(
-            found["address"], list(found["plain"]), control.StripeSet.FromString(b64decode(found["set"]))
+            list(found["addresses"]), list(found["plain"]), control.StripeSet.FromString(b64decode(found["set"]))
         )
         self.plain_bytes = int(found["plain_bytes"])
         self.fetched_bytes = 0
@@ -145,7 +145,9 @@ class _Scene:
         self._memory = memory
         self._socket = path
         self._links: list[Link] = []
-        self._peers = [control.PeerAddress(node_id=f"n{rank}", bulk=self._held.address) for rank in range(RANKS)]
+        self._peers = [
+            control.PeerAddress(node_id=f"n{rank}", bulk=address) for rank, address in enumerate(self._held.addresses)
+        ]
 
     def close(self) -> None:
         for link in self._links:

@@ -28,7 +28,7 @@ from snapshotd.failpoints import failpoint
 from snapshotd.reshard import Copy, cut_copy
 from snapshotd.transfer import BulkClient, ObjectInfo, Piece, Read, Steering, gather
 from snapshotd.v1 import worker_pb2 as pb
-from snapshotd_client.arrays import carrier_dtype, view_of
+from snapshotd_client.arrays import carrier_dtype, memory_of, view_of
 from snapshotd_client.counters import logger
 from snapshotd_client.errors import RestoreError
 from snapshotd_client.fetch import Want, asked_for, cut
@@ -53,11 +53,22 @@ _PEER_S: Final = 5.0
 
 
 class _Spot(NamedTuple):
-    """A want, and the memory that is to be filled for it: the target's own, or else that of ``staged``."""
+    """A want of so many bytes, and the tensor whose memory is filled for it; not its own target: it is staged."""
 
     want: Want
-    room: memoryview
-    staged: torch.Tensor | None
+    nbytes: int
+    filled: torch.Tensor
+
+    @property
+    def is_staged(self) -> bool:
+        return self.filled is not self.want.target
+
+    def room(self) -> memoryview:
+        """Return the memory."""
+        want = self.want
+        if self.is_staged or self.filled.shape == want.piece.box.lengths:
+            return memory_of(self.filled)
+        return view_of(self.filled)[want.piece.slices()].reshape(-1).view(np.uint8).data
 
 
 class _Reading(NamedTuple):
@@ -122,7 +133,7 @@ class DirectReader:
     def _ask(self, batch: Sequence[_Spot]) -> Question:
         with self._lock:
             known = list(self._files)
-        locate = pb.RestoreLocate(wants=[asked_for(spot.want) for spot in batch], known=known)
+        locate = pb.RestoreLocate(boxes=asked_for(spot.want for spot in batch), known=known)
         return self._link.begin(pb.Frame(restore_locate=locate))
 
     def _answer(self, question: Question) -> pb.RestoreSources:
@@ -135,13 +146,13 @@ class DirectReader:
         self, batch: Sequence[_Spot], question: Question, client: BulkClient, pool: ThreadPoolExecutor
     ) -> _Reading:
         """Begin to read what can be of a batch. No thread waits for the others between two batches."""
+        rooms = [spot.room() for spot in batch]  # while the daemon answers
         sources = self._answer(question)
         if sources.error:
             return _Reading(batch, set(range(len(batch))), [])  # the daemon says why again, or has waited by then
         wanted = [(slot, _copies_of(slot)) for slot in sources.slots]
         others = set(sources.others)
         _check(batch, [copies for _, copies in wanted], others)
-        rooms = [spot.room for spot in batch]
         jobs = [
             (bool(slot.path), share, pool.submit(self._read_slot, slot, share, rooms, client))
             for slot, copies in wanted
@@ -161,9 +172,9 @@ class DirectReader:
             else:
                 self.peer_bytes += nbytes
         for number, spot in enumerate(batch):
-            if spot.staged is not None and number not in others:
-                _place(spot.want, spot.staged)
-                if spot.staged.is_pinned():
+            if spot.is_staged and number not in others:
+                _place(spot.want, spot.filled)
+                if spot.filled.is_pinned():
                     self._placing.add(spot.want.target.device)
         return [batch[number].want for number in sorted(others)]
 
@@ -229,14 +240,14 @@ def _check_time(deadline: float, nbytes: int) -> None:
 def _spots(wants: Iterable[Want], left: list[Want]) -> Iterator[_Spot]:
     """Yield what is to be read; what has no bytes, or waits for a conjugation, goes to ``left``."""
     for want in wants:
-        if not want.nbytes or want.target.is_conj() or want.target.is_neg():
+        nbytes = want.nbytes
+        if not nbytes or want.target.is_conj() or want.target.is_neg():
             left.append(want)
-        elif (room := _room_of(want)) is not None:
-            yield _Spot(want, room, None)
+        elif _is_plain(want):
+            yield _Spot(want, nbytes, want.target)
         else:
             for part in cut(want):
-                staged = _stage(part)
-                yield _Spot(part, view_of(staged).reshape(-1).view(np.uint8).data, staged)
+                yield _Spot(part, part.nbytes, _stage(part))
 
 
 def _stage(want: Want) -> torch.Tensor:
@@ -248,14 +259,14 @@ def _stage(want: Want) -> torch.Tensor:
     return torch.empty(lengths, dtype=dtype, device="cpu")
 
 
-def _room_of(want: Want) -> memoryview | None:
-    """Return the memory that a want fills, if it is contiguous host memory."""
-    if not want.target.is_cpu:
-        return None
-    part = view_of(want.target)
-    if part.shape != want.piece.box.lengths:  # most wants fill a tensor
-        part = part[want.piece.slices()]
-    return part.reshape(-1).view(np.uint8).data if part.flags.c_contiguous else None
+def _is_plain(want: Want) -> bool:
+    """Whether a want fills contiguous host memory."""
+    target = want.target
+    if not target.is_cpu:
+        return False
+    if target.shape == want.piece.box.lengths:  # most wants fill a tensor
+        return target.is_contiguous()
+    return bool(view_of(target)[want.piece.slices()].flags.c_contiguous)
 
 
 def _place(want: Want, staged: torch.Tensor) -> None:
@@ -274,8 +285,8 @@ def _batches(spots: Iterable[_Spot]) -> Iterator[list[_Spot]]:
             yield batch
             batch, size, staged, limit = [], 0, 0, min(limit * _BATCH_GROWTH, _MAX_BATCH_BYTES)
         batch.append(spot)
-        size += spot.room.nbytes
-        staged += spot.room.nbytes if spot.staged is not None else 0
+        size += spot.nbytes
+        staged += spot.nbytes if spot.is_staged else 0
     if batch:
         yield batch
 
@@ -288,23 +299,25 @@ def _shares(copies: Sequence[Copy], threads: int) -> Iterator[list[Copy]]:
 
 
 def _copies_of(slot: pb.RestoreSources.Slot) -> list[Copy]:
-    return [
-        Copy(0, copy.want, copy.src_begin, copy.dst_begin, copy.run_bytes, _dims_of(copy) if copy.repeats else ())
-        for copy in slot.copies
-    ]
-
-
-def _dims_of(copy: pb.RestoreSources.Copy) -> tuple[tuple[int, int, int], ...]:
-    return tuple((repeat.count, repeat.src_stride, repeat.dst_stride) for repeat in copy.repeats)
+    """Return what the daemon says of a slot; RestoreError for columns that do not belong together."""
+    try:
+        columns = zip(slot.wants, slot.src_begins, slot.dst_begins, slot.run_bytes, strict=True)
+        copies = [Copy(0, *row) for row in columns]
+        for block in slot.blocks:
+            dims = tuple((repeat.count, repeat.src_stride, repeat.dst_stride) for repeat in block.repeats)
+            copies[block.copy] = copies[block.copy]._replace(dims=dims)
+    except (ValueError, IndexError) as error:
+        raise RestoreError("the daemon's answer does not say what is copied where") from error
+    return copies
 
 
 def _check(batch: Sequence[_Spot], copies: Sequence[Sequence[Copy]], others: set[int]) -> None:
     """RestoreError unless each want is filled whole, or is one of the others, and nothing goes beside it."""
     filled = dict.fromkeys(range(len(batch)), 0)
     for copy in (copy for some in copies for copy in some):
-        if copy.target not in filled or copy.dst_range[1] > batch[copy.target].room.nbytes:
+        if copy.target not in filled or copy.dst_range[1] > batch[copy.target].nbytes:
             raise RestoreError("the daemon's answer does not fit what it was asked for")
         filled[copy.target] += copy.nbytes
-    wrong = [n for n, nbytes in filled.items() if nbytes != (0 if n in others else batch[n].room.nbytes)]
+    wrong = [n for n, nbytes in filled.items() if nbytes != (0 if n in others else batch[n].nbytes)]
     if wrong or not filled.keys() >= others:
         raise RestoreError(f"the daemon's answer does not say where {len(wrong)} of {len(batch)} boxes are")

@@ -163,8 +163,7 @@ class Fetcher:
         self.decoded_bytes += ready.decoded_bytes
 
     def _begin(self, batch: list[Want]) -> Question:
-        request = pb.RestoreWant(wants=[asked_for(want) for want in batch])
-        return self._link.begin(pb.Frame(restore_want=request))
+        return self._link.begin(pb.Frame(restore_want=pb.RestoreWant(boxes=asked_for(batch))))
 
     def _finish(self, batch: list[Want], question: Question) -> tuple[pb.RestoreReady, int]:
         """Return the answer and the session that it is of; asks again whenever the connection is lost."""
@@ -189,12 +188,17 @@ class Fetcher:
             self.fetch_s += time.monotonic() - begun
 
 
-def asked_for(want: Want) -> pb.RestoreWant.Want:
-    """Return a want in the daemon's words."""
-    box = want.piece.box
-    return pb.RestoreWant.Want(
-        name=want.entry.name, scope=want.entry.scope, offsets=box.offsets, lengths=box.lengths
-    )
+def asked_for(wants: Iterable[Want]) -> pb.RestoreBoxes:
+    """Return wants in the daemon's words."""
+    asked = pb.RestoreBoxes()
+    numbers: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
+    for want in wants:
+        entry, box = want.entry, want.piece.box
+        asked.names.append(entry.name)
+        asked.cut_of.append(numbers.setdefault((entry.scope, box.offsets, box.lengths), len(numbers)))
+    for scope, offsets, lengths in numbers:
+        asked.cuts.add(scope=scope, offsets=offsets, lengths=lengths)
+    return asked
 
 
 def cut(want: Want) -> Iterator[Want]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias, cast
 
 import xxhash
 
@@ -18,13 +19,54 @@ from snapshotd.daemon.cancel import check_cancel
 from snapshotd.daemon.plans import read_bytes
 from snapshotd.daemon.sources import Source
 from snapshotd.errors import LayoutError, Unrecoverable, UsageError
-from snapshotd.layout import CHUNK_BYTES, Box, Layout
-from snapshotd.reshard import Copy, Key, Planner, SourceShard, TargetShard
+from snapshotd.layout import CHUNK_BYTES, Box, Index, Layout, Scope, Shard, TensorBox
+from snapshotd.reshard import Copy, Key, Planner, SourceShards, TargetShard
 from snapshotd.v1 import worker_pb2 as worker
 
 __all__ = ["Boxes"]
 
 _GUESSED_KINDS: Final = frozenset({"param", "optim"})
+
+_Where: TypeAlias = tuple[str, Scope]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """
+    Source ranks with the same tensors in the same order: a place means the same tensor in all of their layouts.
+
+    ``index`` is that of all: shards at places with the same number are alike in each layout.
+    """
+
+    number: int
+    ranks: list[int]
+    layouts: list[Layout]
+    index: Index
+
+
+class _Spots:
+    """The shards of a tensor, which is at one place or more of one group or more: the SourceShards of a plan."""
+
+    __slots__ = ("_spots",)
+
+    def __init__(self, spots: Sequence[tuple[_Group, int]]) -> None:
+        self._spots = spots
+
+    @property
+    def likeness(self) -> tuple[tuple[int, int], ...]:
+        return tuple([(group.number, group.index.likes[place]) for group, place in self._spots])
+
+    def __iter__(self) -> Iterator[tuple[int, Shard]]:
+        for group, place in self._spots:
+            for rank, layout in zip(group.ranks, group.layouts, strict=True):
+                yield rank, layout.shards[place]
+
+    def __getitem__(self, number: int) -> tuple[int, Shard]:
+        for group, place in self._spots:
+            if number < len(group.ranks):
+                return group.ranks[number], group.layouts[number].shards[place]
+            number -= len(group.ranks)
+        raise IndexError(number)
 
 
 class Boxes:
@@ -39,17 +81,15 @@ class Boxes:
         self._lock = threading.Lock()
         self._planner: tuple[list[bool], Planner] | None = None  # and which sources it took for local
         self._equal: dict[str, str] = {}  # name of a rank-private tensor: what is wrong with it, or ""
-        self._shards: defaultdict[tuple[str, str], list[SourceShard]] = defaultdict(list)
-        for rank, layout in enumerate(layouts):
-            for shard in layout.shards:
-                tensor = shard.tensor
-                self._shards[tensor.name, tensor.scope].append(SourceShard(rank, tensor, shard.begin))
+        self._layouts = tuple(layouts)
+        self._groups = _groups_of(layouts)
+        self._alone = [_Group(-1 - rank, [rank], [layout], layout.index) for rank, layout in enumerate(layouts)]
 
     def source_rank(self, rank: int) -> int:
         """Return the source rank whose private state ``rank`` goes on with."""
         return rank % self._num_sources
 
-    def targets(self, wants: Sequence[worker.RestoreWant.Want], rank: int) -> list[TargetShard]:
+    def targets(self, wanted: worker.RestoreBoxes, rank: int) -> list[TargetShard]:
         """
         Return the boxes that ``rank`` wants, numbered, with the dtypes and shapes that the sources have.
 
@@ -57,8 +97,20 @@ class Boxes:
         """
         if not 0 <= rank < self._world_size:
             raise UsageError(f"there is no rank {rank} in a world of {self._world_size}")
-        cut: dict[tuple[tuple[int, ...], ...], Box] = {}  # many tensors are of one shape, and cut alike
-        return [self._target(index, want, rank, cut) for index, want in enumerate(wants)]
+        names, cut_of = list(wanted.names), list(wanted.cut_of)
+        cuts = [(_scope_of(cut), Box(tuple(cut.offsets), tuple(cut.lengths))) for cut in wanted.cuts]
+        if len(names) != len(cut_of) or max(cut_of, default=-1) >= len(cuts):
+            raise UsageError(f"{len(names)} names, {len(cut_of)} numbers and {len(cuts)} cuts do not make up boxes")
+        inside: set[tuple[int, tuple[int, ...]]] = set()  # many tensors are of one shape, and cut alike
+        targets = []
+        for index, (name, number) in enumerate(zip(names, cut_of, strict=True)):
+            scope, box = cuts[number]
+            tensor = self._tensor(name, scope, rank)
+            if (number, tensor.global_shape) not in inside:
+                tensor.check_inside(box)
+                inside.add((number, tensor.global_shape))
+            targets.append(TargetShard(index, tensor, box, 0))
+        return targets
 
     def copies(
         self, targets: Sequence[TargetShard], rank: int, sources: Sequence[Source], cancel: threading.Event | None
@@ -83,43 +135,30 @@ class Boxes:
             by_target[copy.target].append(copy)
         return by_target
 
-    def _find(self, key: Key) -> Sequence[SourceShard]:
+    def _find(self, key: Key) -> SourceShards | None:
         name, source = key
-        if source is None:
-            return self._shards.get((name, "global"), ())
-        return [shard for shard in self._shards.get((name, "rank"), ()) if shard.source == source]
+        groups = self._groups if source is None else [self._alone[source]]
+        where: _Where = name, "global" if source is None else "rank"
+        spots = [(group, place) for group in groups for place in group.index.places.get(where, ())]
+        return _Spots(spots) if spots else None
 
-    def _target(
-        self,
-        index: int,
-        want: worker.RestoreWant.Want,
-        rank: int,
-        cut: dict[tuple[tuple[int, ...], ...], Box],
-    ) -> TargetShard:
-        name, scope = want.name, want.scope
-        if scope not in ("global", "rank"):
-            raise UsageError(f"{name!r:.100}: the scope must be 'global' or 'rank', not {scope!r:.40}")
-        shards = self._shards.get((name, scope), [])
-        if scope == "rank":
-            shards = [shard for shard in shards if shard.source == self.source_rank(rank)]
-        if not shards:
-            raise LayoutError(f"the source has no tensor {name!r:.200} of scope {scope!r}")
-        tensor = shards[0].tensor
-        place = tensor.global_shape, tuple(want.offsets[:]), tuple(want.lengths[:])  # a slice is read at once
-        box = cut.get(place)
-        if box is not None:
-            return TargetShard(index, tensor.part(box, is_inside=True), 0)
-        box = Box(*place[1:])
-        part = tensor.part(box)
-        cut[place] = box
-        return TargetShard(index, part, 0)
+    def _tensor(self, name: str, scope: Scope, rank: int) -> TensorBox:
+        """Return a part of what ``rank`` knows as ``name``."""
+        for group in self._groups if scope == "global" else [self._alone[self.source_rank(rank)]]:
+            for place in group.index.places.get((name, scope), ()):
+                return group.layouts[0].shards[place].tensor
+        raise LayoutError(f"the source has no tensor {name!r:.200} of scope {scope!r}")
 
     def _check_private(
         self, name: str, source_rank: int, sources: Sequence[Source], cancel: threading.Event | None
     ) -> None:
         """Refuse a rank-private parameter or optimizer state when which rank's it should be is not clear."""
-        shards = self._shards[name, "rank"]
-        kinds = {shard.tensor.kind for shard in shards if shard.source == source_rank}
+        shards = [
+            (rank, layout.shards[place])
+            for rank, layout in enumerate(self._layouts)
+            for place in layout.index.places.get((name, "rank"), ())
+        ]
+        kinds = {shard.tensor.kind for source, shard in shards if source == source_rank}
         if self._world_size == self._num_sources or not kinds & _GUESSED_KINDS:
             return
         with self._lock:
@@ -135,14 +174,36 @@ class Boxes:
             )
 
 
-def _differs(shards: Sequence[SourceShard], sources: Sequence[Source], cancel: threading.Event | None) -> str:
+def _groups_of(layouts: Sequence[Layout]) -> list[_Group]:
+    by_names: defaultdict[bytes, list[int]] = defaultdict(list)
+    for rank, layout in enumerate(layouts):
+        by_names[layout.index.names].append(rank)
+    groups = []
+    for number, ranks in enumerate(by_names.values()):
+        same = [layouts[rank] for rank in ranks]
+        numbers: dict[tuple[int, ...], int] = {}
+        rows = {layout.index.likes: None for layout in same}  # mostly one: models are cut alike on all ranks
+        likes = tuple([numbers.setdefault(column, len(numbers)) for column in zip(*rows, strict=True)])
+        groups.append(_Group(number, ranks, same, same[0].index._replace(likes=likes)))
+    return groups
+
+
+def _scope_of(cut: worker.RestoreBoxes.Cut) -> Scope:
+    if cut.scope not in ("global", "rank"):
+        raise UsageError(f"the scope of a box must be 'global' or 'rank', not {cut.scope!r:.40}")
+    return cast("Scope", cut.scope)
+
+
+def _differs(
+    shards: Sequence[tuple[int, Shard]], sources: Sequence[Source], cancel: threading.Event | None
+) -> str:
     """Return in words how the ranks differ, "" if all of them have the same boxes with the same bytes."""
     digests: dict[int, list[tuple[object, ...]]] = {rank: [] for rank in range(len(sources))}
-    for shard in shards:
+    for source, shard in shards:
         check_cancel(cancel, "restoring")
         tensor = shard.tensor
-        digest = _digest(sources[shard.source], shard.begin, tensor.nbytes)
-        digests[shard.source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
+        digest = _digest(sources[source], shard.begin, tensor.nbytes)
+        digests[source].append((tensor.dtype, tensor.global_shape, tensor.box, digest))
     for rank, found in digests.items():
         if not found:
             return f"rank {rank} of the source does not have it"

@@ -65,12 +65,15 @@ def _told(slot: _Slot, copies: Sequence[Copy], known: Collection[str]) -> worker
         file_bytes=slot.file_bytes,
         root_digest=slot.root,
     )
-    for copy in copies:
-        one = told.copies.add(
-            want=copy.target, src_begin=copy.src_begin, dst_begin=copy.dst_begin, run_bytes=copy.run_bytes
-        )
-        for count, there, here in copy.dims:
-            one.repeats.add(count=count, src_stride=there, dst_stride=here)
+    told.wants.extend([copy.target for copy in copies])
+    told.src_begins.extend([copy.src_begin for copy in copies])
+    told.dst_begins.extend([copy.dst_begin for copy in copies])
+    told.run_bytes.extend([copy.run_bytes for copy in copies])
+    for number, copy in enumerate(copies):
+        if copy.dims:
+            block = told.blocks.add(copy=number)
+            for count, there, here in copy.dims:
+                block.repeats.add(count=count, src_stride=there, dst_stride=here)
     if isinstance(slot, LocalSource):
         told.path = str(slot.obj.path)
         if slot.root not in known:

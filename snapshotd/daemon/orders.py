@@ -225,10 +225,10 @@ class Orders:
     ) -> worker.Frame:
         restore = self._open(conn, world_size, plan)
         if frame.HasField("restore_want"):
-            batch = restore.assemble(rank, frame.restore_want.wants, self.cancel)
+            batch = restore.assemble(rank, frame.restore_want.boxes, self.cancel)
             return worker.Frame(request_id=frame.request_id, restore_ready=batch.frame())
         if frame.HasField("restore_locate"):
-            found = restore.locate(rank, frame.restore_locate.wants, set(frame.restore_locate.known), self.cancel)
+            found = restore.locate(rank, frame.restore_locate.boxes, set(frame.restore_locate.known), self.cancel)
             return worker.Frame(request_id=frame.request_id, restore_sources=found)
         batch_id, path = restore.write_manifest(rank)
         with self._lock:

@@ -65,7 +65,7 @@ _Held: TypeAlias = Lease[SealableFile] | BufferFile | Path
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """
-    The answer to one request: wants[i] lies at ``offsets[i]`` of ``paths[files[i]]``. Valid until it is released.
+    The answer to one request: box i lies at ``offsets[i]`` of ``paths[files[i]]``. Valid until it is released.
 
     local_bytes, remote_bytes: where the wanted bytes came from. fetched_bytes: what that took, in whole chunks.
     """
@@ -207,7 +207,7 @@ class Restore:
     def assemble(
         self,
         rank: int,
-        wants: Sequence[worker.RestoreWant.Want],
+        wanted: worker.RestoreBoxes,
         cancel: threading.Event | None = None,
     ) -> Batch:
         """
@@ -216,7 +216,7 @@ class Restore:
         LayoutError for what no source has, Unrecoverable for what they do not cover, UsageError for more than
         MAX_BATCH_BYTES; CorruptionError and PeerError for sources that fail. Nothing is held after an error.
         """
-        targets = self._boxes.targets(wants, rank)
+        targets = self._boxes.targets(wanted, rank)
         held: list[_Held] = []
         try:
             with self._plan.use() as sources:
@@ -229,7 +229,7 @@ class Restore:
     def locate(
         self,
         rank: int,
-        wants: Sequence[worker.RestoreWant.Want],
+        wanted: worker.RestoreBoxes,
         known: Collection[str] = (),
         cancel: threading.Event | None = None,
     ) -> worker.RestoreSources:
@@ -238,7 +238,7 @@ class Restore:
 
         ``known``: root digests of slots of this node whose digests it has.
         """
-        targets = self._boxes.targets(wants, rank)
+        targets = self._boxes.targets(wanted, rank)
         with self._plan.use() as sources:
             by_target = self._boxes.copies(targets, rank, sources, cancel)
             found = located(by_target, len(targets), sources, known)
@@ -303,9 +303,9 @@ class Restore:
                 local += copy.nbytes
                 continue
             place[target.target] = begin = _place(copies, end, before)
-            end = begin + target.tensor.nbytes
+            end = begin + target.nbytes
             before = copies[-1] if copies else None
-            wanted += target.tensor.nbytes
+            wanted += target.nbytes
         if wanted > MAX_BATCH_BYTES:
             raise UsageError(f"{wanted} bytes were asked for at once; the limit is {MAX_BATCH_BYTES}: ask for less")
         remote = fetched = 0

@@ -19,6 +19,7 @@ from snapshotd.layout.digest import (
 )
 from snapshotd.layout.dtypes import DTYPES, DType, dtype_of, stored_shape
 from snapshotd.layout.header import header_length
+from snapshotd.layout.index import Index
 from snapshotd.layout.layout import Layout, Shard
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DTYPES",
     "Box",
     "DType",
+    "Index",
     "Layout",
     "RunningDigests",
     "Scope",

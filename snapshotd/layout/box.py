@@ -144,15 +144,9 @@ class TensorBox:
                 f"tensor {self.name!r}: the kind must be an identifier of at most 32 characters, not {self.kind!r}"
             )
 
-    def part(self, box: Box, *, is_inside: bool = False) -> TensorBox:
-        """
-        Return another part of the same tensor. LayoutError when ``box`` is not inside its shape.
-
-        ``is_inside``: that was checked, for a tensor of the same shape.
-        """
-        if not is_inside:
-            _check_inside(self.name, self.global_shape, box)
-        return _unchecked(self, self.name, box)
+    def check_inside(self, box: Box) -> None:
+        """LayoutError, with the tensor's name, when ``box`` is not inside its shape."""
+        _check_inside(self.name, self.global_shape, box)
 
     def named(self, name: str) -> TensorBox:
         """Return the same part of another tensor of this shape: nothing but the name is checked again."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -35,6 +36,7 @@ from snapshotd.layout.header import (
     size_tuple,
     string_map,
 )
+from snapshotd.layout.index import Index, index_of
 
 __all__ = ["MAX_FILE_BYTES", "MAX_META_BYTES", "VERSION", "Layout", "Shard"]
 
@@ -73,14 +75,14 @@ class Shard(NamedTuple):
         return self.end - self.begin
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """
     Where each shard of a rank lies in its slot file; made by ``build`` or ``parse`` only.
 
     Attributes:
         header: the first ``data_begin`` bytes of each slot file with this layout.
-        shards: in byte order; ``by_key`` finds them by their safetensors key.
+        shards: in byte order; ``index`` finds them by their tensors' names.
         data_begin: file offset of the data area, a multiple of 4096.
         meta: [begin, end) in the file of the room for the step's own JSON; ``end`` is ``file_bytes``.
         file_bytes: size of a slot file with this layout.
@@ -95,7 +97,6 @@ class Layout:
     meta: tuple[int, int] = field(compare=False)
     file_bytes: int = field(compare=False)
     shards: tuple[Shard, ...] = field(compare=False, repr=False)
-    by_key: Mapping[str, Shard] = field(compare=False, repr=False)
     ties: Mapping[str, str] = field(compare=False, repr=False)
     attrs: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -181,6 +182,10 @@ class Layout:
             raise FormatError(f"the layout needs {layout.file_bytes} bytes, but the file has {file_bytes}")
         return layout
 
+    @cached_property
+    def index(self) -> Index:
+        return index_of(shard.tensor for shard in self.shards)
+
     @classmethod
     def _assemble(
         cls,
@@ -202,7 +207,6 @@ class Layout:
             meta=(end, end + meta_capacity),
             file_bytes=end + meta_capacity,
             shards=tuple(shards),
-            by_key=MappingProxyType({shard.key: shard for shard in shards}),
             ties=MappingProxyType(ties),
             attrs=MappingProxyType(attrs),
         )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from snapshotd.reshard.apply import apply_copy, gather_copy, scatter_copies
 from snapshotd.reshard.copies import Copy, cut_copy, merge_neighbours
-from snapshotd.reshard.plan import Key, Planner, SourceShard, TargetShard
+from snapshotd.reshard.plan import Key, Planner, SourceShards, TargetShard
 
 __all__ = [
     "Copy",
     "Key",
     "Planner",
-    "SourceShard",
+    "SourceShards",
     "TargetShard",
     "apply_copy",
     "cut_copy",

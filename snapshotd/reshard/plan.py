@@ -10,36 +10,53 @@ Rule 4: nothing is converted: dtype and global shape must be the same on both si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import sub
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from snapshotd.errors import LayoutError, Unrecoverable
 from snapshotd.layout.box import Box, TensorBox
+from snapshotd.layout.layout import Shard
 from snapshotd.reshard.copies import Copy, block_copy, merge_neighbours
 from snapshotd.reshard.regions import Region, RegionIndex, overlap, region_of, subtract
 
-__all__ = ["Key", "Planner", "SourceShard", "TargetShard"]
+__all__ = ["Key", "Planner", "SourceShards", "TargetShard"]
 
 _LISTED: Final = 10
 
 
-class SourceShard(NamedTuple):
-    """A tensor box that is there: at byte offset ``begin`` of the file ``source`` (an opaque id, such as a rank)."""
+class SourceShards(Protocol):
+    """
+    What there is of a tensor: shards by number, from 0 on, each in a file (an opaque id, such as a rank).
 
-    source: int
-    tensor: TensorBox
-    begin: int
+    ``likeness`` is the same for tensors whose shards have the same dtypes, shapes, boxes and files: they may differ in
+    their names, and in where in their files they begin.
+    """
+
+    @property
+    def likeness(self) -> Hashable: ...
+
+    def __iter__(self) -> Iterator[tuple[int, Shard]]: ...
+
+    def __getitem__(self, number: int) -> tuple[int, Shard]: ...
 
 
 class TargetShard(NamedTuple):
-    """A tensor box that is wanted: at byte offset ``begin`` of the file ``target`` (an opaque id, such as a rank)."""
+    """
+    What of a tensor is wanted: ``box`` of the one that ``tensor`` is a part of, at byte offset ``begin`` of the file
+    ``target`` (an opaque id, such as a rank). The box is inside its shape.
+    """
 
     target: int
     tensor: TensorBox
+    box: Box
     begin: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.tensor.itemsize
 
 
 Key = tuple[str, int | None]
@@ -121,20 +138,14 @@ class _Geometry:
         )
 
 
-class _Tensor(NamedTuple):
-    """The sources of one key. ``odd`` does not agree with ``first``; ``shards`` are those of its geometry."""
-
-    first: SourceShard
-    odd: SourceShard | None
-    shards: Sequence[SourceShard]
-    geometry: _Geometry
-
-
 class _Family(NamedTuple):
-    """Tensors whose sources lie alike: the ``shards`` of the first of them, ``places`` of those of the geometry."""
+    """
+    Tensors of one likeness: parts of the first of them that differ in dtype or shape, each with its source, if they do,
+    or else one part; and the numbers of the shards that the geometry has.
+    """
 
-    shards: Sequence[SourceShard]
-    places: list[int]
+    parts: Sequence[tuple[int, TensorBox]]
+    numbers: list[int]
     geometry: _Geometry
 
 
@@ -161,19 +172,18 @@ class _Failures:
 
 class Planner:
     """
-    Plans boxes as they are asked for, and looks at the sources of a tensor once. For one thread at a time.
+    Plans boxes as they are asked for, and looks at the sources of tensors alike once. For one thread at a time.
 
-    ``find`` gives the sources of a key, and the same ones whenever it is asked. ``prefer`` ranks sources, lower first
-    (0 for local, 1 for remote); of equal boxes in equally ranked sources the one with the lower id is taken, so that a
-    plan depends on nothing but what is given.
+    ``find`` gives the sources of a key, and the same ones whenever it is asked; None where there are none. ``prefer``
+    ranks sources, lower first (0 for local, 1 for remote); of equal boxes in equally ranked sources the one with the
+    lower id is taken, so that a plan depends on nothing but what is given.
     """
 
-    def __init__(self, find: Callable[[Key], Sequence[SourceShard]], prefer: Callable[[int], int]) -> None:
+    def __init__(self, find: Callable[[Key], SourceShards | None], prefer: Callable[[int], int]) -> None:
         self._find = find
         self._prefer = prefer
         self._ranking: dict[int, tuple[int, int]] = {}
-        self._tensors: dict[Key, _Tensor | None] = {}
-        self._families: dict[tuple[object, ...], _Family] = {}
+        self._families: dict[Hashable, _Family] = {}
 
     def plan(self, targets: Sequence[TargetShard], rank_source: Mapping[int, int] | None = None) -> list[Copy]:
         """
@@ -186,52 +196,40 @@ class Planner:
         failures = _Failures()
         copies: list[Copy] = []
         for target in targets:
-            key = _key_of(target, rank_source)
-            if key not in self._tensors:
-                self._tensors[key] = self._group(self._find(key))
-            copies += _fill(target, key, self._tensors[key], failures)
+            key = (target.tensor.name, None) if target.tensor.scope == "global" else _private_key(target, rank_source)
+            found = self._find(key)
+            if found is not None:
+                family = self._families.get(found.likeness)
+                if family is None:
+                    family = self._families[found.likeness] = self._family(found)
+                copies += _fill(target, found, family, failures)
+            elif not target.box.is_empty:  # an empty one needs nothing, and a rank may have skipped what has no bytes
+                where = "" if key[1] is None else f" (private to source {key[1]})"
+                failures.absent[key[0]] = f"{key[0]}{where}"
         failures.raise_any()
         return copies
 
-    def _group(self, shards: Sequence[SourceShard]) -> _Tensor | None:
-        if not shards:
-            return None
-        first, odd = shards[0], None
-        dtype, global_shape = first.tensor.dtype, first.tensor.global_shape
-        # A layout has one Box for all tensors that lie alike: comparing those by identity is enough, and fast.
-        likeness: list[object] = [first.tensor.itemsize]
-        for source, tensor, _ in shards:
-            if tensor.dtype != dtype or tensor.global_shape != global_shape:
-                odd = next(shard for shard in shards if not _same_tensor(first.tensor, shard.tensor))
-                shards = [shard for shard in shards if _same_tensor(first.tensor, shard.tensor)]
-                likeness[1:] = (item for shard in shards for item in (shard.source, id(shard.tensor.box)))
-                break
-            likeness += source, id(tensor.box)
-        family = self._families.get(tuple(likeness))
-        if family is None:
-            family = self._families[tuple(likeness)] = self._family(shards)
-        return _Tensor(first, odd, [shards[place] for place in family.places], family.geometry)
-
-    def _family(self, shards: Sequence[SourceShard]) -> _Family:
+    def _family(self, found: SourceShards) -> _Family:
         """Of several shards with the very same box, keep the preferred one only."""
+        source, shard = found[0]
+        parts = [(source, shard.tensor)]
         best: dict[Box, tuple[tuple[int, int], int]] = {}
-        for place, shard in enumerate(shards):
-            box, source = shard.tensor.box, shard.source
-            if box.is_empty:
-                continue
-            if source not in self._ranking:
-                self._ranking[source] = (self._prefer(source), source)
-            there = best.get(box)
-            if there is None or self._ranking[source] < there[0]:
-                best[box] = (self._ranking[source], place)
-        geometry = _Geometry([rank for rank, _ in best.values()], tuple(best), shards[0].tensor.itemsize)
-        return _Family(shards, [place for _, place in best.values()], geometry)
+        for number, (source, shard) in enumerate(found):
+            tensor = shard.tensor
+            if not _is_same(tensor, parts[0][1]):
+                parts.append((source, tensor))
+            elif not tensor.box.is_empty:
+                if source not in self._ranking:
+                    self._ranking[source] = (self._prefer(source), source)
+                there = best.get(tensor.box)
+                if there is None or self._ranking[source] < there[0]:
+                    best[tensor.box] = (self._ranking[source], number)
+        geometry = _Geometry([rank for rank, _ in best.values()], tuple(best), parts[0][1].itemsize)
+        return _Family(parts, [number for _, number in best.values()], geometry)
 
 
-def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> Key:
+def _private_key(target: TargetShard, rank_source: Mapping[int, int] | None) -> Key:
     name = target.tensor.name
-    if target.tensor.scope == "global":
-        return name, None
     if rank_source is None:
         return name, target.target
     if target.target not in rank_source:
@@ -239,25 +237,19 @@ def _key_of(target: TargetShard, rank_source: Mapping[int, int] | None) -> Key:
     return name, rank_source[target.target]
 
 
-def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failures) -> list[Copy]:
+def _fill(target: TargetShard, found: SourceShards, family: _Family, failures: _Failures) -> list[Copy]:
     """Return the copies that fill one target shard; what cannot be filled goes to ``failures``."""
     tensor = target.tensor
-    if found is None:
-        # An empty box needs nothing, and a rank may have skipped capturing what has no bytes.
-        if not tensor.box.is_empty:
-            where = "" if key[1] is None else f" (private to source {key[1]})"
-            failures.absent[tensor.name] = f"{tensor.name}{where}"
-        return []
-    for shard in (found.first,) if found.odd is None else (found.first, found.odd):
-        if not _same_tensor(shard.tensor, tensor):
+    for source, part in family.parts:
+        if not _is_same(part, tensor):
             failures.different[tensor.name] = (
                 f"{tensor.name} is {tensor.dtype} {list(tensor.global_shape)} in target {target.target}, but "
-                f"{shard.tensor.dtype} {list(shard.tensor.global_shape)} in source {shard.source}"
+                f"{part.dtype} {list(part.global_shape)} in source {source}"
             )
             return []
-    if tensor.box.is_empty:
+    if target.box.is_empty:
         return []
-    parts, left, may_join = found.geometry.fill(tensor.box)
+    parts, left, may_join = family.geometry.fill(target.box)
     if left:
         failures.uncovered[tensor.name] = (
             f"{tensor.name} {list(tensor.global_shape)} in target {target.target} lacks {_regions(left)}"
@@ -266,7 +258,7 @@ def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failu
         Copy(
             copy.source,
             target.target,
-            found.shards[number].begin + copy.src_begin,
+            found[family.numbers[number]][1].begin + copy.src_begin,
             target.begin + copy.dst_begin,
             copy.run_bytes,
             copy.dims,
@@ -276,7 +268,7 @@ def _fill(target: TargetShard, key: Key, found: _Tensor | None, failures: _Failu
     return merge_neighbours(copies) if may_join else copies
 
 
-def _same_tensor(one: TensorBox, other: TensorBox) -> bool:
+def _is_same(one: TensorBox, other: TensorBox) -> bool:
     return one.dtype == other.dtype and one.global_shape == other.global_shape
 
 

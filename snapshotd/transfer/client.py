@@ -12,7 +12,7 @@ Rule 3: a connection that saw anything unexpected is closed, never reused: lefto
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,7 +125,9 @@ class BulkClient:
         verified was hurt on the way.
         """
         with ExitStack() as stack:
-            runs = runs_of((begin, stack.enter_context(_writable(out))) for begin, out in pieces)
+            views = [_writable(out) for _, out in pieces]
+            stack.callback(_release, views)
+            runs = runs_of((begin, view) for (begin, _), view in zip(pieces, views, strict=True))
             if not runs and not parts:
                 return
             _check_digests(digests, file_bytes)
@@ -344,6 +346,11 @@ def _writable(out: Buffer) -> memoryview:
     if view.readonly or not view.c_contiguous:
         raise UsageError("bytes are received into writable contiguous buffers only")
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+def _release(views: Iterable[memoryview]) -> None:
+    for view in views:
+        view.release()
 
 
 def _refusal(address: str, response: BulkResponse) -> Exception:

@@ -70,7 +70,7 @@ def gather(read: Read, copies: Iterable[Copy], targets: Sequence[memoryview]) ->
             requests.append(pieces)
             pieces, num_runs = [], 0
         num_runs += 1
-        pieces += (Piece(copy.src_begin, targets[copy.target][slice(*copy.dst_range)]) for copy in run)
+        pieces += [Piece(copy.src_begin, _into(targets[copy.target], copy)) for copy in run]
     requests.append(pieces)
     parts = [part for copy in small for part in cut_copy(copy, BLOCK_BYTES_MAX)]
     behind = list(batches(sorted(parts, key=lambda copy: copy.src_begin), BATCH_BYTES, BLOCKS_MAX))
@@ -82,6 +82,11 @@ def gather(read: Read, copies: Iterable[Copy], targets: Sequence[memoryview]) ->
     for batch in behind:
         fetched += read([], batch, targets)
     return fetched
+
+
+def _into(target: memoryview, run: Copy) -> memoryview:
+    whole = run.dst_begin == 0 and run.run_bytes == target.nbytes
+    return target if whole else target[slice(*run.dst_range)]
 
 
 def _joined(runs: Sequence[Copy]) -> Iterator[list[Copy]]:

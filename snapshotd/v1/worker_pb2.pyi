@@ -228,22 +228,30 @@ class RestoreDecision(_message.Message):
     direct: bool
     def __init__(self, kind: _Optional[_Union[RestoreDecision.Kind, str]] = ..., epoch: _Optional[int] = ..., source_epoch: _Optional[int] = ..., source_step: _Optional[int] = ..., source_world_size: _Optional[int] = ..., source: _Optional[str] = ..., reason: _Optional[str] = ..., lost_steps: _Optional[int] = ..., manifest_path: _Optional[str] = ..., direct: _Optional[bool] = ...) -> None: ...
 
-class RestoreWant(_message.Message):
-    __slots__ = ("wants",)
-    class Want(_message.Message):
-        __slots__ = ("name", "scope", "offsets", "lengths")
-        NAME_FIELD_NUMBER: _ClassVar[int]
+class RestoreBoxes(_message.Message):
+    __slots__ = ("names", "cut_of", "cuts")
+    class Cut(_message.Message):
+        __slots__ = ("scope", "offsets", "lengths")
         SCOPE_FIELD_NUMBER: _ClassVar[int]
         OFFSETS_FIELD_NUMBER: _ClassVar[int]
         LENGTHS_FIELD_NUMBER: _ClassVar[int]
-        name: str
         scope: str
         offsets: _containers.RepeatedScalarFieldContainer[int]
         lengths: _containers.RepeatedScalarFieldContainer[int]
-        def __init__(self, name: _Optional[str] = ..., scope: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
-    WANTS_FIELD_NUMBER: _ClassVar[int]
-    wants: _containers.RepeatedCompositeFieldContainer[RestoreWant.Want]
-    def __init__(self, wants: _Optional[_Iterable[_Union[RestoreWant.Want, _Mapping]]] = ...) -> None: ...
+        def __init__(self, scope: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    CUT_OF_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    cut_of: _containers.RepeatedScalarFieldContainer[int]
+    cuts: _containers.RepeatedCompositeFieldContainer[RestoreBoxes.Cut]
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., cut_of: _Optional[_Iterable[int]] = ..., cuts: _Optional[_Iterable[_Union[RestoreBoxes.Cut, _Mapping]]] = ...) -> None: ...
+
+class RestoreWant(_message.Message):
+    __slots__ = ("boxes",)
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    boxes: RestoreBoxes
+    def __init__(self, boxes: _Optional[_Union[RestoreBoxes, _Mapping]] = ...) -> None: ...
 
 class RestoreReady(_message.Message):
     __slots__ = ("batch_id", "paths", "files", "offsets", "error", "local_bytes", "remote_bytes", "decoded_bytes")
@@ -272,17 +280,17 @@ class RestoreRelease(_message.Message):
     def __init__(self, batch_id: _Optional[int] = ...) -> None: ...
 
 class RestoreLocate(_message.Message):
-    __slots__ = ("wants", "known")
-    WANTS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("boxes", "known")
+    BOXES_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
-    wants: _containers.RepeatedCompositeFieldContainer[RestoreWant.Want]
+    boxes: RestoreBoxes
     known: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, wants: _Optional[_Iterable[_Union[RestoreWant.Want, _Mapping]]] = ..., known: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, boxes: _Optional[_Union[RestoreBoxes, _Mapping]] = ..., known: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RestoreSources(_message.Message):
     __slots__ = ("slots", "others", "error")
-    class Copy(_message.Message):
-        __slots__ = ("want", "src_begin", "dst_begin", "run_bytes", "repeats")
+    class Block(_message.Message):
+        __slots__ = ("copy", "repeats")
         class Repeat(_message.Message):
             __slots__ = ("count", "src_stride", "dst_stride")
             COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -292,19 +300,13 @@ class RestoreSources(_message.Message):
             src_stride: int
             dst_stride: int
             def __init__(self, count: _Optional[int] = ..., src_stride: _Optional[int] = ..., dst_stride: _Optional[int] = ...) -> None: ...
-        WANT_FIELD_NUMBER: _ClassVar[int]
-        SRC_BEGIN_FIELD_NUMBER: _ClassVar[int]
-        DST_BEGIN_FIELD_NUMBER: _ClassVar[int]
-        RUN_BYTES_FIELD_NUMBER: _ClassVar[int]
+        COPY_FIELD_NUMBER: _ClassVar[int]
         REPEATS_FIELD_NUMBER: _ClassVar[int]
-        want: int
-        src_begin: int
-        dst_begin: int
-        run_bytes: int
-        repeats: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy.Repeat]
-        def __init__(self, want: _Optional[int] = ..., src_begin: _Optional[int] = ..., dst_begin: _Optional[int] = ..., run_bytes: _Optional[int] = ..., repeats: _Optional[_Iterable[_Union[RestoreSources.Copy.Repeat, _Mapping]]] = ...) -> None: ...
+        copy: int
+        repeats: _containers.RepeatedCompositeFieldContainer[RestoreSources.Block.Repeat]
+        def __init__(self, copy: _Optional[int] = ..., repeats: _Optional[_Iterable[_Union[RestoreSources.Block.Repeat, _Mapping]]] = ...) -> None: ...
     class Slot(_message.Message):
-        __slots__ = ("node_id", "path", "digests", "address", "object", "file_bytes", "root_digest", "copies")
+        __slots__ = ("node_id", "path", "digests", "address", "object", "file_bytes", "root_digest", "wants", "src_begins", "dst_begins", "run_bytes", "blocks")
         NODE_ID_FIELD_NUMBER: _ClassVar[int]
         PATH_FIELD_NUMBER: _ClassVar[int]
         DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -312,7 +314,11 @@ class RestoreSources(_message.Message):
         OBJECT_FIELD_NUMBER: _ClassVar[int]
         FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
         ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
-        COPIES_FIELD_NUMBER: _ClassVar[int]
+        WANTS_FIELD_NUMBER: _ClassVar[int]
+        SRC_BEGINS_FIELD_NUMBER: _ClassVar[int]
+        DST_BEGINS_FIELD_NUMBER: _ClassVar[int]
+        RUN_BYTES_FIELD_NUMBER: _ClassVar[int]
+        BLOCKS_FIELD_NUMBER: _ClassVar[int]
         node_id: str
         path: str
         digests: bytes
@@ -320,8 +326,12 @@ class RestoreSources(_message.Message):
         object: _bulk_pb2.ObjectKey
         file_bytes: int
         root_digest: str
-        copies: _containers.RepeatedCompositeFieldContainer[RestoreSources.Copy]
-        def __init__(self, node_id: _Optional[str] = ..., path: _Optional[str] = ..., digests: _Optional[bytes] = ..., address: _Optional[str] = ..., object: _Optional[_Union[_bulk_pb2.ObjectKey, _Mapping]] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., copies: _Optional[_Iterable[_Union[RestoreSources.Copy, _Mapping]]] = ...) -> None: ...
+        wants: _containers.RepeatedScalarFieldContainer[int]
+        src_begins: _containers.RepeatedScalarFieldContainer[int]
+        dst_begins: _containers.RepeatedScalarFieldContainer[int]
+        run_bytes: _containers.RepeatedScalarFieldContainer[int]
+        blocks: _containers.RepeatedCompositeFieldContainer[RestoreSources.Block]
+        def __init__(self, node_id: _Optional[str] = ..., path: _Optional[str] = ..., digests: _Optional[bytes] = ..., address: _Optional[str] = ..., object: _Optional[_Union[_bulk_pb2.ObjectKey, _Mapping]] = ..., file_bytes: _Optional[int] = ..., root_digest: _Optional[str] = ..., wants: _Optional[_Iterable[int]] = ..., src_begins: _Optional[_Iterable[int]] = ..., dst_begins: _Optional[_Iterable[int]] = ..., run_bytes: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[RestoreSources.Block, _Mapping]]] = ...) -> None: ...
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]

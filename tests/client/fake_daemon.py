@@ -16,6 +16,7 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,9 +41,22 @@ class Sealed:
         return json.loads(self.meta_text)
 
     def tensor(self, name: str) -> np.ndarray:
-        shard = self.layout.by_key[name]
+        (shard,) = (shard for shard in self.layout.shards if shard.key == name)
         dtype = np.dtype((np.void, DTYPES[shard.tensor.dtype].itemsize))
         return self.data[shard.begin : shard.end].view(dtype).reshape(shard.tensor.box.lengths)
+
+
+class Wanted(NamedTuple):
+    """One box that is asked for."""
+
+    name: str
+    scope: str
+    box: Box
+
+
+def wanted_boxes(boxes: pb.RestoreBoxes) -> list[Wanted]:
+    cuts = [(cut.scope, Box(tuple(cut.offsets), tuple(cut.lengths))) for cut in boxes.cuts]
+    return [Wanted(name, *cuts[number]) for name, number in zip(boxes.names, boxes.cut_of, strict=True)]
 
 
 @dataclass
@@ -302,7 +316,7 @@ class FakeDaemon:
         path = self.folder / f"batch-{peer.hello.rank}-{len(self.wants)}"
         ready = pb.RestoreReady(batch_id=len(self.wants), paths=[str(path)])
         with path.open("wb") as file:
-            for want in request.wants:
+            for want in wanted_boxes(request.boxes):
                 ready.files.append(0)
                 ready.offsets.append(file.tell())
                 file.write(self.assemble(step, peer.hello.rank, want).tobytes())
@@ -310,9 +324,9 @@ class FakeDaemon:
         ready.local_bytes = path.stat().st_size
         return ready
 
-    def assemble(self, step: int, rank: int, want: pb.RestoreWant.Want) -> np.ndarray:
+    def assemble(self, step: int, rank: int, want: Wanted) -> np.ndarray:
         """Return the wanted box; fails when a byte of it is nowhere."""
-        wanted = Box(tuple(want.offsets), tuple(want.lengths))
+        wanted = want.box
         out: np.ndarray | None = None
         have = np.zeros(wanted.lengths, dtype=bool)
         for r, sealed in self.sealed[step].items():

@@ -404,8 +404,8 @@ def test_layout_is_registered_once_and_again_when_state_appears(daemon, snapshot
         assert snap.wait(20)
     daemon.wait_for(lambda: 4 in daemon.sealed)
     assert 2 == len(daemon.layouts) == snap.stats["layouts"]
-    assert "optim.0.weight.momentum_buffer" not in daemon.sealed[0][0].layout.by_key
-    assert "optim.0.weight.momentum_buffer" in daemon.sealed[1][0].layout.by_key
+    assert "optim.0.weight.momentum_buffer" not in {shard.key for shard in daemon.sealed[0][0].layout.shards}
+    assert "optim.0.weight.momentum_buffer" in {shard.key for shard in daemon.sealed[1][0].layout.shards}
 
 
 def test_registering_twice_loses_no_slot(daemon, snapshotter):

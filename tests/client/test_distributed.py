@@ -14,7 +14,7 @@ import dist_jobs
 import numpy as np
 import pytest
 import torch
-from fake_daemon import FakeDaemon
+from fake_daemon import FakeDaemon, wanted_boxes
 from safetensors.torch import load_file, save_file
 from snapshotd_client import Snapshotter
 from snapshotd_client.settings import Settings
@@ -158,7 +158,7 @@ def test_wants_are_only_what_a_rank_needs(runs):
     """Breaks: each rank pulls the whole model through the network."""
     daemon = runs[0]["one_to_fsdp"]
     per_request = [
-        sum(int(np.prod(w.lengths)) for w in request.wants if w.name == "model.embed.weight")
+        sum(int(np.prod(w.box.lengths)) for w in wanted_boxes(request.boxes) if w.name == "model.embed.weight")
         for request in daemon.wants
     ]
     assert sum(per_request) == 11 * 6

@@ -267,7 +267,7 @@ def test_a_default_device_is_not_that_of_our_own_tensors(daemon, snapshotter):
         (spot,) = _spots([Want(Entry("w", "float32", (3, 2), "rank", "param"), piece, strided)], [])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert "cpu" == spot.staged.device.type
+    assert "cpu" == spot.filled.device.type
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -12,7 +12,7 @@ from snapshotd.daemon.orders import Orders
 from snapshotd.daemon.restore import Restore
 from snapshotd.errors import FormatError, PeerError
 from snapshotd.v1 import control_pb2 as control
-from tests.daemon.test_restore import check, plan_of, sealed_state, shards_of, wants_of
+from tests.daemon.test_restore import boxes, check, plan_of, sealed_state, shards_of, wants_of
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_what_is_known_is_not_read_again_and_gives_the_same_bytes(cluster, scene
         assert before == num_requests(cluster)
         for rank in range(2):
             wants = wants_of(rank, 2)
-            check(restore.assemble(rank, wants), wants)
+            check(restore.assemble(rank, boxes(wants)), wants)
         known = restore.manifest(1)
     with Restore(plan, 2, node.arena, node.sources) as restore:
         assert restore.manifest(1) == known
@@ -68,7 +68,7 @@ def test_another_layout_of_the_same_job_is_read(cluster, scene, layouts) -> None
     other = plan_of(cluster, slots, ["n0", "n1"])
     other.source_epoch = 2
     with Restore(other, 1, node.arena, node.sources, layouts) as restore:
-        check(restore.assemble(0, wants_of(0, 1)), wants_of(0, 1))
+        check(restore.assemble(0, boxes(wants_of(0, 1))), wants_of(0, 1))
 
 
 def test_a_daemon_learns_what_it_protects(cluster) -> None:
@@ -103,7 +103,7 @@ def test_no_more_than_so_much_is_kept_and_what_is_gone_is_read(cluster, scene) -
     before = num_requests(cluster)
     with Restore(plan, 1, node.arena, node.sources, layouts) as restore:
         assert before < num_requests(cluster)
-        check(restore.assemble(0, wants_of(0, 1)), wants_of(0, 1))
+        check(restore.assemble(0, boxes(wants_of(0, 1))), wants_of(0, 1))
     assert 2 == len(layouts._known)
     layouts.close()
 

@@ -23,7 +23,7 @@ from snapshotd.layout import Box
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from tests.daemon.conftest import whole
-from tests.daemon.test_restore import TENSORS, plan_of, sealed_state, split, want, wants_of
+from tests.daemon.test_restore import TENSORS, Asked, boxes, plan_of, sealed_state, split, want, wants_of
 
 Change = Callable[[worker.RestoreSources], object]
 
@@ -40,7 +40,7 @@ class DirectLink:
 
     def begin(self, frame: worker.Frame) -> worker.RestoreSources:
         self.num_asked += 1
-        return self._restore.locate(self._rank, frame.restore_locate.wants, set(frame.restore_locate.known))
+        return self._restore.locate(self._rank, frame.restore_locate.boxes, set(frame.restore_locate.known))
 
     def finish(self, question: worker.RestoreSources, timeout_s: float) -> worker.Frame | None:
         assert timeout_s >= 0
@@ -56,7 +56,7 @@ class DirectLink:
         return [frame.restore_fault.node_id for frame in self.told]
 
 
-def wanted(wants: Sequence[worker.RestoreWant.Want]) -> list[Want]:
+def wanted(wants: Sequence[Asked]) -> list[Want]:
     """With a tensor for each, full of ones, that is to be filled."""
     made = []
     for item in wants:
@@ -161,7 +161,7 @@ def test_strided_memory_is_filled_and_nothing_beside_it(scene) -> None:
 def test_memory_that_is_not_the_hosts_is_filled_by_way_of_some_that_is(scene, monkeypatch) -> None:
     """As on a device: nothing is received straight into it, and a large tensor comes in parts."""
     restore, cluster = scene
-    monkeypatch.setattr("snapshotd_client.direct._room_of", lambda item: None)
+    monkeypatch.setattr("snapshotd_client.direct._is_plain", lambda item: False)
     monkeypatch.setattr("snapshotd_client.fetch.BATCH_BYTES", 100_000)
     wants = [item for item in wanted(wants_of(0, 1)) if item.nbytes]
     link = DirectLink(restore)
@@ -202,7 +202,7 @@ def test_a_slot_of_this_node_is_read_as_a_file(own, threads: int) -> None:
     assert expected == filled(wants)
     assert (sum(map(len, expected)), 0) == (reader.own_bytes, reader.peer_bytes)
     assert [] == link.told
-    found = restore.locate(0, [want("w0", (0,), wants[0].piece.box.lengths)] * 2, {"other"})
+    found = restore.locate(0, boxes([want("w0", (0,), wants[0].piece.box.lengths)] * 2), {"other"})
     assert not found.slots or found.slots[0].digests
 
 
@@ -249,10 +249,10 @@ def test_durable_and_encrypted_sources_are_left_to_the_daemon(scene, tmp_path) -
     durable.kind, durable.durable_path = control.RESTORE_KIND_DURABLE, ref.path
     with Restore(durable, 1, node.arena, node.sources) as other:
         assert not other.is_direct
-        assert list(range(7)) == list(other.locate(0, wants_of(0, 1)).others)
+        assert list(range(7)) == list(other.locate(0, boxes(wants_of(0, 1))).others)
     node.client.is_plain = False
     assert not restore.is_direct
-    found = restore.locate(0, wants_of(0, 1))
+    found = restore.locate(0, boxes(wants_of(0, 1)))
     assert (list(range(7)), 0) == (list(found.others), len(found.slots))
 
 
@@ -310,22 +310,23 @@ def test_a_peer_that_dies_in_the_middle_of_a_tensor(cluster) -> None:
         reader, left = read(link, [item])
         assert ([item], [], 0) == (left, link.faults, reader.peer_bytes)
         assert item.target[:100_000].numpy().tobytes() == value[:100_000].tobytes()  # it did come so far
-        batch = restore.assemble(0, [want("w", (0,), value.shape)])
+        batch = restore.assemble(0, boxes([want("w", (0,), value.shape)]))
         with open(batch.paths[0], "rb") as file:
             file.seek(batch.offsets[0])
             assert value.tobytes() == file.read(value.nbytes)
 
 
 def _other_want(found: worker.RestoreSources) -> None:
-    found.slots[0].copies[0].want = 99
+    found.slots[0].wants[0] = 99
 
 
 def _beyond(found: worker.RestoreSources) -> None:
-    found.slots[-1].copies[0].dst_begin += 1
+    found.slots[-1].dst_begins[0] += 1
 
 
 def _hole(found: worker.RestoreSources) -> None:
-    del found.slots[1].copies[:]
+    for column in ("wants", "src_begins", "dst_begins", "run_bytes"):
+        found.slots[1].ClearField(column)
 
 
 def _twice(found: worker.RestoreSources) -> None:
@@ -336,7 +337,15 @@ def _unknown(found: worker.RestoreSources) -> None:
     found.others.append(50)
 
 
-@pytest.mark.parametrize("change", [_other_want, _beyond, _hole, _twice, _unknown])
+def _ragged(found: worker.RestoreSources) -> None:
+    found.slots[0].run_bytes.pop()
+
+
+def _block_of_nothing(found: worker.RestoreSources) -> None:
+    found.slots[0].blocks.add(copy=1000)
+
+
+@pytest.mark.parametrize("change", [_other_want, _beyond, _hole, _twice, _unknown, _ragged, _block_of_nothing])
 def test_an_answer_that_does_not_fit_is_an_error_before_a_byte_is_read(scene, change: Change) -> None:
     """A confused daemon's bytes must not end up in the model."""
     restore, _ = scene
@@ -386,12 +395,12 @@ def test_the_deadline_ends_it(scene) -> None:
 def test_what_is_wrong_is_said_as_for_other_requests(scene) -> None:
     restore, _ = scene
     assert prod(TENSORS["emb"].shape) * 4 == sum(
-        copy.run_bytes for slot in restore.locate(0, [want("emb", (0, 0), (1031, 300))]).slots for copy in slot.copies
+        sum(slot.run_bytes) for slot in restore.locate(0, boxes([want("emb", (0, 0), (1031, 300))])).slots
     )
     for wrong, match in (
         (want("nobody", (0,), (1,)), "no tensor 'nobody'"),
         (want("b", (10,), (5,)), "b"),
-        (want("b", (0,), (1,), scope="galaxy"), "the scope must be"),
+        (want("b", (0,), (1,), scope="galaxy"), "the scope of a box must be"),
     ):
         with pytest.raises(Exception, match=match):
-            restore.locate(0, [wrong])
+            restore.locate(0, boxes([wrong]))

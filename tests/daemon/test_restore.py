@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from snapshotd.errors import (
     UsageError,
 )
 from snapshotd.layout import Box, Layout, TensorBox
+from snapshotd.reshard import apply_copy
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from tests.daemon.conftest import whole
@@ -104,8 +108,28 @@ def sealed_state(cluster, world_size: int, ranks_per_node: int = 1, **kwargs) ->
     return plan_of(cluster, slots, names)
 
 
-def want(name: str, offsets=(), lengths=(), scope: str = "global") -> worker.RestoreWant.Want:
-    return worker.RestoreWant.Want(name=name, scope=scope, offsets=offsets, lengths=lengths)
+class Asked(NamedTuple):
+    """One box that is asked for."""
+
+    name: str
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    scope: str = "global"
+
+
+def want(name: str, offsets=(), lengths=(), scope: str = "global") -> Asked:
+    return Asked(name, tuple(offsets), tuple(lengths), scope)
+
+
+def boxes(wants: Iterable[Asked]) -> worker.RestoreBoxes:
+    """The boxes as a worker asks for them."""
+    wants = list(wants)
+    cuts = list(dict.fromkeys(item[1:] for item in wants))
+    return worker.RestoreBoxes(
+        names=[item.name for item in wants],
+        cut_of=[cuts.index(item[1:]) for item in wants],
+        cuts=[worker.RestoreBoxes.Cut(scope=cut[2], offsets=cut[0], lengths=cut[1]) for cut in cuts],
+    )
 
 
 def bytes_at(batch, index: int, nbytes: int) -> bytes:
@@ -125,7 +149,7 @@ def check(batch, wants) -> None:
         assert bytes_at(batch, index, len(expected)) == expected, item.name
 
 
-def wants_of(rank: int, world_size: int, dim: int = 0) -> list[worker.RestoreWant.Want]:
+def wants_of(rank: int, world_size: int, dim: int = 0) -> list[Asked]:
     wants = []
     for name, value in TENSORS.items():
         offsets, part = split(value, rank, world_size, min(dim, max(value.ndim - 1, 0)))
@@ -142,7 +166,7 @@ def test_any_world_size_gets_the_same_numbers(cluster, old: int, new: int, dim: 
     with Restore(plan, new, node.arena, node.sources) as restore:
         for rank in range(new):
             wants = wants_of(rank, new, 1 - dim if new > 1 else 0)
-            batch = restore.assemble(rank, wants)
+            batch = restore.assemble(rank, boxes(wants))
             check(batch, wants)
             assert batch.local_bytes + batch.remote_bytes == sum(
                 len(region(TENSORS[w.name], w.offsets, w.lengths)) for w in wants
@@ -168,7 +192,7 @@ def test_random_boxes_from_a_mix_of_layouts(cluster) -> None:
                     offsets.append(begin)
                     lengths.append(end - begin)
                 wants.append(want(name, offsets, lengths))
-            batch = restore.assemble(0, wants)
+            batch = restore.assemble(0, boxes(wants))
             check(batch, wants)
             restore.release(batch.batch_id)
 
@@ -180,7 +204,7 @@ def test_what_is_here_is_mapped_and_not_copied(cluster) -> None:
     used = node.arena.used_bytes
     with Restore(plan, 2, node.arena, node.sources) as restore:
         wants = [item for item in wants_of(1, 2) if item.name != "scalar" and 0 not in item.lengths]
-        batch = restore.assemble(1, wants)
+        batch = restore.assemble(1, boxes(wants))
         slot = node.arena.find(slot_key(plan.slots[1]))
         assert batch.paths == (str(slot.path),)
         assert batch.remote_bytes == batch.fetched_bytes == 0
@@ -198,13 +222,13 @@ def test_leases_end_with_the_restore(cluster) -> None:
     plan = sealed_state(cluster, 2)
     node = cluster.nodes["n0"]
     restore = Restore(plan, 2, node.arena, node.sources)
-    restore.assemble(0, wants_of(0, 2))
+    restore.assemble(0, boxes(wants_of(0, 2)))
     restore.write_manifest(0)
     restore.close()
     assert node.arena.invalidate(node.arena.find(slot_key(plan.slots[0])))
     assert not list((node.arena.root / "buffers").iterdir())
     with pytest.raises(LocalProtocolError):
-        restore.assemble(0, wants_of(0, 2))
+        restore.assemble(0, boxes(wants_of(0, 2)))
     assert not list((node.arena.root / "buffers").iterdir())
 
 
@@ -215,10 +239,10 @@ def test_a_batch_outlives_the_failure_of_another(cluster) -> None:
     slot = node.arena.find(slot_key(plan.slots[0]))
     with Restore(plan, 2, node.arena, node.sources) as restore:
         mine = [want("w", (0, 0, 0), (3, 7, 5))]
-        batch = restore.assemble(0, mine)
+        batch = restore.assemble(0, boxes(mine))
         other.arena.find(slot_key(plan.slots[1])).view[-1000] ^= 1
         with pytest.raises(CorruptionError):
-            restore.assemble(1, wants_of(1, 2))
+            restore.assemble(1, boxes(wants_of(1, 2)))
         assert not node.arena.invalidate(slot)
         check(batch, mine)
         restore.release(batch.batch_id)
@@ -234,7 +258,7 @@ def test_a_full_arena_keeps_nobody_from_what_is_whole_in_it(cluster, tmp_path, m
         monkeypatch.setattr(node.arena, "budget_bytes", node.arena.used_bytes)
         batch_id, path = restore.write_manifest(0)
         assert (restore.manifest(0), 0o100600) == (Path(path).read_bytes(), os.stat(path).st_mode)
-        check(restore.assemble(0, [want("w", (0, 0, 0), (3, 7, 5))]), [want("w", (0, 0, 0), (3, 7, 5))])
+        check(restore.assemble(0, boxes([want("w", (0, 0, 0), (3, 7, 5))])), [want("w", (0, 0, 0), (3, 7, 5))])
         restore.release(batch_id)
         assert [] == os.listdir(tmp_path)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
@@ -286,7 +310,7 @@ def test_private_state_comes_from_the_source_rank(cluster) -> None:
     node = cluster.nodes["n0"]
     with Restore(plan, 5, node.arena, node.sources) as restore:
         for rank in range(5):
-            batch = restore.assemble(rank, [want("rng", (0,), (16,), "rank")])
+            batch = restore.assemble(rank, boxes([want("rng", (0,), (16,), "rank")]))
             assert bytes_at(batch, 0, 16) == bytes([rank % 2] * 16)
 
 
@@ -304,17 +328,17 @@ def test_private_parameters_that_differ_are_refused_elsewhere(cluster, kind: str
     wanted = {name: [want(name, (0,), (9,), "rank")] for name in values}
     with Restore(plan, 3, nodes[0].arena, nodes[0].sources) as restore:
         for rank in range(3):
-            assert bytes_at(restore.assemble(rank, wanted["own"]), 0, 72) == values["own"][rank].tobytes()
+            assert bytes_at(restore.assemble(rank, boxes(wanted["own"])), 0, 72) == values["own"][rank].tobytes()
     with Restore(plan, 2, nodes[0].arena, nodes[0].sources) as restore:
-        assert bytes_at(restore.assemble(1, wanted["same"]), 0, 72) == np.arange(9.0).tobytes()
+        assert bytes_at(restore.assemble(1, boxes(wanted["same"])), 0, 72) == np.arange(9.0).tobytes()
         if kind == "buffer":
-            assert bytes_at(restore.assemble(1, wanted["own"]), 0, 72) == (np.arange(9.0) + 1).tobytes()
+            assert bytes_at(restore.assemble(1, boxes(wanted["own"])), 0, 72) == (np.arange(9.0) + 1).tobytes()
             return
         for _ in range(2):
             with pytest.raises(Unrecoverable, match=r"'own' is private .* rank 1 .* another value"):
-                restore.assemble(1, wanted["own"])
+                restore.assemble(1, boxes(wanted["own"]))
             with pytest.raises(Unrecoverable, match=r"'some' is private .* rank 2 .* does not have it"):
-                restore.assemble(0, wanted["some"])
+                restore.assemble(0, boxes(wanted["some"]))
 
 
 def test_wishes_that_cannot_be_met(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,14 +354,14 @@ def test_wishes_that_cannot_be_met(cluster, monkeypatch: pytest.MonkeyPatch) -> 
             (want("b", (0,), (1,), "all"), UsageError, "scope"),
         ):
             with pytest.raises(error, match=words):
-                restore.assemble(0, [want("w", (0, 0, 0), (64, 7, 5)), wish])
+                restore.assemble(0, boxes([want("w", (0, 0, 0), (64, 7, 5)), wish]))
         with pytest.raises(UsageError, match="no rank 2"):
-            restore.assemble(2, [])
+            restore.assemble(2, boxes([]))
         monkeypatch.setattr(restore_module, "MAX_BATCH_BYTES", 1000)
         with pytest.raises(UsageError, match="the limit is 1000"):
-            restore.assemble(0, [want("emb", (0, 0), (1031, 300))])
-        assert restore.assemble(0, [want("none", (0, 0), (0, 4))]).offsets == (0,)
-        assert restore.assemble(0, []).paths == ()
+            restore.assemble(0, boxes([want("emb", (0, 0), (1031, 300))]))
+        assert restore.assemble(0, boxes([want("none", (0, 0), (0, 4))])).offsets == (0,)
+        assert restore.assemble(0, boxes([])).paths == ()
     assert not list((node.arena.root / "buffers").iterdir())
 
 
@@ -347,7 +371,7 @@ def test_a_gap_in_the_sources_is_refused(cluster) -> None:
     slots = [cluster.seal(node, shards_of(0, 2), rank=0, world_size=1)]
     plan = plan_of(cluster, slots, ["n0"])
     with Restore(plan, 1, node.arena, node.sources) as restore, pytest.raises(Unrecoverable, match="emb"):
-        restore.assemble(0, wants_of(0, 1))
+        restore.assemble(0, boxes(wants_of(0, 1)))
 
 
 @pytest.mark.parametrize("where", ["local", "in place", "peer"])
@@ -368,7 +392,7 @@ def test_rot_is_reported_and_refused(cluster, where: str) -> None:
         }[where]
         for _ in range(2):
             with pytest.raises(CorruptionError, match="does not match its digest"):
-                restore.assemble(0, [wish])
+                restore.assemble(0, boxes([wish]))
         found = node.corruptions[0]
         assert found.local == (where != "peer")
         if found.local:
@@ -379,12 +403,12 @@ def test_rot_is_reported_and_refused(cluster, where: str) -> None:
         ref, digests = obj.ref, obj.digests
         owner.arena.delete(obj)
         with pytest.raises((CorruptionError, PeerError)):
-            restore.assemble(0, [wish])
+            restore.assemble(0, boxes([wish]))
         assert obj.state is State.GONE  # the failed restore holds nothing of it
         fresh = owner.arena.create_slot(bytes(wanted[:100]), len(wanted))
         fresh.view[:] = wanted
         owner.arena.seal(fresh, ref, digests)
-        check(restore.assemble(0, [wish]), [wish])
+        check(restore.assemble(0, boxes([wish])), [wish])
     assert not list((node.arena.root / "buffers").iterdir())
 
 
@@ -421,9 +445,9 @@ def test_failpoint_in_the_middle_holds_nothing(cluster) -> None:
     with Restore(plan, 1, node.arena, node.sources) as restore:
         failpoints.configure("daemon.mid_assemble=raise@1")
         with pytest.raises(failpoints.FailpointError):
-            restore.assemble(0, wants_of(0, 1))
+            restore.assemble(0, boxes(wants_of(0, 1)))
         assert not list((node.arena.root / "buffers").iterdir())
-        check(restore.assemble(0, wants_of(0, 1)), wants_of(0, 1))
+        check(restore.assemble(0, boxes(wants_of(0, 1))), wants_of(0, 1))
 
 
 def test_from_a_durable_snapshot_after_all_memory_is_gone(cluster, tmp_path) -> None:
@@ -447,7 +471,7 @@ def test_from_a_durable_snapshot_after_all_memory_is_gone(cluster, tmp_path) -> 
     with Restore(durable, 2, fresh.arena, fresh.sources) as restore:
         for rank in range(2):
             wants = wants_of(rank, 2, 1)
-            batch = restore.assemble(rank, wants)
+            batch = restore.assemble(rank, boxes(wants))
             check(batch, wants)
             assert batch.local_bytes == 0
             assert restore.manifest(rank) == manifests[rank]
@@ -457,7 +481,7 @@ def test_from_a_durable_snapshot_after_all_memory_is_gone(cluster, tmp_path) -> 
     path.write_bytes(data)
     with Restore(durable, 1, fresh.arena, fresh.sources) as restore:
         with pytest.raises(CorruptionError, match=r"rank-000001.safetensors was changed in bytes"):
-            restore.assemble(0, wants_of(0, 1))
+            restore.assemble(0, boxes(wants_of(0, 1)))
         assert [found.local for found in fresh.corruptions] == [False]
     durable.source_step = 8
     with pytest.raises(CorruptionError, match="expected"):
@@ -468,29 +492,85 @@ def test_buffers_are_used_again_and_the_bytes_are_the_new_ones(cluster) -> None:
     """Memory that is touched for the first time costs more than the network; old bytes in it must not be seen."""
     here, there = cluster.add("n0", "n1")
     values = [np.random.default_rng(seed).random(1_500_000, np.float32) for seed in range(2)]
-    boxes = [(whole(f"w{i}", value), value) for i, value in enumerate(values)]
-    plan = plan_of(cluster, [cluster.seal(there, boxes)], ["n1"])
+    shards = [(whole(f"w{i}", value), value) for i, value in enumerate(values)]
+    plan = plan_of(cluster, [cluster.seal(there, shards)], ["n1"])
     with Restore(plan, 1, here.arena, here.sources) as restore:
         paths = set()
         for _ in range(3):
             for i, value in enumerate(values):
-                batch = restore.assemble(0, [want(f"w{i}", (0,), value.shape)])
+                batch = restore.assemble(0, boxes([want(f"w{i}", (0,), value.shape)]))
                 assert bytes_at(batch, 0, value.nbytes) == value.tobytes()
                 paths.update(batch.paths)
                 restore.release(batch.batch_id)
         assert len(paths) == 1
-        held = [restore.assemble(0, [want(f"w{i}", (0,), value.shape)]) for i, value in enumerate(values)]
+        held = [restore.assemble(0, boxes([want(f"w{i}", (0,), value.shape)])) for i, value in enumerate(values)]
         for batch, value in zip(held, values, strict=True):  # none is taken away from under a worker
             assert bytes_at(batch, 0, value.nbytes) == value.tobytes()
     assert not list((here.arena.root / "buffers").iterdir())
 
 
+def test_columns_that_do_not_make_up_boxes_are_refused() -> None:
+    there = Boxes([Layout.build([whole("w", np.zeros((4, 2), np.float32))], meta_capacity=0)], 1)
+    right = boxes([want("w", (1, 0), (2, 2))])
+    assert 1 == len(there.targets(right, 0))
+    for field, value in (("cut_of", 1), ("cut_of", 0), ("names", "w")):
+        wrong = worker.RestoreBoxes.FromString(right.SerializeToString())
+        if field == "cut_of" and value:
+            wrong.cut_of[0] = value
+        else:
+            getattr(wrong, field).append(value)
+        with pytest.raises(UsageError, match="do not make up boxes"):
+            there.targets(wrong, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranks_that_hold_different_tensors_differently(seed: int) -> None:
+    """Stages of a pipeline, parts that only some have, replicas, several boxes in one rank: as one heap of boxes."""
+    dice = random.Random(seed)
+    values = {f"t{i}": np.frombuffer(dice.randbytes(4 * 24), np.uint32).reshape(dice.choice([(24,), (6, 4), (2, 3, 4)]))
+              for i in range(20)}  # fmt: skip
+    num_ranks = dice.randint(1, 6)
+    held: list[list[tuple[TensorBox, np.ndarray]]] = [[] for _ in range(num_ranks)]
+    for name, value in values.items():
+        edges = [0, *sorted(dice.sample(range(1, len(value)), dice.randint(0, len(value) - 1))), len(value)]
+        ranks = dice.choice([list(range(num_ranks)), dice.sample(range(num_ranks), dice.randint(1, num_ranks))])
+        for begin, end in zip(edges, edges[1:], strict=False):
+            for rank in dice.sample(ranks, dice.choice([1, len(ranks)])):
+                box = Box((begin, *(0 for _ in value.shape[1:])), (end - begin, *value.shape[1:]))
+                held[rank].append((replace(whole(name, value), box=box), value[begin:end]))
+    own = [np.full(3, rank, np.uint32) for rank in range(num_ranks)]
+    for rank, mine in enumerate(held):
+        mine.append((private_box("own", own[rank], "extra"), own[rank]))
+    layouts = [Layout.build([box for box, _ in mine], meta_capacity=0) for mine in held]
+    files = [bytearray(layout.file_bytes) for layout in layouts]
+    for layout, file, mine in zip(layouts, files, held, strict=True):
+        parts = {(box.name, box.box): part.tobytes() for box, part in mine}
+        for shard in layout.shards:
+            file[shard.begin : shard.end] = parts[shard.tensor.name, shard.tensor.box]
+    there = Boxes(layouts, num_ranks + 1)
+    sources = [SimpleNamespace(is_local=dice.random() < 0.5) for _ in range(num_ranks)]
+    for rank in range(num_ranks + 1):
+        wants = [want("own", (0,), (3,), "rank")]
+        for name, value in values.items():
+            begin = dice.randrange(len(value))
+            length = dice.randint(0, len(value) - begin)
+            wants.append(want(name, (begin, *(0 for _ in value.shape[1:])), (length, *value.shape[1:])))
+        targets = there.targets(boxes(wants), rank)
+        by_target = there.copies(targets, rank, sources, None)
+        for number, item in enumerate(wants):
+            value = own[rank % num_ranks] if item.scope == "rank" else values[item.name]
+            out = bytearray(targets[number].nbytes)
+            for copy in by_target.get(number, []):
+                apply_copy(copy, files[copy.source], out)
+            assert region(value, item.offsets, item.lengths) == bytes(out)
+
+
 def test_a_replica_that_has_come_to_this_node_is_preferred_from_then_on() -> None:
     value = np.zeros((4, 2), np.float32)
     layouts = [Layout.build([whole("w", value)], meta_capacity=0) for _ in range(2)]
-    boxes = Boxes(layouts, 1)
-    targets = boxes.targets([want("w", (1, 0), (2, 2))], 0)
+    there = Boxes(layouts, 1)
+    targets = there.targets(boxes([want("w", (1, 0), (2, 2))]), 0)
     for local in ((False, False), (False, True), (True, True), (False, True)):
         sources = [SimpleNamespace(is_local=one) for one in local]
-        ((copy,),) = boxes.copies(targets, 0, sources, None).values()
+        ((copy,),) = there.copies(targets, 0, sources, None).values()
         assert (local.index(True) if True in local else 0) == copy.source

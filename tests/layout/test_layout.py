@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotd.errors import FormatError, LayoutError
-from snapshotd.layout import DTYPES, Box, Layout, TensorBox, header_length
+from snapshotd.layout import DTYPES, Box, Index, Layout, TensorBox, header_length
 
 
 def part(
@@ -59,7 +59,28 @@ def test_shards_tile_the_file_and_are_aligned() -> None:
     assert [shard.key for shard in layout.shards] == [
         "z", "step", "w@2,0", "w@6,0", "none", "b@9", "h", "flag", 'größe/ñ "quoted" \\', "rng",
     ]  # fmt: skip
-    assert layout.by_key["w@6,0"].tensor == MIXED[2]
+    assert {shard.key: shard.tensor for shard in layout.shards}["w@6,0"] == MIXED[2]
+
+
+def test_tensors_are_found_by_name_and_those_alike_have_one_number() -> None:
+    def box(name: str, begin: int, **changed: object) -> TensorBox:
+        fields = {"dtype": "int32", "global_shape": (8, 2), "box": Box((begin, 0), (2, 2)), "scope": "global"}
+        return TensorBox(name=name, kind="param", **{**fields, **changed})  # type: ignore[arg-type]
+
+    def index(*boxes: TensorBox) -> Index:
+        return Layout.build(boxes, meta_capacity=0).index
+
+    private = box("d", 0, scope="rank")
+    mine = index(box("a", 0), box("b", 2), box("a", 2), box("c", 0), private, box("e", 0, dtype="uint32"))
+    assert {"a": (0, 2), "b": (1,), "c": (3,), "e": (5,)} == {
+        name: places for (name, scope), places in mine.places.items() if scope == "global"
+    }
+    assert (4,) == mine.places["d", "rank"]
+    assert (0, 1, 1, 0, 2, 3) == mine.likes
+    assert mine.names == index(box("a", 6), box("b", 0), box("a", 0), box("c", 1), private, box("e", 3)).names
+    others = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("abc",), ()]
+    assert len(others) == len({index(*(box(name, 0) for name in names)).names for names in others})
+    assert index(box("a", 0)).names != index(box("a", 0, scope="rank")).names
 
 
 def test_read_back_is_equal() -> None:
@@ -69,7 +90,7 @@ def test_read_back_is_equal() -> None:
     assert again.shards == layout.shards
     assert (again.hash, again.meta, again.file_bytes) == (layout.hash, layout.meta, layout.file_bytes)
     assert (dict(again.ties), dict(again.attrs)) == ({"head": "w"}, {"rank": "3"})
-    assert dict(again.by_key) == dict(layout.by_key)
+    assert again.index == layout.index
 
 
 def test_hash_names_the_content() -> None:

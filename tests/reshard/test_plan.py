@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotd.errors import LayoutError, Unrecoverable
-from snapshotd.layout import Box, TensorBox
-from snapshotd.reshard import Copy, Key, Planner, SourceShard, TargetShard, apply_copy, merge_neighbours
+from snapshotd.layout import Box, Shard, TensorBox
+from snapshotd.reshard import Copy, Key, Planner, TargetShard, apply_copy, merge_neighbours
 
 NUMPY = {"float32": np.uint32, "bfloat16": np.uint16, "int64": np.uint64, "uint8": np.uint8}
 
@@ -31,12 +32,33 @@ def tensor(
     )
 
 
+class SourceShard(NamedTuple):
+    """A tensor box that is there: at byte offset ``begin`` of the file ``source``."""
+
+    source: int
+    tensor: TensorBox
+    begin: int
+
+
+class Listed(list[tuple[int, Shard]]):
+    """The sources of a tensor."""
+
+    @property
+    def likeness(self) -> Hashable:
+        return tuple((rank, box.dtype, box.global_shape, box.box) for rank, (box, *_) in self)
+
+    @classmethod
+    def of(cls, shards: Iterable[SourceShard]) -> Listed | None:
+        found = cls((rank, Shard(box, box.name, begin, begin + box.nbytes)) for rank, box, begin in shards)
+        return found or None
+
+
 def source(rank: int, box: TensorBox, begin: int = 0) -> SourceShard:
     return SourceShard(source=rank, tensor=box, begin=begin)
 
 
 def target(rank: int, box: TensorBox, begin: int = 0) -> TargetShard:
-    return TargetShard(target=rank, tensor=box, begin=begin)
+    return TargetShard(target=rank, tensor=box, box=box.box, begin=begin)
 
 
 def rows(name: str, size: int, begin: int, end: int) -> TensorBox:
@@ -55,7 +77,7 @@ def plan(
     for shard in sources:
         key = (shard.tensor.name, shard.source if shard.tensor.scope == "rank" else None)
         groups.setdefault(key, []).append(shard)
-    planner = Planner(lambda key: groups.get(key, ()), prefer or (lambda source: 0))
+    planner = Planner(lambda key: Listed.of(groups.get(key, ())), prefer or (lambda source: 0))
     return planner.plan(targets, rank_source)
 
 
@@ -92,7 +114,7 @@ class World:
         for rank, name, box in cuts:
             begin = ends.setdefault(rank, 3)
             shards.append(target(rank, replace(self.tensors[name], box=box), begin))
-            ends[rank] = begin + shards[-1].tensor.nbytes
+            ends[rank] = begin + shards[-1].nbytes
         return shards, {rank: bytearray(b"\xee" * end) for rank, end in ends.items()}
 
     def check(self, made: list[Copy], targets: list[TargetShard], files: dict[int, bytearray]) -> None:
@@ -278,10 +300,10 @@ def test_many_tensors_at_once_are_planned_as_each_alone() -> None:
     assert len(targets) > 500
     assert made(targets) == [copy for one in targets for copy in made([one])]
 
-    def find(key: Key) -> list[SourceShard]:
+    def find(key: Key) -> Listed | None:
         name, rank = key
         there = [shard for shard in sources if shard.tensor.name == name]
-        return [shard for shard in there if rank in (None, shard.source)]
+        return Listed.of(shard for shard in there if rank in (None, shard.source))
 
     planner = Planner(find, lambda rank: int(rank == 2))
     for _ in range(2):  # what is known by now gives the same
