@@ -5,7 +5,8 @@ Rule 1: ``bind`` is called for each capture, after the fence of the one before. 
 elsewhere, no line of Python runs per tensor (``Held``'s rule), and as soon as they stay where they are, none is asked
 where that is, nor of what shape: a ``Sight`` of them holds.
 Rule 2: a view keeps the memory that it shows, so memory at the same address is the same memory.
-Rule 3: what ``bind`` can only find out slowly without one (the same memory under another shape) is found by ``moved``,
+Rule 3: only what is another object, or elsewhere, is looked at again: some optimizers replace a tensor in each step.
+Rule 4: what ``bind`` can only find out slowly without one (the same memory under another shape) is found by ``moved``,
 behind the copy and off the training thread. Then this step is not kept, and the next ``bind`` looks at everything.
 """
 
@@ -58,11 +59,13 @@ class Binding:
         self._scratch: list[torch.Tensor] = []
         self._lasting: list[Leaf] | None = None
         self._locals: list[torch.Tensor] = []
-        self._sharded: list[tuple[int, torch.Tensor]] = []
+        self._sharded: dict[int, torch.Tensor] = {}
         self._pointers: list[int] = []
         self._shapes: list[object] = [None] * self._num_lasting
         self._strides: list[object] = [None] * self._num_lasting
-        self._sights: list[Sight] | None = None
+        self._batches: list[slice] = []
+        self._sights: list[Sight | None] = []  # of each batch
+        self._blind: set[int] = set()  # batches of which there is none to be had
         self._versions: list[Array] = []
 
     def bind(self, lasting: list[Leaf], sync: Sequence[Leaf]) -> bool:
@@ -80,40 +83,36 @@ class Binding:
         """Look where the tensors of these leaves lie now; False where one is not what the plan says."""
         if lasting is not self._lasting and not self._take(lasting):
             return False
-        if self._sights and all(sight.holds() for sight in self._sights):
+        changed: list[int] = []
+        for number, part in enumerate(self._batches):
+            sight = self._sights[number]
+            if sight is not None and sight.holds():
+                continue
+            others = self._others(part, number in self._blind)
+            if others:
+                self._sights[number] = None
+                self._blind.discard(number)
+                changed += others
+            elif sight is not None or number not in self._blind:
+                self._sights[number] = self._see(number, part)
+        if not changed:
             return True
-        for index, tensor in self._sharded:  # the local part of a DTensor can be another tensor at any time
-            local = local_of(tensor)
-            if local is not self._locals[index]:
-                self._locals[index], self._pointers[index] = local, _NOWHERE
-        pointers = list(map(_pointer_of, self._locals))
-        if pointers == self._pointers:
-            if self._sights == []:
-                return True
-            changed = self._reshaped()
-            if not changed:
-                self._sights = self._see()
-                return True
-        else:
-            changed = [index for index, (a, b) in enumerate(zip(pointers, self._pointers, strict=True)) if a != b]
-        self._sights = None
         self.copies.clear()
         for index in changed:
             if not self._look(index, self._locals[index]):
                 self._lasting = None
                 return False
-        self._pointers = pointers
         return True
 
     def moved(self) -> list[str]:
         """Return the names of the tensors that are not what they were at ``bind``: changed in place, or reshaped."""
         moved: list[str] = []
-        for number, part in enumerate(self._batches()):
+        for number, part in enumerate(self._batches):
             tensors, names = self._locals[part], self._names[part]
             changed = _versions(tensors) != self._versions[number]
             if changed.any():
                 moved += [names[index] for index in np.flatnonzero(changed)]
-            if not self._sights and (reshaped := self._reshaped(part)):
+            if self._sights[number] is None and (reshaped := self._reshaped(part)):
                 self._lasting = None
                 moved += [self._names[index] for index in reshaped]
             time.sleep(0)
@@ -122,7 +121,8 @@ class Binding:
     def forget(self) -> None:
         """Let go of all tensors that are not our own; the next ``bind`` finds them again."""
         self.copies.clear()
-        self._lasting, self._locals, self._sharded, self._versions, self._sights = None, [], [], [], None
+        self._lasting, self._locals, self._sharded, self._versions = None, [], {}, []
+        self._batches, self._sights = [], []
         for parts in self._parts_of[: self._num_lasting]:
             for number in parts:
                 self.sources[number] = _NOTHING
@@ -140,39 +140,65 @@ class Binding:
         """Other leaves than before: by their objects, or because there was a doubt."""
         if [leaf.name for leaf in lasting] != self._names[: self._num_lasting]:
             return False
-        self._lasting = lasting
-        self._locals = [local_of(leaf.tensor) for leaf in lasting]
-        self._sharded = [(index, leaf.tensor) for index, leaf in enumerate(lasting) if is_dtensor(leaf.tensor)]
-        self._pointers = [_NOWHERE] * len(lasting)
-        self._sights = None
+        known, self._lasting = self._lasting, lasting
+        if known is None:
+            self._locals = [local_of(leaf.tensor) for leaf in lasting]
+            self._sharded = {index: leaf.tensor for index, leaf in enumerate(lasting) if is_dtensor(leaf.tensor)}
+            self._pointers = [_NOWHERE] * len(lasting)
+            self._batches = [slice(begin, begin + _AT_ONCE) for begin in range(0, len(lasting), _AT_ONCE)]
+            self._sights, self._blind = [None] * len(self._batches), set()
+            return True
+        for index, (leaf, before) in enumerate(zip(lasting, known, strict=True)):
+            if leaf is not before and leaf.tensor is not before.tensor:
+                self._locals[index], self._pointers[index] = local_of(leaf.tensor), _NOWHERE
+                self._sharded.pop(index, None)
+                if is_dtensor(leaf.tensor):
+                    self._sharded[index] = leaf.tensor
+                self._sights[index // _AT_ONCE] = None
         return True
 
-    def _reshaped(self, part: slice = slice(None)) -> list[int]:
+    def _others(self, part: slice, is_blind: bool) -> list[int]:
+        """
+        Return which tensors are others, lie elsewhere or are of another shape than when they were looked at last.
+
+        Where nothing but torch tells (``is_blind``), they are not asked for their shapes in each step: see ``moved``.
+        """
+        for index in self._sharded.keys() & range(*part.indices(len(self._locals))) if self._sharded else ():
+            local = local_of(self._sharded[index])  # that of a DTensor can be another tensor at any time
+            if local is not self._locals[index]:
+                self._locals[index], self._pointers[index] = local, _NOWHERE
+        pointers = list(map(_pointer_of, self._locals[part]))
+        if pointers == self._pointers[part]:
+            return [] if is_blind else self._reshaped(part)
+        looks = zip(pointers, self._pointers[part], strict=True)
+        others = {index for index, (a, b) in enumerate(looks, part.start) if a != b}
+        self._pointers[part] = pointers
+        return sorted(others.union(self._reshaped(part)))
+
+    def _reshaped(self, part: slice) -> list[int]:
         """Return which tensors have another shape, or other strides, than they had when they were looked at last."""
         tensors = self._locals[part]
         shapes, strides = list(map(_shape_of, tensors)), list(map(_strides_of, tensors))
         if shapes == self._shapes[part] and strides == self._strides[part]:
             return []
         looks = zip(shapes, self._shapes[part], strides, self._strides[part], strict=True)
-        return [index for index, (a, b, c, d) in enumerate(looks, part.start or 0) if a != b or c != d]
+        return [index for index, (a, b, c, d) in enumerate(looks, part.start) if a != b or c != d]
 
-    def _batches(self) -> list[slice]:
-        return [slice(begin, begin + _AT_ONCE) for begin in range(0, len(self._locals), _AT_ONCE)]
-
-    def _see(self) -> list[Sight]:
-        """Look at all tensors in such a way that one look tells whether they are what they were; [] if that fails."""
+    def _see(self, number: int, part: slice) -> Sight | None:
+        """Look at a batch in such a way that one look tells whether its tensors are what they were; None if not."""
         assert self._lasting is not None
-        objects = [leaf.tensor for leaf in self._lasting]
+        objects = [leaf.tensor for leaf in self._lasting[part]]
         try:
-            return [Sight(objects[part], self._locals[part], self._pointers[part]) for part in self._batches()]
+            return Sight(objects, self._locals[part], self._pointers[part])
         except (ValueError, OSError):
-            return []
+            self._blind.add(number)
+            return None
 
     def _look_at_versions(self) -> list[Array]:
-        batches = self._batches()
-        seen = [sight.versions() for sight in self._sights] if self._sights else [None] * len(batches)
+        seen = [sight.versions() if sight is not None else None for sight in self._sights]
         return [
-            _versions(self._locals[part]) if found is None else found for part, found in zip(batches, seen, strict=True)
+            _versions(self._locals[part]) if found is None else found
+            for part, found in zip(self._batches, seen, strict=True)
         ]
 
     def _look(self, index: int, tensor: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from snapshotd_client.arrays import Array
+from snapshotd_client.counters import logger
 from snapshotd_client.words import Trail, Words, offset_of, peek
 
 __all__ = ["Sight"]
@@ -127,7 +128,13 @@ def _fields() -> _Fields | None:
     try:
         with torch.inference_mode(False), torch.no_grad():
             return _find_fields()
-    except (ValueError, OSError, AttributeError, TypeError, RuntimeError):
+    except (ValueError, OSError, AttributeError, TypeError, RuntimeError) as error:
+        logger.warning(
+            "snapshotd: torch %s does not keep its tensors as others do (%s): each is asked where it lies, which takes "
+            "0.2 ms more of each step per 1,000 tensors",
+            torch.__version__,
+            error,
+        )
         return None
 
 

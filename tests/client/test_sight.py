@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from snapshotd_client import sight, words
 from snapshotd_client.dtensors import local_of
-from snapshotd_client.sight import Sight
+from snapshotd_client.sight import Sight, _fields
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -136,6 +136,23 @@ def test_what_is_not_as_torch_says_is_not_believed(tensors):
         words.peek(8, 8)
     with pytest.raises(ValueError, match="without memory"):
         Sight([sparse], [sparse], [0])
+
+
+def test_a_torch_that_is_not_known_is_asked_and_that_is_said_once(tensors, monkeypatch, caplog):
+    def fails():
+        raise ValueError("2 places where the words could be")
+
+    monkeypatch.setattr("snapshotd_client.sight._find_fields", fails)
+    _fields.cache_clear()
+    try:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="not to be found"):
+                seen(tensors)
+    finally:
+        _fields.cache_clear()
+    [record] = caplog.records
+    assert torch.__version__ in record.getMessage()
+    assert "2 places" in record.getMessage()
 
 
 @pytest.mark.parametrize("mode", ["inference", "meta", "no grad", "numbers"])
