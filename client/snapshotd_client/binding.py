@@ -13,7 +13,7 @@ behind the copy and off the training thread. Then this step is not kept, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -57,7 +57,7 @@ class Binding:
         self._names = [item.name for item in plan.planned]
         self._num_lasting = sum(not item.sync for item in plan.planned)
         self._scratch: list[torch.Tensor] = []
-        self._lasting: list[Leaf] | None = None
+        self._lasting: Sequence[Leaf | None] | None = None  # None: forgotten
         self._locals: list[torch.Tensor] = []
         self._sharded: dict[int, torch.Tensor] = {}
         self._pointers: list[int] = []
@@ -118,14 +118,19 @@ class Binding:
             time.sleep(0)
         return moved
 
-    def forget(self) -> None:
-        """Let go of all tensors that are not our own; the next ``bind`` finds them again."""
+    def forget(self, leaves: Iterable[Leaf]) -> None:
+        """Let go of the tensors of some leaves; the next ``bind`` finds them again."""
+        gone = set(map(id, leaves))
+        known = self._lasting or []
+        self._lasting = [None if id(leaf) in gone else leaf for leaf in known]
         self.copies.clear()
-        self._lasting, self._locals, self._sharded, self._versions = None, [], {}, []
-        self._batches, self._sights = [], []
-        for parts in self._parts_of[: self._num_lasting]:
-            for number in parts:
-                self.sources[number] = _NOTHING
+        for index, leaf in enumerate(known):
+            if id(leaf) in gone:
+                self._locals[index], self._pointers[index] = _NOTHING, _NOWHERE
+                self._sharded.pop(index, None)
+                self._sights[index // _AT_ONCE] = None
+                for number in self._parts_of[index]:
+                    self.sources[number] = _NOTHING
 
     def reads(self, begin: int, end: int) -> bool:
         """Whether a tensor lay between these addresses of host memory when it was looked at last."""
@@ -149,7 +154,7 @@ class Binding:
             self._sights, self._blind = [None] * len(self._batches), set()
             return True
         for index, (leaf, before) in enumerate(zip(lasting, known, strict=True)):
-            if leaf is not before and leaf.tensor is not before.tensor:
+            if leaf is not before and (before is None or leaf.tensor is not before.tensor):
                 self._locals[index], self._pointers[index] = local_of(leaf.tensor), _NOWHERE
                 self._sharded.pop(index, None)
                 if is_dtensor(leaf.tensor):
@@ -187,7 +192,7 @@ class Binding:
     def _see(self, number: int, part: slice) -> Sight | None:
         """Look at a batch in such a way that one look tells whether its tensors are what they were; None if not."""
         assert self._lasting is not None
-        objects = [leaf.tensor for leaf in self._lasting[part]]
+        objects = [leaf.tensor for leaf in self._lasting[part] if leaf is not None]  # that is of all
         try:
             return Sight(objects, self._locals[part], self._pointers[part])
         except (ValueError, OSError):

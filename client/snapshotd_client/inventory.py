@@ -118,10 +118,12 @@ class Inventory:
         """Return the accelerators that the state lies on."""
         return self._devices
 
-    def forget_moving(self) -> bool:
-        """Let go of optimizer state that is replaced each step; says whether there was any."""
-        forgotten = [view.forget_moving() for view in self.optimizers]
-        return True in forgotten
+    def forget_moving(self) -> list[Leaf]:
+        """Let go of optimizer state that is replaced now and then; return what that was."""
+        gone = [leaf for view in self.optimizers for leaf in view.forget_moving()]
+        if gone:
+            self._lasting, self._lasting_of = [], []
+        return gone
 
     def forget(self) -> None:
         """Let go of all tensors; the next look finds them again."""

@@ -26,6 +26,8 @@ __all__ = ["OptimizerView", "named_optimizers", "unseen_state"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _MAPPINGS = (dict, OrderedDict, defaultdict)
+_KEPT = (*_SCALARS, tuple)
+_GONE = object()
 
 
 @dataclass(slots=True, eq=False)
@@ -35,11 +37,13 @@ class _Entry:
     path: str
     param: Param | None
     key: Any = None
+    kind: Any = None  # of mapping
     keys: tuple[Any, ...] = ()
     values: list[Any] = field(default_factory=list)
     flat: bool = False
     moves: bool = False
     leaves: list[Leaf] = field(default_factory=list)
+    leaf_of: dict[str, int] = field(default_factory=dict)  # by key: which leaf a plain tensor is
     names: dict[str, str] = field(default_factory=dict)  # of the leaves, by path
     signature: tuple[Any, ...] = ()
     text: str = ""
@@ -48,7 +52,7 @@ class _Entry:
 
     def is_same(self, container: Any) -> bool:
         """Whether a scan of ``container`` would give what the last one gave."""
-        if not self.flat or type(container) not in _MAPPINGS:
+        if not self.flat or type(container) is not self.kind:
             return False
         return is_same(list(container.values()), self.values) and tuple(container) == self.keys
 
@@ -64,29 +68,61 @@ class _Entry:
         self.text = dumps(data)
         self.leaves = sink.leaves
         self.signature = tuple(_sign(leaf) for leaf in sink.leaves)
-        self.flat, self.texts = False, {}
+        self.kind, self.keys, self.values = type(container), (), []
+        self.flat, self.texts, self.leaf_of = False, {}, {}
         if type(container) in _MAPPINGS:
             self.keys = tuple(container)
             self.values = list(container.values())
             self.flat = all(_is_flat(v) for v in value.values()) and all(type(key) is str for key in self.keys)
+            if self.flat:
+                tensors = [key for key, item in value.items() if isinstance(item, torch.Tensor)]
+                self.leaf_of = {key: number for number, key in enumerate(tensors) if type(value[key]) is torch.Tensor}
             is_plain = type(container) is dict and "$" not in value  # else it is tagged in the JSON
             if self.flat and is_plain and any(type(item) in _SCALARS for item in value.values()):
                 self.texts = {key: f"{dumps(key)}:{dumps(item)}" for key, item in data.items()}
 
-    def take_scalars(self, container: Any) -> bool:
-        """Take in numbers and strings that are others than at the last scan; False if more than that has changed."""
-        if not self.texts or type(container) not in _MAPPINGS or tuple(container) != self.keys:
+    def take_in(self, container: Any) -> bool:
+        """
+        Take in numbers, strings and plain tensors that are others than at the last scan, but of the same kind; False if
+        more than that has changed.
+        """
+        if not self.flat or self.kind is not type(container) or tuple(container) != self.keys:
             return False
         values = list(container.values())
-        pairs = zip(self.keys, self.values, values, strict=True)
-        changed = [(key, old, new) for key, old, new in pairs if old is not new]
-        if any(type(old) not in _SCALARS or type(new) not in _SCALARS for _, old, new in changed):
-            return False
+        scalars: dict[str, Any] = {}
+        tensors: dict[int, torch.Tensor] = {}
+        for key, old, new in zip(self.keys, self.values, values, strict=True):
+            if old is new:
+                continue
+            number = self.leaf_of.get(key, -1)
+            if number >= 0 and type(new) is torch.Tensor and self._is_alike(number, new):
+                tensors[number] = new
+            elif self.texts and type(old) in _SCALARS and type(new) in _SCALARS:
+                scalars[key] = new
+            else:
+                return False
         self.values = values
-        for key, _, new in changed:
-            self.texts[key] = f"{dumps(key)}:{dumps(encode(new, self.path))}"
-        self.text = f"{{{','.join(self.texts.values())}}}"
+        if scalars:
+            for key, value in scalars.items():
+                self.texts[key] = f"{dumps(key)}:{dumps(encode(value, self.path))}"
+            self.text = f"{{{','.join(self.texts.values())}}}"
+        if tensors:
+            names = [signed[0] for signed in self.signature]
+            made = {number: Leaf(names[number], "optim", tensor, self.param) for number, tensor in tensors.items()}
+            self.moves = self.moves or bool(self.leaves)
+            self.leaves = [made.get(number) or self.leaves[number] for number in range(len(names))]
         return True
+
+    def forget(self) -> None:
+        """Let go of the tensors: of all in a flat mapping but numbers, texts and tuples of those."""
+        self.values = [value if self.flat and type(value) in _KEPT else _GONE for value in self.values]
+        self.leaves = []
+
+    def _is_alike(self, number: int, tensor: torch.Tensor) -> bool:
+        shape = tensor.shape
+        _, *expected = self.signature[number]
+        found = [tensor.dtype, shape, shape, tensor.device.type, (), tensor.requires_grad]
+        return found == expected and tensor.layout is torch.strided
 
 
 class OptimizerView:
@@ -175,14 +211,14 @@ class OptimizerView:
             self._leaves = [leaf for entry in (*self._groups, *self._entries) for leaf in entry.leaves]
         return self._leaves
 
-    def forget_moving(self) -> bool:
-        """Let go of state that is replaced each step, so that the old does not stay alive beside the new."""
-        moving = [entry for entry in self._moving if entry.values]
-        for entry in moving:
-            entry.values, entry.leaves, entry.texts = [], [], {}
-        if moving:
+    def forget_moving(self) -> list[Leaf]:
+        """Let go of state that is replaced, or the old would stay alive beside the new; return what that was."""
+        gone = [leaf for entry in self._moving for leaf in entry.leaves]
+        if gone:
+            for entry in self._moving:
+                entry.forget()
             self._held = self._leaves = None
-        return bool(moving)
+        return gone
 
     def forget(self) -> None:
         """Let go of everything but the optimizer, until the next ``scan``."""
@@ -217,9 +253,14 @@ class OptimizerView:
 
     def _take_in(self, entry: _Entry, container: Any, skip: str | None) -> bool:
         """Look at one entry anew; False where its leaves are not what they were, but for being other objects."""
-        self._text = None
-        if entry.take_scalars(container):
+        text, leaves = entry.text, entry.leaves
+        if entry.take_in(container):
+            if entry.text != text:
+                self._text = None
+            if entry.leaves is not leaves:
+                self._leaves = None
             return True
+        self._text = None
         before, names, kept = entry.signature, entry.names, entry.leaves
         entry.scan(container, lambda path: names.get(path, path), skip)
         if is_same([leaf.tensor for leaf in kept], [leaf.tensor for leaf in entry.leaves]):
