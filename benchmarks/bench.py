@@ -61,23 +61,34 @@ def whole_run() -> list[str]:
 
 
 def run_parts(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
-    """The results: what machine, what plan, all rows. `progress` hears the name of each part before it begins."""
+    """
+    The results: what machine, what plan, all rows. `progress` hears the name of each part before it begins.
+
+    Of a run that is interrupted, the rows of the parts that were done, and `interrupted`: in which part.
+    """
     chosen = _chosen(plan.only)
     adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)
     home = make_directory()
     rows: list[dict[str, Any]] = []
-    seconds = {}
+    seconds: dict[str, float] = {}
+    interrupted = {}
     try:
         for index, name in enumerate(chosen):
+            interrupted = {"interrupted": name}
             progress(name)
             began = time.monotonic()
             rows += _run_part(name, plan, home / name, 1.0 if plan.only else _pace(seconds, chosen[index:]))
             seconds[name] = round(time.monotonic() - began, 1)
+        interrupted = {}
+    except KeyboardInterrupt:
+        if not rows:
+            raise
     finally:
         end_descendants()
         shutil.rmtree(home, ignore_errors=True)
     return {
+        **interrupted,
         "machine": machine(),
         "scale": plan.scale,
         "short": plan.short,

@@ -45,6 +45,23 @@ def rows(run: Run) -> Iterator[Row]:
             began = time.perf_counter()
             list(map(torch.Tensor.data_ptr, tensors_now))
             addresses.append(time.perf_counter() - began)
+        state = next(iter(training.optimizer.state.values()))
+        replaced = []
+        for _ in range(5 if run.short else 15):
+            began = time.perf_counter()
+            if gone := inventory.forget_moving():  # as the fence does, before the step
+                binding.forget(gone)
+            took = time.perf_counter() - began
+            gone.clear()
+            training.optimizer.step()
+            state["exp_avg"] = state["exp_avg"].clone()
+            began = time.perf_counter()
+            found, changed = inventory.read()
+            assert not changed and binding.bind(found.lasting, found.sync)
+            found.meta(0, 0, 1, 0)
+            replaced.append(took + time.perf_counter() - began)
+            del found
         yield Row.limit(f"layout check, {tensors} tensors", Series.of(checks), at_most=limit_s, unit="s")
         yield Row.shown(f"torch asked where each tensor lies, {tensors}", Series.of(addresses), unit="s")
         yield Row.shown(f"all of capture's look, with versions and generators, {tensors}", Series.of(whole), unit="s")
+        yield Row.shown(f"the same, one state tensor replaced in each step, {tensors}", Series.of(replaced), unit="s")

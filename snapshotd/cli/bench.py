@@ -17,6 +17,8 @@ from snapshotd.errors import UsageError
 MISSED_CODE = 1
 """Exit code of --check when a goal was missed or a part failed."""
 
+INTERRUPTED_CODE = 130
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="PART,...", help="these parts only, by how their names begin")
@@ -51,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
         print(text)
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(table.render(results))
+    if name := results.get("interrupted"):
+        print(f"bench: interrupted in {name}; what is above is of the parts before it", file=sys.stderr)
+        return INTERRUPTED_CODE
     broken = bench.broken(results)
     for row in broken:
         print(f"bench: {row['part']}: {row['what']}: {row['verdict']}", file=sys.stderr)

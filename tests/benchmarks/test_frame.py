@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,22 @@ def test_the_parts_are_known_and_a_wrong_name_is_said() -> None:
     wrong = bench("--only", "nothing")
     assert 2 == wrong.returncode
     assert "there is no part 'nothing'" in wrong.stderr
+
+
+def test_who_interrupts_a_run_gets_what_was_done() -> None:
+    before = left_in_tmpfs()
+    command = [sys.executable, "-m", "snapshotd", "bench", "--json", "--scale", "0.01", "--only", "digest,latency"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        while (line := run.stderr.readline()) and line != "bench: latency\n":
+            pass
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate()
+    assert 130 == run.returncode
+    assert "interrupted in latency" in err
+    results = json.loads(out)
+    assert ("latency", {"digest"}) == (results["interrupted"], {row["part"] for row in results["rows"]})
+    assert before == left_in_tmpfs()
 
 
 def test_results_are_json_with_all_rounds() -> None:
