@@ -49,10 +49,8 @@ def rows(run: Run) -> Iterator[Row]:
         replaced = []
         for _ in range(5 if run.short else 15):
             began = time.perf_counter()
-            if gone := inventory.forget_moving():  # as the fence does, before the step
-                binding.forget(gone)
+            binding.let_go(inventory.forget_moving())  # as the fence does, before the step
             took = time.perf_counter() - began
-            gone.clear()
             training.optimizer.step()
             state["exp_avg"] = state["exp_avg"].clone()
             began = time.perf_counter()

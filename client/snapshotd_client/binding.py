@@ -13,7 +13,7 @@ behind the copy and off the training thread. Then this step is not kept, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,9 @@ _NOTHING: Final[torch.Tensor] = torch.empty(0, device="cpu")
 _NOWHERE: Final = -1
 _AT_ONCE: Final = 250
 """Tensors of one ``Sight``, and that ``moved`` looks at before it lets the training thread go on: some 0.1 ms."""
+
+_RESTLESS_FOR: Final = 3
+"""So many captures a tensor is let go of behind each of them, after one that has found it elsewhere."""
 
 _pointer_of: Final = torch.Tensor.data_ptr
 _shape_of: Final = torch.Tensor.size
@@ -66,6 +69,8 @@ class Binding:
         self._batches: list[slice] = []
         self._sights: list[Sight | None] = []  # of each batch
         self._blind: set[int] = set()  # batches of which there is none to be had
+        self._restless: dict[int, int] = {}  # tensors that leave their memory, and for how many captures more
+        self._left: dict[int, int] = {}  # where they lay when they were let go of
         self._versions: list[Array] = []
 
     def bind(self, lasting: list[Leaf], sync: Sequence[Leaf]) -> bool:
@@ -118,19 +123,29 @@ class Binding:
             time.sleep(0)
         return moved
 
-    def forget(self, leaves: Iterable[Leaf]) -> None:
-        """Let go of the tensors of some leaves; the next ``bind`` finds them again."""
-        gone = set(map(id, leaves))
-        known = self._lasting or []
-        self._lasting = [None if id(leaf) in gone else leaf for leaf in known]
-        self.copies.clear()
-        for index, leaf in enumerate(known):
-            if id(leaf) in gone:
-                self._locals[index], self._pointers[index] = _NOTHING, _NOWHERE
+    def let_go(self, gone: Sequence[Leaf]) -> None:
+        """
+        Let go of the tensors of ``gone``, and of memory that parameters leave with each update: it would stay alive
+        beside the new. The next ``bind`` finds them again.
+        """
+        places = [index for index in self._restless if self._pointers[index] != _NOWHERE]
+        if gone and self._lasting is not None:
+            known = set(map(id, gone))
+            leaves = [None if id(leaf) in known else leaf for leaf in self._lasting]
+            places += [index for index, leaf in enumerate(leaves) if leaf is None]
+            self._lasting = leaves
+        if places:
+            self.copies.clear()
+        for index in places:
+            if self._lasting is None or self._lasting[index] is None:
                 self._sharded.pop(index, None)
-                self._sights[index // _AT_ONCE] = None
-                for number in self._parts_of[index]:
-                    self.sources[number] = _NOTHING
+                self._locals[index] = _NOTHING
+            elif index in self._sharded:
+                self._locals[index] = _NOTHING  # its local part is another tensor each time
+            self._left[index], self._pointers[index] = self._pointers[index], _NOWHERE
+            self._sights[index // _AT_ONCE] = None
+            for number in self._parts_of[index]:
+                self.sources[number] = _NOTHING
 
     def reads(self, begin: int, end: int) -> bool:
         """Whether a tensor lay between these addresses of host memory when it was looked at last."""
@@ -156,6 +171,7 @@ class Binding:
         for index, (leaf, before) in enumerate(zip(lasting, known, strict=True)):
             if leaf is not before and (before is None or leaf.tensor is not before.tensor):
                 self._locals[index], self._pointers[index] = local_of(leaf.tensor), _NOWHERE
+                self._restless.pop(index, None)
                 self._sharded.pop(index, None)
                 if is_dtensor(leaf.tensor):
                     self._sharded[index] = leaf.tensor
@@ -171,14 +187,26 @@ class Binding:
         for index in self._sharded.keys() & range(*part.indices(len(self._locals))) if self._sharded else ():
             local = local_of(self._sharded[index])  # that of a DTensor can be another tensor at any time
             if local is not self._locals[index]:
+                self._note(index, _NOWHERE)
                 self._locals[index], self._pointers[index] = local, _NOWHERE
         pointers = list(map(_pointer_of, self._locals[part]))
         if pointers == self._pointers[part]:
             return [] if is_blind else self._reshaped(part)
         looks = zip(pointers, self._pointers[part], strict=True)
         others = {index for index, (a, b) in enumerate(looks, part.start) if a != b}
+        for index in others:
+            self._note(index, pointers[index - part.start])
         self._pointers[part] = pointers
         return sorted(others.union(self._reshaped(part)))
+
+    def _note(self, index: int, pointer: int) -> None:
+        """Remember which tensors have other memory at one capture than at the one before, until they stay for some."""
+        if self._pointers[index] != _NOWHERE:
+            self._restless[index] = _RESTLESS_FOR
+        elif index in self._restless and pointer != _NOWHERE:
+            self._restless[index] = self._restless[index] - 1 if pointer == self._left.get(index) else _RESTLESS_FOR
+            if not self._restless[index]:
+                del self._restless[index]
 
     def _reshaped(self, part: slice) -> list[int]:
         """Return which tensors have another shape, or other strides, than they had when they were looked at last."""

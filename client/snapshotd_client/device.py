@@ -106,7 +106,11 @@ class DeviceStream:
         return event
 
     def hold_compute(self, mark: Any) -> None:
-        self._module.current_stream(self._device).wait_event(mark)
+        streams = {self._module.current_stream(self._device)}
+        if default := getattr(self._module, "default_stream", None):
+            streams.add(default(self._device))  # memory that is let go of now is mostly its own, and used by it again
+        for stream in streams:
+            stream.wait_event(mark)
 
     def wait(self, mark: Any) -> None:
         mark.synchronize()

@@ -199,8 +199,8 @@ class Snapshotter:
         recording = any(stream.recording() for stream in self._streams.values())
         self._pipeline.fence(recording=recording)
         binding = self._binding
-        if binding is not None and (gone := self._inventory.forget_moving()):
-            binding.forget(gone)
+        if binding is not None:
+            binding.let_go(self._inventory.forget_moving())
         return recording
 
     def wait(self, timeout_s: float | None = None) -> bool:

@@ -514,6 +514,35 @@ def test_replaced_state_is_not_kept_alive_twice(snapshotter):
     assert alive == [4, 8, 4, 4, 4, 4]  # that it is replaced shows at the second capture
 
 
+def test_replaced_memory_is_not_kept_alive_twice(snapshotter):
+    """Breaks: peak memory grows by a whole model where an optimizer gives parameters other memory in each step."""
+    import weakref
+
+    model, _ = job()
+
+    class Swapping(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                memory = np.ones(p.shape, np.float32)
+                refs.append(weakref.ref(memory))
+                p.data = torch.from_numpy(memory)
+                del memory
+            alive.append(sum(ref() is not None for ref in refs))
+
+    refs, alive = [], []
+    opt = Swapping(model.parameters())
+    snap = snapshotter(model, opt)
+    for step in range(6):
+        opt.step()
+        snap.capture(step)
+        assert snap.wait(20)
+    assert snap.stats["sealed"] == 6
+    assert alive == [4, 8, 4, 4, 4, 4]  # that it moves shows at the second capture
+
+
 def test_debug_copy_compares(daemon, snapshotter):
     """Breaks: the switch for doubts does nothing."""
     model, opt = job()

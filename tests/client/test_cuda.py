@@ -122,6 +122,62 @@ def test_a_step_is_what_it_was_however_far_the_host_runs_ahead(daemon, snapshott
             assert ranks[0].tensor(f"model.{name}").tobytes() == value.cpu().numpy().tobytes(), (step, name)
 
 
+class Replacing(torch.optim.Optimizer):
+    """Gives parameters and state other memory in each step, as optimizers do that are written without a thought."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            before = self.state[p].get("m", 0.0)
+            self.state[p]["m"] = before * 0.5 + p
+            del before
+            p.data = p.data * 0.75 + self.state[p]["m"]
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_what_is_replaced_is_captured_and_its_memory_is_free_again(daemon, snapshotter, side):
+    """Breaks: peak memory grows by the whole state; or what was let go of is overwritten before it is copied."""
+
+    def run(snap, steps, kept=None):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        begun = torch.cuda.memory_allocated()
+        for step in steps:
+            if kept is not None:
+                torch.cuda._sleep(20_000_000)  # the device is behind
+            opt.step()
+            if snap is not None:
+                snap.capture(step)
+            if kept is not None:
+                kept[step] = torch.stack([p.sum() for p in params] + [opt.state[p]["m"].sum() for p in params])
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - begun
+
+    with torch.cuda.stream(torch.cuda.Stream() if side else torch.cuda.current_stream()):
+        params = [nn.Parameter(torch.randn(1 << 20)) for _ in range(8)]
+        model = nn.ParameterList(params)
+        opt = Replacing(model.parameters())
+        run(None, range(2))
+        alone = run(None, range(6))
+        snap = snapshotter(model, opt)
+        run(snap, range(4))
+        assert run(snap, range(4, 16)) <= alone + (16 << 20)  # of 64
+        kept = {}
+        run(snap, range(16, 56), kept)
+        assert snap.wait(60)
+    daemon.wait_for(lambda: len(daemon.sealed) + len(daemon.skips) >= 56)
+    sealed = [step for step in kept if step in daemon.sealed]
+    assert len(sealed) > 10
+    for step in sealed:
+        found = daemon.sealed[step][0]
+        names = [f"model.{number}" for number in range(8)] + [f"optim.{number}.m" for number in range(8)]
+        values = torch.stack([torch.from_numpy(found.tensor(n).view("float32").copy()).cuda().sum() for n in names])
+        assert torch.equal(kept[step], values)
+
+
 def test_the_host_does_not_wait_for_the_device(daemon, snapshotter):
     """Breaks: the host cannot run ahead; the device idles at each step."""
     job = Amp()

@@ -102,6 +102,47 @@ def train(model, opt):
     opt.zero_grad()
 
 
+class Replacing(torch.optim.Optimizer):
+    """Gives parameters and state other memory in each step."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["m"] = self.state[p].get("m", 0.0) * 0.5 + p
+            p.data = p.data * 0.75 + 1
+
+
+def test_what_is_replaced_while_the_device_is_behind_is_captured_as_it_was(daemon, snapshotter, stream):
+    """Breaks: what is let go of at the fence is not there any more for the copies, or a step counts as torn."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = Replacing(model.parameters())
+    snap = snapshotter(model, opt)
+    snap._streams["cpu"] = stream
+    kept = {}
+    for step in range(8):
+        opt.step()
+        tensors = [tensor for p in model.parameters() for tensor in (p.detach(), opt.state[p]["m"])]
+        kept[step] = [tensor.numpy().tobytes() for tensor in tensors]
+        count = stream.log.count("mark_copied")
+        stream.release.clear()
+        snap.capture(step)
+        with snap._pipeline._changed:
+            assert snap._pipeline._changed.wait_for(lambda count=count: stream.log.count("mark_copied") > count, 20)
+        snap.fence()
+        assert not snap._pipeline.idle()
+        stream.release.set()
+        assert snap.wait(20)
+    daemon.wait_for(lambda: len(daemon.sealed) == 8)
+    names = [f"{key}.{name}" for name in ("0.weight", "0.bias", "1.weight", "1.bias") for key in ("model", "optim")]
+    for step, expected in kept.items():
+        found = daemon.sealed[step][0]
+        assert expected == [found.tensor(n if n[0] == "m" else f"{n}.m").tobytes() for n in names]
+    assert (0, 0) == (snap.stats["torn"], snap.stats["errors"])
+
+
 def test_host_waits_for_no_copy_and_compute_for_each(daemon, snapshotter, stream):
     """Breaks: the training thread stalls for the transfer, or the next update overtakes it."""
     model, opt, snap = job(snapshotter, stream)
