@@ -2,11 +2,13 @@
 The closed list: every name that a checkpoint's pickle may use, and the stand-in that it becomes.
 
 Frameworks' classes become ``Record``s that remember their name. To read one more class of a framework, add its full
-name to ``_RECORDS`` here; to read one more function, write a stand-in that checks its arguments.
+name to ``_RECORDS`` (an enum's to ``_ENUMS``) here; to read one more function, write a stand-in that checks its
+arguments.
 """
 
 from __future__ import annotations
 
+import signal
 from collections import OrderedDict
 from collections.abc import Callable
 from math import prod
@@ -18,7 +20,7 @@ from snapshotd.errors import FormatError
 from snapshotd.layout.box import Box
 from snapshotd.layout.dtypes import DTYPES
 from snapshotd.universal.sources import Source
-from snapshotd.universal.unpickle import Global
+from snapshotd.universal.unpickle import Constant, Global, Record, UnsafePickle
 from snapshotd.universal.views import Stored
 
 __all__ = ["GLOBALS", "NumpyArray", "StorageRef", "StorageType", "TensorRef", "TorchDType"]
@@ -213,6 +215,16 @@ def _reconstructor(kind: Any, base: Any, state: Any) -> Any:
     return kind(())
 
 
+def _member(kind: Any, name: Any) -> Record:
+    """An enum's member, as Python 3.11.0 to 3.11.3 save it: the only attribute that can be asked for."""
+    if not isinstance(kind, Global) or kind.name not in _ENUMS or not isinstance(name, str):
+        raise UnsafePickle("refused, because it asks for an attribute of what is no enum that checkpoints have")
+    if not name.isidentifier() or name.startswith("_"):
+        raise UnsafePickle(f"refused, because it asks for {name[:100]!r} of {kind.name}, which is no member's name")
+    values = _ENUMS[kind.name]
+    return Record(kind.name, (values[name],)) if name in values else Record(kind.name, member=name)
+
+
 def _ordered(items: Any = ()) -> dict[Any, Any]:
     return OrderedDict(items)
 
@@ -322,6 +334,8 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "collections.deque": _deque,
     "copyreg._reconstructor": _reconstructor,
     "_codecs.encode": _encode,
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
     "io.BytesIO": lambda data=b"", *rest: _bytes(data),
     "numpy.dtype": NumpyDType,
     "numpy.ndarray": NumpyArray,
@@ -348,19 +362,14 @@ _RECORDS: Final[tuple[str, ...]] = (
         f"{_DCP}metadata.{name}"
         for name in (
             *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-            *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+            *("MetadataIndex", "StorageMeta"),
         )
     ),
     f"{_DCP}filesystem._StorageInfo",
     f"{_DCP}filesystem._StoragePrefix",
-    f"{_DCP}filesystem.SerializationFormat",
-    *(
-        f"{_DCP}planner.{name}"
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-    ),
+    *(f"{_DCP}planner.{name}" for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData")),
     # torch 1.13 and 2.0 described tensors with the classes of ShardedTensor.
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
     # values that trainers keep beside the tensors
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
     *("uuid.UUID", "decimal.Decimal", "fractions.Fraction", "types.SimpleNamespace"),
@@ -369,28 +378,38 @@ _RECORDS: Final[tuple[str, ...]] = (
     # DeepSpeed
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
-    "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus",
-    "deepspeed.runtime.zero.offload_config.OffloadDeviceEnum",
     # Megatron-LM
     "argparse.Namespace",
-    "signal.Signals",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.AttnMaskType",
-    "megatron.core.transformer.enums.AttnType",
-    "megatron.core.transformer.enums.LayerType",
-    "megatron.core.transformer.enums.ModelType",
-    "megatron.core.enums.ModelType",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
 )
+
+_ENUMS: Final[dict[str, dict[str, Any]]] = {
+    **{
+        f"{_DCP}{name}": {}
+        for name in ("metadata._MEM_FORMAT_ENCODING", "filesystem.SerializationFormat", "planner.WriteItemType")
+    },
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING": {},
+    "deepspeed.runtime.zero.config.ZeroStageEnum": {
+        name: stage
+        for stage, names in enumerate([["disabled"], ["optimizer_states"], ["gradients"], ["weights", "max_stage"]])
+        for name in names
+    },
+    "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus": {},
+    "deepspeed.runtime.zero.offload_config.OffloadDeviceEnum": {},
+    "signal.Signals": {one.name: one.value for one in signal.Signals},
+    **{f"megatron.core.transformer.enums.{name}": {} for name in ("AttnBackend", "AttnMaskType", "AttnType")},
+    **{f"megatron.core.transformer.enums.{name}": {} for name in ("LayerType", "ModelType")},
+    "megatron.core.enums.ModelType": {},
+    **{f"megatron.core.rerun_state_machine.Rerun{name}": {} for name in ("Mode", "State", "Diagnostic")},
+}
+"""Enums, and the values of members where somebody looks at them."""
 
 
 def _closed_list() -> dict[str, Any]:
-    found: dict[str, Any] = {name: Global(name) for name in _RECORDS}
+    found: dict[str, Any] = {name: Global(name) for name in (*_RECORDS, *_ENUMS)}
+    # As Python 3.10 and older save them.
+    found.update((f"signal.{name}", Constant("signal.Signals", (n,))) for name, n in _ENUMS["signal.Signals"].items())
     found.update((name, Global(name, make)) for name, make in _FUNCTIONS.items())
     found.update((f"torch.{name}", TorchDType(name)) for name in DTYPES)
     for name, alias in (("half", "float16"), ("float", "float32"), ("double", "float64"), ("long", "int64")):

@@ -26,7 +26,7 @@ __all__ = ["from_json", "to_json"]
 
 _MAX_DEPTH: Final = 200
 _MAX_NODES: Final = 20_000_000
-_OBJECT_KEYS: Final = frozenset({"$object", "args", "fields", "state"})
+_OBJECT_KEYS: Final = frozenset({"$object", "args", "fields", "member", "state"})
 
 
 def to_json(value: Any, name: str, tensors: list[Tensor] | None = None) -> Any:
@@ -88,6 +88,8 @@ class _Encoder:
 
     def _record(self, value: Record, name: str, depth: int) -> Any:
         result: dict[str, Any] = {"$object": value.name}
+        if value.member is not None:
+            result["member"] = value.member
         if value.args:
             result["args"] = self.encode(list(value.args), name, depth + 1)
         if value.fields:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from snapshotd.errors import FormatError, LayoutError
 
-__all__ = ["Global", "Persistent", "Record", "UnsafePickle", "unpickle", "unpickle_with_end", "walk"]
+__all__ = ["Constant", "Global", "Persistent", "Record", "UnsafePickle", "unpickle", "unpickle_with_end", "walk"]
 
 MAX_OPCODES: Final = 200_000_000
 """Opcodes of one pickle. The metadata of 10,000 ranks x 3,000 tensors has some 100 million."""
@@ -69,18 +69,33 @@ class Global:
         return f"Global({self.name!r})"
 
 
+class Constant:
+    """A name on the closed list that stands for an object of the class ``name``: a new Record for each who asks."""
+
+    __slots__ = ("args", "name")
+
+    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
+        self.name = name
+        self.args = args
+
+    def make(self) -> Record:
+        return Record(self.name, self.args)
+
+
 class Record:
     """
     An object of a class on the list: the class's name, the arguments it was made with, and its fields.
 
-    ``get`` reads a field; one that the writer's version did not have yet is None.
+    ``get`` reads a field; one that the writer's version did not have yet is None. ``member``: of an enum that was saved
+    by the name of its member, that name; most are saved by their values, which are ``args`` then.
     """
 
-    __slots__ = ("args", "fields", "name", "state")
+    __slots__ = ("args", "fields", "member", "name", "state")
 
-    def __init__(self, name: str, args: tuple[Any, ...] = ()) -> None:
+    def __init__(self, name: str, args: tuple[Any, ...] = (), member: str | None = None) -> None:
         self.name = name
         self.args = args
+        self.member = member
         self.fields: dict[str, Any] = {}
         self.state: Any = None
 
@@ -253,14 +268,20 @@ class _Machine:
                 f"{self.what}: refused, because it names {module}.{name}, which is not on the closed list of what "
                 "checkpoints need"
             )
-        self.stack.append(found)
+        self.stack.append(found.make() if isinstance(found, Constant) else found)
 
     def call(self, target: Any, args: Any) -> None:
         if not isinstance(target, Global):
             raise UnsafePickle(f"{self.what}: refused, because it calls {type(target).__name__}, which is no function")
         if type(args) is not tuple:
             raise self.wrong(f"{target.name} is called with {type(args).__name__} instead of arguments")
-        self.stack.append(target(args))
+        try:
+            made = target(args)
+        except FormatError as error:
+            if self.what.partition(" (")[0] in str(error):
+                raise
+            raise type(error)(f"{self.what}: {error}") from error
+        self.stack.append(made)
 
     def build(self, state: Any) -> None:
         target = self.top()

@@ -431,6 +431,8 @@ class _Plan:
         if "fields" in value or name == "Namespace":
             fields = value.get("fields", {})
             return Instance(target, {key: self._pickled(item, file) for key, item in fields.items()})
+        if "member" in value:  # of an enum, as Python 3.11.0 to 3.11.3 save them; any reads that
+            return Call(Name("builtins", "getattr"), (target, value["member"]))
         return Call(target, tuple(self._pickled(item, file) for item in value["args"])) if "args" in value else target
 
 
