@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import io
 import pickle
 import shutil
 import warnings
@@ -88,6 +90,23 @@ def check(state: State, net: Any, optimizer: Any) -> None:
         for key, value in group.items():
             if key != "params":
                 assert there[key] == (list(value) if isinstance(value, tuple) else value), key
+
+
+def test_metadata_that_names_its_enums_is_read(tmp_path: Path) -> None:
+    """Under Python 3.11.0 to 3.11.3 (Debian 12) each checkpoint of DCP has an enum that is saved by its name."""
+
+    class ByName(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+    net, optimizer = trained()
+    model, optim = dicts(net, optimizer)
+    path = save({"model": model, "optim": optim, "step": 2}, tmp_path / "c") / ".metadata"
+    found = io.BytesIO()
+    ByName(found).dump(dcp.FileSystemReader(path.parent).read_metadata())
+    path.write_bytes(found.getvalue())
+    assert b"getattr" in found.getvalue()
+    check(read(tmp_path / "c"), net, optimizer)
 
 
 CONVENTIONS = {

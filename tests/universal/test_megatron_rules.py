@@ -86,6 +86,7 @@ def load(path: Path) -> Any:
     allowed = [
         *(argparse.Namespace, signal.Signals, np.ndarray, np.dtype, array, type(np.dtype(np.uint32))),
         (stand_in, "megatron.core.transformer.enums.AttnBackend"),
+        (signal.SIGTERM, "signal.SIGTERM"),  # as some versions of Python save it
     ]
     with torch.serialization.safe_globals(allowed):
         values = torch.load(path, weights_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from snapshotd.universal.readers.megatron_names import EMBEDDING
 from snapshotd.universal.readers.megatron_padding import padding_of
 from snapshotd.universal.sources import FileSource
 from snapshotd.universal.state import State, Tensor
+from snapshotd.universal.stream import Settings
 from snapshotd.universal.views import Cut, read_all, stored_bytes
+from snapshotd.universal.writers import universal
 from snapshotd.universal.writers.megatron_args import target_args
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -117,6 +121,22 @@ def test_the_null_tokenizer_has_one_token_more(tmp_path: Path) -> None:
 def test_layers_that_cannot_be_divided(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="4 layers cannot be on 3 pipeline stages"):
         convert(FIXTURES / CASES[0] / "ckpt", tmp_path / "run", to="megatron", layout={"pp": 3})
+
+
+def test_an_enum_that_was_saved_by_its_name_stays_so(tmp_path: Path) -> None:
+    """As Python 3.11.0 to 3.11.3 save them; what its value is only Megatron knows."""
+    state = readers.read(FIXTURES / CASES[0] / "ckpt")
+    member = {"$object": "megatron.core.transformer.enums.AttnBackend", "member": "auto"}
+    state.extra["args"]["fields"]["attention_backend"] = member
+    universal.write(state, tmp_path / "universal", Settings(), identity="test", options={})
+    convert(tmp_path / "universal", tmp_path / "run", to="megatron")
+    assert member == readers.read(tmp_path / "run").extra["args"]["fields"]["attention_backend"]
+    (path,) = (tmp_path / "run").glob("*/mp_rank_00_000/model_optim_rng.pt")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        opcodes = list(pickletools.genops(archive.read(name)))
+    names = {argument for _, argument, _ in opcodes if isinstance(argument, str)}
+    assert {"builtins getattr", "megatron.core.transformer.enums AttnBackend", "auto"} <= names
 
 
 def test_names_that_are_not_megatrons(tmp_path: Path) -> None:
