@@ -41,6 +41,8 @@ class StorageType:
         self.dtype = dtype
 
 
+_RANGE_MAX: Final = 1_000_000
+
 _EXPANDED_BYTES_MAX: Final = 1 << 30
 """A tensor larger than its storage (stride 0) may have this much: a file of 1 KB could fill any disk."""
 
@@ -281,6 +283,13 @@ def _numpy_scalar(dtype: Any, data: Any = None) -> Any:
     return np.frombuffer(data, dtype.value)[0].item()
 
 
+def _range(*args: Any) -> list[int]:
+    found = range(*args)
+    if len(found) > _RANGE_MAX:
+        raise FormatError(f"a range of {len(found)} numbers")
+    return list(found)
+
+
 def _device(*args: Any) -> str:
     return ":".join(str(arg) for arg in args)[:100]
 
@@ -316,6 +325,8 @@ _BUILTINS: Final[dict[str, Callable[..., Any]]] = {
     "str": _text,
     "unicode": _text,
     "slice": lambda *args: tuple(args),
+    "range": _range,
+    "xrange": _range,
 }
 
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
@@ -333,6 +344,7 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "collections.Counter": _default_dict,
     "collections.deque": _deque,
     "copyreg._reconstructor": _reconstructor,
+    "copy_reg._reconstructor": _reconstructor,
     "_codecs.encode": _encode,
     "builtins.getattr": _member,
     "__builtin__.getattr": _member,

@@ -278,7 +278,7 @@ class _Machine:
         try:
             made = target(args)
         except FormatError as error:
-            if self.what.partition(" (")[0] in str(error):
+            if str(error).startswith(self.what.partition(" (")[0]):
                 raise
             raise type(error)(f"{self.what}: {error}") from error
         self.stack.append(made)

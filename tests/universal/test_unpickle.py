@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
 import random
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -83,6 +84,15 @@ def test_members_of_enums_may_be_saved_by_their_names() -> None:
         assert {"$object": name, "member": "anything"} == to_json(found, "x")
     stage = unpickle(by_name("deepspeed.runtime.zero.config", "ZeroStageEnum", "weights"), what="f")
     assert ((3,), None) == (stage.args, stage.member)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_objects_are_read_in_every_protocol(protocol: int) -> None:
+    names = argparse.Namespace(lr=1.0, steps=range(2, 9, 3), path=PurePosixPath("a/b"))
+    found = to_json(unpickle(pickle.dumps(names, protocol), what="f"), "x")
+    assert {"$object": "argparse.Namespace", "fields": {"lr": 1.0, "steps": [2, 5, 8], "path": "a/b"}} == found
+    with pytest.raises(FormatError, match=r"f: .*a range of 10000000000"):
+        unpickle(pickle.dumps(range(10**10), protocol), what="f")
 
 
 def test_signals_may_be_saved_by_their_own_names() -> None:
