@@ -157,20 +157,20 @@ def test_what_is_replaced_is_captured_and_its_memory_is_free_again(daemon, snaps
         return torch.cuda.max_memory_allocated() - begun
 
     with torch.cuda.stream(torch.cuda.Stream() if side else torch.cuda.current_stream()):
-        params = [nn.Parameter(torch.randn(1 << 20)) for _ in range(8)]
+        params = [nn.Parameter(torch.randn(1 << 18)) for _ in range(8)]
         model = nn.ParameterList(params)
         opt = Replacing(model.parameters())
         run(None, range(2))
         alone = run(None, range(6))
         snap = snapshotter(model, opt)
         run(snap, range(4))
-        assert run(snap, range(4, 16)) <= alone + (16 << 20)  # of 64
+        assert run(snap, range(4, 16)) <= alone + (4 << 20)  # of 16
         kept = {}
         run(snap, range(16, 56), kept)
         assert snap.wait(60)
     daemon.wait_for(lambda: len(daemon.sealed) + len(daemon.skips) >= 56)
     sealed = [step for step in kept if step in daemon.sealed]
-    assert len(sealed) > 10
+    assert len(sealed) >= 2
     for step in sealed:
         found = daemon.sealed[step][0]
         names = [f"model.{number}" for number in range(8)] + [f"optim.{number}.m" for number in range(8)]
