@@ -20,7 +20,7 @@ from snapshotd.errors import FormatError
 from snapshotd.layout.box import Box
 from snapshotd.layout.dtypes import DTYPES
 from snapshotd.universal.sources import Source
-from snapshotd.universal.unpickle import Constant, Global, Record, UnsafePickle
+from snapshotd.universal.standins import Constant, Global, Record, UnsafePickle
 from snapshotd.universal.views import Stored
 
 __all__ = ["GLOBALS", "NumpyArray", "StorageRef", "StorageType", "TensorRef", "TorchDType"]

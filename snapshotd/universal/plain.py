@@ -18,8 +18,8 @@ import numpy as np
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.globals import NumpyArray, NumpyDType, TensorRef, TorchDType
+from snapshotd.universal.standins import Global, Record
 from snapshotd.universal.state import Tensor
-from snapshotd.universal.unpickle import Global, Record
 from snapshotd.universal.views import View, stored_bytes
 
 __all__ = ["from_json", "to_json"]

@@ -15,7 +15,8 @@ import pytest
 from snapshotd.errors import FormatError
 from snapshotd.universal.globals import _ENUMS, GLOBALS
 from snapshotd.universal.plain import to_json
-from snapshotd.universal.unpickle import Record, UnsafePickle, unpickle, walk
+from snapshotd.universal.standins import Record, UnsafePickle
+from snapshotd.universal.unpickle import unpickle, walk
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 

@@ -22,9 +22,10 @@ from snapshotd.universal.readers.conventions import step_of_name
 from snapshotd.universal.readers.dcp_keys import Item, assemble
 from snapshotd.universal.safetensors import read_header
 from snapshotd.universal.sources import FileSource, read_bytes
+from snapshotd.universal.standins import Record
 from snapshotd.universal.state import State
 from snapshotd.universal.torchzip import load_part, tensor_of_part
-from snapshotd.universal.unpickle import Record, unpickle
+from snapshotd.universal.unpickle import unpickle
 from snapshotd.universal.views import Joined, View, stored_bytes
 
 __all__ = ["detect", "items_of", "load_metadata", "read"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from snapshotd.errors import FormatError
 from snapshotd.universal.readers.deepspeed_files import Saved
-from snapshotd.universal.unpickle import Record
+from snapshotd.universal.standins import Record
 
 __all__ = [
     "Shapes",

@@ -16,7 +16,7 @@ from typing import Any, Final
 from snapshotd.errors import FormatError
 from snapshotd.universal.derived import Cast, Merged
 from snapshotd.universal.rules import Rules, join_parts, merge, name_list
-from snapshotd.universal.unpickle import Record
+from snapshotd.universal.standins import Record
 from snapshotd.universal.views import Cut, Joined, Reshaped, View, concat, files_of, flat_part
 
 __all__ = ["Patterns", "Shards"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snapshotd.errors import FormatError
-from snapshotd.universal.unpickle import Record
+from snapshotd.universal.standins import Record
 
 __all__ = ["Facts", "Place"]
 
