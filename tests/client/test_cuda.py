@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from snapshotd_client.sums import content_sums
+from test_device import Replacing
 from test_roundtrip import OPTIMIZERS, SCHEDULERS, Job, assert_equal_run
 from torch import nn
 
@@ -120,21 +121,6 @@ def test_a_step_is_what_it_was_however_far_the_host_runs_ahead(daemon, snapshott
     for step, ranks in daemon.sealed.items():
         for name, value in kept[step].items():
             assert ranks[0].tensor(f"model.{name}").tobytes() == value.cpu().numpy().tobytes(), (step, name)
-
-
-class Replacing(torch.optim.Optimizer):
-    """Gives parameters and state other memory in each step, as optimizers do that are written without a thought."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            before = self.state[p].get("m", 0.0)
-            self.state[p]["m"] = before * 0.5 + p
-            del before
-            p.data = p.data * 0.75 + self.state[p]["m"]
 
 
 @pytest.mark.parametrize("side", [False, True])
