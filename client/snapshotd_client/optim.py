@@ -4,8 +4,8 @@ What is inside an optimizer: no names of any algorithm, just what is really ther
 Rule 1: the state is whatever ``optimizer.state`` holds: tensors become leaves, all else JSON. It may appear late, nest,
 or be replaced by new objects each step. An optimizer inside another one (an attribute of it) is one of its own.
 Rule 2: looking again is cheap. One pass tells whether all values are the objects that they were (``Held``). Only where
-that is not so, each parameter's state, an ``_Entry``, is looked at: other numbers and plain tensors of the same kind are
-taken in, and it is scanned again if more than that is another.
+that is not so, each parameter's state, an ``_Entry``, is looked at: other numbers and plain tensors of the same kind
+are taken in, and it is scanned again if more than that is another.
 """
 
 from __future__ import annotations
