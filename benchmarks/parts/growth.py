@@ -54,7 +54,9 @@ class _Copy:
 
     def __init__(self, run: Run, nbytes: int) -> None:
         import numpy as np
+        import torch
         from snapshotd_client.copying import CopyList, CopyPool
+        from snapshotd_client.streaming import find_stream
 
         each = max(4096, min(8 << 20, nbytes // 12))
         count = nbytes // each
@@ -62,9 +64,9 @@ class _Copy:
         slot = np.frombuffer(run.memory(self.nbytes, fill=False), dtype=np.uint8)
         for path in run.directory.glob("memory-*"):
             path.unlink()  # the memory goes when nobody maps it
-        sources = [np.ones(each, np.uint8) for _ in range(count)]
+        sources = [torch.ones(each, dtype=torch.uint8).numpy() for _ in range(count)]
         pairs = [(slot[n * each : (n + 1) * each], source) for n, source in enumerate(sources)]
-        self._pool, self._copies = CopyPool(1), CopyList(pairs, 1)
+        self._pool, self._copies = CopyPool(1), CopyList(pairs, 1, find_stream())
 
     def __call__(self) -> None:
         self._pool.copy(self._copies, middle=int)

@@ -30,6 +30,9 @@ PLAIN = "plain"
 FIRST_STEP = 1000
 """Steps below are for systems that warm up."""
 
+_PER_TURN = 2
+"""Rounds in a turn, which begins with a step that does not count."""
+
 
 def main(spec_path: str) -> None:
     die_with_parent()
@@ -88,9 +91,11 @@ def _measure(training: Training, systems: list[System], spec: dict[str, Any]) ->
     for count in itertools.count(1):
         if not rounds.another(count):
             return samples
+        order = quick if count % 2 == 0 else list(reversed(quick))
         if spec["turns"]:
             _plain_step(training)  # the others had the caches: else the plain step would pay for that
-        for system in quick if count % 2 == 0 else list(reversed(quick)):
+            order = order * _PER_TURN
+        for system in order:
             dist.barrier()
             plain = _plain_step(training)
             system.ready()

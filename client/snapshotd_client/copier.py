@@ -22,6 +22,7 @@ from snapshotd_client.copying import CopyList, CopyPool
 from snapshotd_client.device import CopyStream
 from snapshotd_client.plan import Plan
 from snapshotd_client.slots import Mapping, MappingCache
+from snapshotd_client.streaming import find_stream
 
 __all__ = ["Copier", "Marks", "Slot"]
 
@@ -125,7 +126,7 @@ class Copier:
             else:
                 on_host.append((target, source))
         streams = [(self._streams[name], *lists) for name, lists in on_device.items()]
-        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool.threads), streams)
+        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool.threads, find_stream()), streams)
         return made
 
     def _forget(self, layout_hash: str) -> None:

@@ -2,33 +2,51 @@
 Copies of many arrays at once by several threads: what is copied is sorted out once, then copied at each step.
 
 Rule 1: arrays that lie side by side on both sides become one.
-Rule 2: they go in a single call of torch, which holds the interpreter's lock for none of them: the training thread
-needs it. In these threads torch has one thread only (``copy_alone``): it would have more of its own copy large ones.
-Where that cannot be had, large ones go one by one through ``np.copyto``, which lets go of the lock as well; slower.
-Rule 3: the rest is split over the threads by bytes, not by arrays.
-Rule 4: these threads go before training's, if the system lets them. What they do is as much either way, but until it is
+Rule 2: large ones go one by one by streaming stores (see streaming), where the machine has them. Each of these calls
+waits for the interpreter's lock at its end; where training keeps it for long, the rest is copied as under rule 3.
+Rule 3: all others go in a single call of torch, which holds the interpreter's lock for none of them: the training
+thread needs it. In these threads torch has one thread only (``copy_alone``): it would have more of its own copy large
+ones. Where that cannot be had, large ones go one by one through ``np.copyto``, which lets go of the lock as well.
+Rule 4: what is copied is split over the threads by bytes, not by arrays.
+Rule 5: these threads go before training's, if the system lets them. What they do is as much either way, but until it is
 done the step can be lost with its process, and the next update has to wait.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from snapshotd_client.arrays import Array
+from snapshotd_client.arrays import Array, address_of
 from snapshotd_client.libraries import loaded
+from snapshotd_client.streaming import ALIGN_BYTES, Stream
 
 __all__ = ["CopyList", "CopyPool", "copy_alone", "go_first", "join_neighbours", "split_by_bytes"]
 
 SMALL_BYTES: Final = 32 * 1024
 """Below this torch would not think of using threads of its own either."""
+_STREAM_BYTES: Final = 256 * 1024
+"""What is smaller is not worth a call of its own."""
+
+_PIECE_BYTES: Final = 4 * 1024 * 1024
+_WAITS_S: Final = 0.004
+"""Who does not let go of the interpreter's lock by himself keeps it for 5 ms (sys.getswitchinterval)."""
+
+_TIMES: Final = 2.5
+"""What pieces may take in the long run, in times of the fastest: others have the cores and the memory as well."""
+
+_PAUSE: Final = 15
+"""So many captures go without streaming stores after one that had to wait."""
+
 _WORD: Final = np.dtype(np.int32)
 _NICER: Final = 10
 """Ten times the share of a core that a thread of training gets beside it."""
@@ -38,33 +56,100 @@ Done: TypeAlias = "queue.SimpleQueue[BaseException | None]"
 
 
 class CopyList:
-    """(target, source) pairs, ready to be copied by ``threads`` threads, again and again."""
+    """
+    (target, source) pairs, ready to be copied by ``threads`` threads, again and again; large ones by ``stream``.
+    """
 
-    def __init__(self, pairs: Sequence[tuple[Array, Array]], threads: int) -> None:
+    def __init__(self, pairs: Sequence[tuple[Array, Array]], threads: int, stream: Stream | None) -> None:
         self._arrays = list(pairs)  # what was joined does not keep alive all that it shows
         joined = join_neighbours(pairs)
         # Two halves, so that there is a middle.
         self.halves = [
-            [_Share(part) for part in split_by_bytes(half, threads)] for half in split_by_bytes(joined, 2)
+            [_Share(part, stream) for part in split_by_bytes(half, threads)] for half in split_by_bytes(joined, 2)
         ]
 
 
 class _Share:
     """What one thread copies in one go."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self._large = [pair for pair in pairs if pair[0].nbytes >= SMALL_BYTES]
-        ordered = [*(pair for pair in pairs if pair[0].nbytes < SMALL_BYTES), *self._large]
-        self._targets = [torch.from_numpy(target) for target, _ in ordered]
-        self._sources = [torch.from_numpy(source) for _, source in ordered]
+    def __init__(self, pairs: Pairs, stream: Stream | None) -> None:
+        self._stream = stream
+        self._runs: list[_Run] = []
+        others: Pairs = []
+        for pair in pairs:
+            runs = _runs_of(*pair) if stream is not None and pair[0].nbytes >= _STREAM_BYTES else []
+            if not runs:
+                others.append(pair)
+                continue
+            self._runs += runs
+            for begin, end in (0, runs[0].begin), (runs[-1].end, pair[0].nbytes):
+                if begin < end:
+                    others.append(_bytes_of(pair, begin, end))
+        self._others = _Others(others)
+        self._instead: _Others | None = None  # of streaming stores, during a pause
+        self._fastest = math.inf  # seconds per byte
+        self._pause = 0
 
     def copy(self) -> None:
-        one_by_one = self._large if torch.get_num_threads() > 1 else []
-        count = len(self._targets) - len(one_by_one)
-        if count:
-            torch._foreach_copy_(self._targets[:count], self._sources[:count])
-        for target, source in one_by_one:
-            np.copyto(target, source)
+        self._others.copy()
+        if self._stream is None:
+            return
+        done = 0 if self._pause else self._stream_all(self._stream)
+        self._pause = max(0, self._pause - 1)
+        if done == len(self._runs):
+            self._instead = None
+            return
+        if self._instead is None:
+            self._instead = _Others([_bytes_of(run.pair, run.begin, run.end) for run in self._runs])
+        self._instead.copy(done)
+
+    def _stream_all(self, stream: Stream) -> int:
+        """Copy all runs, or the first ones until that takes too long; returns how many."""
+        began = before = time.perf_counter()
+        nbytes = 0
+        for count, run in enumerate(self._runs, 1):
+            stream(run.target, run.source, run.end - run.begin)
+            now = time.perf_counter()
+            self._fastest = min(self._fastest, (now - before) / (run.end - run.begin))
+            nbytes += run.end - run.begin
+            if now - began > _WAITS_S + _TIMES * self._fastest * nbytes:
+                self._pause = _PAUSE + 1
+                return count
+            before = now
+        return len(self._runs)
+
+
+class _Run(NamedTuple):
+    """Bytes ``[begin, end)`` of a dense pair, and their addresses."""
+
+    pair: tuple[Array, Array]
+    begin: int
+    end: int
+    target: int
+    source: int
+
+
+class _Others:
+    """What torch copies, and numpy where torch would start threads."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+        self._targets = [torch.from_numpy(target) for target, _ in pairs]
+        self._sources = [torch.from_numpy(source) for _, source in pairs]
+        small = [n for n, (target, _) in enumerate(pairs) if target.nbytes < SMALL_BYTES]
+        self._small = [self._targets[n] for n in small], [self._sources[n] for n in small]
+
+    def copy(self, first: int = 0) -> None:
+        """Copy all but those before the ``first``."""
+        if torch.get_num_threads() == 1:
+            if first < len(self._pairs):
+                torch._foreach_copy_(self._targets[first:], self._sources[first:])
+            return
+        if not first and self._small[0]:
+            torch._foreach_copy_(*self._small)
+        for target, source in self._pairs[first:]:
+            if first or target.nbytes >= SMALL_BYTES:
+                np.copyto(target, source)
 
 
 class CopyPool:
@@ -152,7 +237,7 @@ def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:
             runs.append((target, source, 0))
             ends = (0, 0)
             continue
-        begins = (target.ctypes.data, source.ctypes.data)
+        begins = address_of(target), address_of(source)
         if begins == ends:
             first_target, first_source, length = runs.pop()
             runs.append((first_target, first_source, length + nbytes))
@@ -187,10 +272,36 @@ def split_by_bytes(pairs: Sequence[tuple[Array, Array]], count: int) -> list[Pai
     return out
 
 
+def _runs_of(target: Array, source: Array) -> list[_Run]:
+    """What streaming stores can copy of two arrays, in pieces; nothing where they are not dense, or lie otherwise."""
+    if not (target.flags.c_contiguous and source.flags.c_contiguous):
+        return []
+    into, out_of = address_of(target), address_of(source)
+    if (into - out_of) % ALIGN_BYTES:
+        return []
+    first = -into % ALIGN_BYTES
+    last = first + (target.nbytes - first) // ALIGN_BYTES * ALIGN_BYTES
+    ends = [*range(first + _PIECE_BYTES, last, _PIECE_BYTES), last]
+    begins = range(first, last, _PIECE_BYTES)
+    return [
+        _Run((target, source), begin, end, into + begin, out_of + begin)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+
+
+def _bytes_of(pair: tuple[Array, Array], begin: int, end: int) -> tuple[Array, Array]:
+    target, source = pair
+    return _as_bytes(target)[begin:end], _as_bytes(source)[begin:end]
+
+
+def _as_bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
 def _dense(target: Array, source: Array, length: int) -> tuple[Array, Array]:
     """Return ``length`` bytes from where each array begins."""
-    aligned = not (target.ctypes.data | source.ctypes.data | length) % _WORD.itemsize
-    target, source = (array.reshape(-1).view(np.uint8) for array in (target, source))
+    aligned = not (address_of(target) | address_of(source) | length) % _WORD.itemsize
+    target, source = _as_bytes(target), _as_bytes(source)
     if target.nbytes != length:
         target, source = (
             np.lib.stride_tricks.as_strided(array, shape=(length,), strides=(1,)) for array in (target, source)

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
@@ -24,6 +22,7 @@ import xxhash
 
 from snapshotd.erasure.galois import Row, decode_row, parity_row
 from snapshotd.errors import UsageError
+from snapshotd.isal import isal_paths, load_isal
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -146,7 +145,7 @@ class IsalCodec:
     name = "isal"
 
     def __init__(self, path: str | None = None) -> None:
-        self.path, library = _load_isal([path] if path is not None else _isal_paths())
+        self.path, library = load_isal([path] if path is not None else isal_paths())
         self._init_tables: Any = library.ec_init_tables
         self._init_tables.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
         self._init_tables.restype = None
@@ -352,22 +351,3 @@ def _address(view: memoryview) -> int:
 def _pointers(addresses: Iterator[int]) -> Any:
     values = list(addresses)
     return (ctypes.c_void_p * len(values))(*values)
-
-
-def _isal_paths() -> list[str]:
-    paths = ["libisal.so.2", "libisal.2.dylib"]
-    spec = importlib.util.find_spec("pyeclib")
-    if spec is not None and spec.origin is not None:
-        beside = Path(spec.origin).parent.parent / "pyeclib.libs"
-        paths += sorted(str(path) for path in beside.glob("libisal*.so*"))
-    return paths
-
-
-def _load_isal(paths: Sequence[str]) -> tuple[str, ctypes.CDLL]:
-    failures: list[str] = []
-    for path in paths:
-        try:
-            return path, ctypes.CDLL(path)  # CDLL, not PyDLL: it releases the GIL
-        except OSError as error:
-            failures.append(str(error))
-    raise OSError("; ".join(failures) or "no libisal was found")

@@ -1,8 +1,10 @@
 """
 Layouts: the byte order of all shards of one rank, and the header of its slot files.
 
-Rule 1: a slot file with a layout is a valid safetensors file. Shards lie in order of descending item size, so that
-each is naturally aligned and there are no holes (which safetensors forbids); ``__meta__`` is last.
+Rule 1: a slot file with a layout is a valid safetensors file. Shards that fill lines of the cache lie first, so that
+each begins with a line, as large tensors do in memory: copies of what lies alike are fast. Within those, and within the
+others, they lie in order of descending item size, so that each is naturally aligned and there are no holes (which
+safetensors forbids); ``__meta__`` is last.
 Rule 2: a layout is stable from step to step. It is named by the hash of its header, and equal layouts have equal bytes.
 Rule 3: offsets of shards are offsets in the file, not in the data area.
 """
@@ -48,6 +50,9 @@ MAX_META_BYTES: Final = 1 << 30
 
 MAX_FILE_BYTES: Final = 1 << 60
 """Largest slot file: one exbibyte, so that sums of offsets stay below 2**63."""
+
+_LINE_BYTES: Final = 64
+"""A line of the cache, and where torch and numpy begin a tensor."""
 
 _Likeness: TypeAlias = tuple[object, ...]
 """All that an entry says of its tensor, but its name and its place."""
@@ -110,7 +115,8 @@ class Layout:
         attrs: Mapping[str, str] = MappingProxyType({}),
     ) -> Layout:
         """
-        Lay out ``boxes``, largest item size first and otherwise in the order given, then ``meta_capacity`` bytes.
+        Lay out ``boxes``: those of whole lines first, then by item size, the largest first, and otherwise in the order
+        given; then ``meta_capacity`` bytes.
 
         LayoutError for duplicate keys (with their names), for ties and attrs that are not str to str or clash with
         names in use, and for layouts above the limits.
@@ -121,7 +127,7 @@ class Layout:
         _check_strings("attrs", attrs)
         if clash := sorted(_RESERVED & attrs.keys()):
             raise LayoutError(f"attrs uses the reserved names {', '.join(clash)}")
-        ordered = sorted(boxes, key=lambda box: -box.itemsize)
+        ordered = sorted(boxes, key=lambda box: (box.nbytes % _LINE_BYTES != 0, -box.itemsize))
         keys = [_key_of(box) for box in ordered]
         _check_unique(keys)
         _check_ties(ties, {box.name for box in ordered})

@@ -4,6 +4,7 @@ Lists of copies: whatever the arrays look like, the bytes arrive, and what lies 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,18 +13,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from snapshotd_client import copying
 from snapshotd_client.arrays import carrier
 from snapshotd_client.copying import CopyList, CopyPool, copy_alone, join_neighbours
+from snapshotd_client.streaming import find_stream
 
 
 def nothing():
     pass
 
 
-def copied(pairs, threads):
+def copied(pairs, threads, stream=None):
     pool = CopyPool(threads)
     try:
-        pool.copy(CopyList(pairs, threads), nothing)
+        pool.copy(CopyList(pairs, threads, stream), nothing)
     finally:
         pool.close()
 
@@ -66,7 +69,7 @@ def test_any_arrays_by_any_number_of_threads(torch_threads, sources, threads):
         end = position + source.nbytes
         pairs.append((slot[position:end].view(source.dtype).reshape(source.shape), source))
         position = end
-    copied(pairs, threads)
+    copied(pairs, threads, find_stream())
     assert [source.tobytes() for source in sources] == [target.tobytes() for target, _ in pairs]
 
 
@@ -101,7 +104,7 @@ def test_threads_of_ours_have_torch_copy_alone(threads, given_to_torch):
     torch.set_num_threads(2)
     sources = [np.arange(nbytes, dtype=np.uint64).astype(np.uint8) for nbytes in (100, 1 << 20, 200, 3 << 20)]
     targets = [np.zeros_like(source) for source in sources]
-    copies = CopyList(list(zip(targets, sources, strict=True)), threads)
+    copies = CopyList(list(zip(targets, sources, strict=True)), threads, None)
     pool = CopyPool(threads)
     try:
         with ThreadPoolExecutor(1, initializer=copy_alone) as pipeline:
@@ -117,6 +120,91 @@ def test_threads_of_ours_have_torch_copy_alone(threads, given_to_torch):
         torch.set_num_threads(before)
     assert all(np.array_equal(target, source) for target, source in zip(targets, sources, strict=True))
     assert sum(given_to_torch) == sum(source.nbytes for source in sources)
+
+
+def aligned(nbytes, at):
+    """Noise that begins at so many bytes behind a multiple of 64."""
+    room = np.random.default_rng(nbytes).integers(256, size=nbytes + 128, dtype=np.uint8)
+    return room[-room.ctypes.data % 64 + at :][:nbytes]
+
+
+@pytest.fixture
+def streamed():
+    """(nbytes of each call, a stream that does as the machine's would)."""
+    calls = []
+
+    def stream(target, source, nbytes):
+        assert not (target | source | nbytes) % 32, "this would end the process"
+        calls.append(nbytes)
+        ctypes.memmove(target, source, nbytes)
+
+    return calls, stream
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("at", "source_at"), [(0, 0), (4, 4), (33, 1), (63, 31), (0, 4), (16, 0)])
+def test_large_arrays_arrive_wherever_they_lie(streamed, at, source_at, threads):
+    """Breaks: an address that is not aligned ends the training; the first or last bytes of a tensor are missing, or
+    those behind it are written over."""
+    calls, watched = streamed
+    for stream in (find_stream(), watched):
+        for nbytes in (1000, (256 << 10) - 1, (256 << 10) + 33, (4 << 20) + 95, 9 << 20):
+            whole, source = aligned(nbytes + 64, at), aligned(nbytes, source_at)
+            before, target = whole.copy(), whole[:nbytes]
+            target[:] = 0
+            copied([(target, source)], threads, stream)
+            assert np.array_equal(target, source)
+            assert np.array_equal(whole[nbytes:], before[nbytes:])
+    if (at - source_at) % 32:
+        assert not calls
+    else:
+        parts = 2 * 2 * threads  # both halves of two arrays, by each thread
+        assert sum(calls) > (13 << 20) + 95 - parts * 64
+
+
+def test_what_is_not_dense_is_not_streamed(streamed):
+    """Breaks: the bytes between the rows of a strided tensor are in the snapshot."""
+    calls, watched = streamed
+    source = np.arange(8 << 20, dtype=np.uint32).reshape(4096, -1)[:, ::2]
+    target = np.zeros(source.shape, source.dtype)
+    copied([(target, source)], 2, watched)
+    assert np.array_equal(target, source)
+    assert not calls
+
+
+def test_who_waits_for_the_lock_asks_for_it_no_more_for_a_while(monkeypatch, given_to_torch, torch_threads):
+    """Breaks: training that keeps the interpreter busy holds up each of the snapshot's tensors for 5 ms; or a copy is
+    slow for ever when that has ended; or a machine that is slower for a while is taken for that."""
+    now, calls, takes = [0.0], [], []
+
+    def stream(target, source, nbytes):
+        calls.append(nbytes)
+        now[0] += takes.pop(0)
+        ctypes.memmove(target, source, nbytes)
+
+    monkeypatch.setattr(copying.time, "perf_counter", lambda: now[0])
+    source, target = aligned(64 << 20, 0), aligned(64 << 20, 0)
+    (share,), _ = CopyList([(target, source)], 1, stream).halves  # 8 pieces
+    quick, slower, waits = 0.0002, 0.0006, 0.0051
+    captures = [
+        ([quick] * 8, 8),
+        ([slower] * 8, 8),
+        ([quick, quick, quick, waits, quick, waits, quick, quick], 6),
+        *[([], 0)] * 15,
+        ([waits] * 8, 1),
+        *[([], 0)] * 15,
+        ([quick] * 8, 8),
+        ([slower] * 8, 8),
+    ]
+    for seconds, expected in captures:
+        takes[:], target[:] = seconds, 0
+        calls.clear()
+        given_to_torch.clear()
+        share.copy()
+        assert len(calls) == expected
+        assert np.array_equal(target[: 32 << 20], source[: 32 << 20])
+        if torch_threads == 1:
+            assert sum(calls) + sum(given_to_torch) == 32 << 20
 
 
 def test_neighbours_are_copied_in_one_piece():
@@ -160,7 +248,7 @@ def test_what_has_a_gap_is_not_joined(gap):
 
 def test_error_of_a_helper_reaches_the_caller():
     """Breaks: a copy that failed in a helper thread counts as done."""
-    copies = CopyList([(np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8))], 3)
+    copies = CopyList([(np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8))], 3, None)
 
     def fail():
         raise MemoryError("of the helper")

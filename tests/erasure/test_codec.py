@@ -236,7 +236,7 @@ def test_isal_is_preferred() -> None:
 
 @pytest.mark.parametrize("path", ["libc.so.6", "/nonexistent/libisal.so"])
 def test_a_library_that_does_not_load_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(codec, "_isal_paths", lambda: [path])
+    monkeypatch.setattr(codec, "isal_paths", lambda: [path])
     found, reason = load_codec()
     assert found.name == "zfec"
     assert reason.startswith("isal does not load (")
