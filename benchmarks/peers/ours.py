@@ -81,7 +81,7 @@ class Snapshots(System):
         self._snapshots.fence()
 
     def drain(self) -> None:
-        """Until the commit: it is known here by the slot that it frees. To ask the coordinator would be part of a step."""
+        """Until the commit, known here by the slot that it frees: to ask the coordinator would be part of the step."""
         if self._snapshots.stats["skipped"] > self._left_out:
             raise BenchError(f"step {self._step} was left out: {self._snapshots.stats}")
         self.ready()
