@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import psutil
 
 from .. import Row, Run, Series
 from .worker_memory import anonymous_bytes
+
+if TYPE_CHECKING:
+    from snapshotd_client.copying import CopyPool
 
 GOAL = 11
 SECONDS = 76
@@ -27,15 +31,19 @@ def rows(run: Run) -> Iterator[Row]:
 
 def _by_bytes(run: Run) -> Iterator[Row]:
     """The smallest in turns with each other size: what was copied between them has left the caches."""
+    from snapshotd_client.copying import CopyPool
+
+    pool = CopyPool(1)  # of all sizes: it tries its ways of copying once
+    run.finally_do(pool.close)
     least = _SIZES[0]
     sizes = _SIZES[1:2] if run.short else _SIZES[1:]
-    small = _Copy(run, run.size(least))
+    small = _Copy(run, pool, run.size(least))
     for size in sizes:
         nbytes = run.size(size)
         if 2 * nbytes + _SPARE > psutil.virtual_memory().available:
             yield Row.note(f"a GB of {size / 1e9:g} GB", "this machine has too little free memory for it now")
             continue
-        large = _Copy(run, nbytes)
+        large = _Copy(run, pool, nbytes)
         found = run.rounds({"small": small, "large": large}, rounds=5, within_s=4.0)
         large.close()
         yield Row.cost(
@@ -52,13 +60,13 @@ def _by_bytes(run: Run) -> Iterator[Row]:
 class _Copy:
     """Tensors of 8 MB that the hook's copier brings into a slot."""
 
-    def __init__(self, run: Run, nbytes: int) -> None:
+    def __init__(self, run: Run, pool: CopyPool, nbytes: int) -> None:
         import numpy as np
         import torch
-        from snapshotd_client.copying import CopyList, CopyPool
+        from snapshotd_client.copying import CopyList
         from snapshotd_client.streaming import find_stream
 
-        each = max(4096, min(8 << 20, nbytes // 12))
+        each = max(4096, min(8 << 20, nbytes // 12 // 4096 * 4096))
         count = nbytes // each
         self.nbytes = count * each
         slot = np.frombuffer(run.memory(self.nbytes, fill=False), dtype=np.uint8)
@@ -66,13 +74,12 @@ class _Copy:
             path.unlink()  # the memory goes when nobody maps it
         sources = [torch.ones(each, dtype=torch.uint8).numpy() for _ in range(count)]
         pairs = [(slot[n * each : (n + 1) * each], source) for n, source in enumerate(sources)]
-        self._pool, self._copies = CopyPool(1), CopyList(pairs, 1, find_stream())
+        self._pool, self._copies = pool, CopyList(pairs, 1, find_stream())
 
     def __call__(self) -> None:
         self._pool.copy(self._copies, middle=int)
 
     def close(self) -> None:
-        self._pool.close()
         del self._copies
 
 

@@ -2,8 +2,8 @@
 Copies of many arrays at once by several threads: what is copied is sorted out once, then copied at each step.
 
 Rule 1: arrays that lie side by side on both sides become one.
-Rule 2: large ones go one by one by streaming stores (see streaming), where the machine has them. Each of these calls
-waits for the interpreter's lock at its end; where training keeps it for long, the rest is copied as under rule 3.
+Rule 2: large ones go one by one by streaming stores (see streaming), where the machine has them and they are faster.
+Each of these calls waits for the interpreter's lock at its end; where that takes long, the rest goes as under rule 3.
 Rule 3: all others go in a single call of torch, which holds the interpreter's lock for none of them: the training
 thread needs it. In these threads torch has one thread only (``copy_alone``): it would have more of its own copy large
 ones. Where that cannot be had, large ones go one by one through ``np.copyto``, which lets go of the lock as well.
@@ -15,7 +15,6 @@ done the step can be lost with its process, and the next update has to wait.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import queue
 import threading
@@ -28,7 +27,7 @@ import torch
 
 from snapshotd_client.arrays import Array, address_of
 from snapshotd_client.libraries import loaded
-from snapshotd_client.streaming import ALIGN_BYTES, Stream
+from snapshotd_client.streaming import ALIGN_BYTES, Stream, Trials
 
 __all__ = ["CopyList", "CopyPool", "copy_alone", "go_first", "join_neighbours", "split_by_bytes"]
 
@@ -38,21 +37,16 @@ _STREAM_BYTES: Final = 256 * 1024
 """What is smaller is not worth a call of its own."""
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
-_WAITS_S: Final = 0.004
-"""Who does not let go of the interpreter's lock by himself keeps it for 5 ms (sys.getswitchinterval)."""
-
-_TIMES: Final = 2.5
-"""What pieces may take in the long run, in times of the fastest: others have the cores and the memory as well."""
-
-_PAUSE: Final = 15
-"""So many captures go without streaming stores after one that had to wait."""
+_WAITS_S: Final = 0.02
+"""Who does not let go of the interpreter's lock by himself keeps it for 5 ms (sys.getswitchinterval). Less than four
+times as much may be other threads that have the core."""
 
 _WORD: Final = np.dtype(np.int32)
 _NICER: Final = 10
 """Ten times the share of a core that a thread of training gets beside it."""
 
 Pairs = list[tuple[Array, Array]]
-Done: TypeAlias = "queue.SimpleQueue[BaseException | None]"
+Done: TypeAlias = "queue.SimpleQueue[BaseException | bool]"
 
 
 class CopyList:
@@ -67,6 +61,7 @@ class CopyList:
         self.halves = [
             [_Share(part, stream) for part in split_by_bytes(half, threads)] for half in split_by_bytes(joined, 2)
         ]
+        self.streamed_bytes = sum(share.streamed_bytes for half in self.halves for share in half)
 
 
 class _Share:
@@ -86,36 +81,34 @@ class _Share:
                 if begin < end:
                     others.append(_bytes_of(pair, begin, end))
         self._others = _Others(others)
-        self._instead: _Others | None = None  # of streaming stores, during a pause
-        self._fastest = math.inf  # seconds per byte
-        self._pause = 0
+        self._instead: _Others | None = None  # of streaming stores
+        self.streamed_bytes = sum(run.end - run.begin for run in self._runs)
 
-    def copy(self) -> None:
+    def copy(self, patience: float | None) -> bool:
+        """
+        Copy all; without streaming stores where ``patience`` is None, else as long as these do not take more than so
+        many seconds per byte. Returns whether they did.
+        """
         self._others.copy()
-        if self._stream is None:
-            return
-        done = 0 if self._pause else self._stream_all(self._stream)
-        self._pause = max(0, self._pause - 1)
+        if not self._runs:
+            return False
+        done = 0 if self._stream is None or patience is None else self._stream_all(self._stream, patience)
         if done == len(self._runs):
             self._instead = None
-            return
+            return False
         if self._instead is None:
             self._instead = _Others([_bytes_of(run.pair, run.begin, run.end) for run in self._runs])
         self._instead.copy(done)
+        return patience is not None
 
-    def _stream_all(self, stream: Stream) -> int:
+    def _stream_all(self, stream: Stream, patience: float) -> int:
         """Copy all runs, or the first ones until that takes too long; returns how many."""
-        began = before = time.perf_counter()
-        nbytes = 0
+        end = time.perf_counter() + _WAITS_S
         for count, run in enumerate(self._runs, 1):
             stream(run.target, run.source, run.end - run.begin)
-            now = time.perf_counter()
-            self._fastest = min(self._fastest, (now - before) / (run.end - run.begin))
-            nbytes += run.end - run.begin
-            if now - began > _WAITS_S + _TIMES * self._fastest * nbytes:
-                self._pause = _PAUSE + 1
+            end += patience * (run.end - run.begin)
+            if time.perf_counter() > end:
                 return count
-            before = now
         return len(self._runs)
 
 
@@ -157,15 +150,21 @@ class CopyPool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._queue: queue.SimpleQueue[tuple[_Share, Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[_Share, float | None, Done] | None] = queue.SimpleQueue()
         self._helpers: list[threading.Thread] = []
+        self._trials = Trials()
 
     def copy(self, copies: CopyList, middle: Callable[[], object]) -> None:
         """Copy all of it; call ``middle`` once in between. Raises what a helper raised."""
         first, second = copies.halves
-        self._copy_all(first)
+        patience = self._trials.patience() if copies.streamed_bytes else None
+        began = time.perf_counter()
+        waited = self._copy_all(first, patience)
         middle()
-        self._copy_all(second)
+        waited |= self._copy_all(second, patience)
+        if copies.streamed_bytes:
+            pace = (time.perf_counter() - began) * self.threads / copies.streamed_bytes
+            self._trials.ended(streamed=patience is not None, pace=pace, waited=waited)
 
     def close(self) -> None:
         for _ in self._helpers:
@@ -174,7 +173,7 @@ class CopyPool:
             helper.join(2.0)
         self._helpers.clear()
 
-    def _copy_all(self, shares: list[_Share]) -> None:
+    def _copy_all(self, shares: list[_Share], patience: float | None) -> bool:
         mine, *others = shares
         while len(self._helpers) < len(others):
             helper = threading.Thread(target=self._help, name=f"snapshotd-copy-{len(self._helpers)}", daemon=True)
@@ -182,24 +181,26 @@ class CopyPool:
             self._helpers.append(helper)
         done: Done = queue.SimpleQueue()
         for share in others:
-            self._queue.put((share, done))
-        mine.copy()
-        errors = [done.get() for _ in others]
-        for error in errors:
-            if error is not None:
-                raise error
+            self._queue.put((share, patience, done))
+        waited = mine.copy(patience)
+        results = [done.get() for _ in others]
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            waited |= result
+        return waited
 
     def _help(self) -> None:
         copy_alone()
         while (item := self._queue.get()) is not None:
-            share, done = item
-            failed: BaseException | None = None
+            share, patience, done = item
+            result: BaseException | bool
             try:
-                share.copy()
+                result = share.copy(patience)
             except BaseException as error:  # goes to the thread that waits, and is raised there
-                failed = error
+                result = error
             del item, share  # nothing here holds what has been copied
-            done.put(failed)
+            done.put(result)
 
 
 def go_first() -> None:

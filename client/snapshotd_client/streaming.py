@@ -9,13 +9,16 @@ element of GF(2^8); times 1 that is a copy.
 
 Rule 1: nothing is copied so before this process has seen it copy every byte right.
 Rule 2: both sides begin at multiples of ALIGN_BYTES, and so many bytes are copied: other addresses end the process.
-Rule 3: what was copied is there for others once they hear of it. Streaming stores are seen late, but whoever tells
+Rule 3: they are tried against ordinary copies again and again (Trials). There are processors on which one core alone
+is faster without them.
+Rule 4: what was copied is there for others once they hear of it. Streaming stores are seen late, but whoever tells
 takes a lock for it, or asks the kernel, and both wait for them (Intel SDM 3A, 12.3.3; AMD APM 2, 7.4.2).
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +28,7 @@ import numpy as np
 
 from snapshotd.isal import isal_paths, load_isal
 
-__all__ = ["ALIGN_BYTES", "MAX_BYTES", "Stream", "find_stream"]
+__all__ = ["ALIGN_BYTES", "MAX_BYTES", "Stream", "Trials", "find_stream"]
 
 ALIGN_BYTES: Final = 32
 MAX_BYTES: Final = 1 << 30
@@ -35,6 +38,16 @@ _MACHINES: Final = ("x86_64", "AMD64")
 """Elsewhere ISA-L has ordinary stores for it."""
 
 _TEST_BYTES: Final = 8192
+
+_TRIES: Final = 3
+_AGAIN: Final = 64
+"""Copies until the slower way is tried once more."""
+
+_FADES: Final = 1.02
+"""What a fast copy is worth grows less with each later one: the machine may be another one by then."""
+
+_PATIENCE: Final = 2.5
+"""How many times as long as the best a try may take."""
 
 Stream = Callable[[int, int, int], None]
 """``stream(target, source, nbytes)``, both addresses; without the GIL. ValueError for what is not aligned."""
@@ -50,6 +63,36 @@ def find_stream() -> Stream | None:
     except (OSError, AttributeError):
         return None
     return stream if _copies_right(stream) else None
+
+
+class Trials:
+    """
+    Which way the next copy takes, with streaming stores or without: the one that is faster here, by what was measured
+    while training went on. Paces are seconds per byte.
+    """
+
+    def __init__(self) -> None:
+        self._paces = {False: math.inf, True: math.inf}
+        self._count = 0
+
+    def patience(self) -> float | None:
+        """Return the pace below which streaming stores are given up in this copy; None: they are not used in it."""
+        streams = self._next()
+        return min(self._paces.values()) * _PATIENCE if streams else None
+
+    def ended(self, *, streamed: bool, pace: float, waited: bool) -> None:
+        """A copy has ended; ``waited``: streaming stores were given up in it."""
+        self._paces[streamed] = pace if waited else min(pace, self._paces[streamed] * _FADES)
+
+    def _next(self) -> bool:
+        count, self._count = self._count, self._count + 1
+        if count < 2 * _TRIES:
+            return count % 2 == 1  # so that there is a pace to be compared with from the first try on
+        faster = self._paces[True] <= self._paces[False]
+        if count % _AGAIN:
+            return faster
+        self._paces[not faster] = math.inf
+        return not faster
 
 
 def _by_isal(library: ctypes.CDLL) -> Stream:
