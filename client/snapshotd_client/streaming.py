@@ -12,7 +12,7 @@ Rule 2: both sides begin at multiples of ALIGN_BYTES, and so many bytes are copi
 Rule 3: they are tried against ordinary copies again and again (Trials). There are processors on which one core alone
 is faster without them.
 Rule 4: what was copied is there for others once they hear of it. Streaming stores are seen late, but whoever tells
-takes a lock for it, or asks the kernel, and both wait for them (Intel SDM 3A, 12.3.3; AMD APM 2, 7.4.2).
+takes a lock for it, which waits for them (Intel SDM 3A, "Methods of Caching Available"; AMD APM 2, "Write Combining").
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _AGAIN: Final = 64
 """Copies until the slower way is tried once more."""
 
 _FADES: Final = 1.02
-"""What a fast copy is worth grows less with each later one: the machine may be another one by then."""
+"""Fast copies of either way count for less with each later one: training may take more of the machine by then."""
 
 _PATIENCE: Final = 2.5
 """How many times as long as the best a try may take."""
@@ -82,7 +82,8 @@ class Trials:
 
     def ended(self, *, streamed: bool, pace: float, waited: bool) -> None:
         """A copy has ended; ``waited``: streaming stores were given up in it."""
-        self._paces[streamed] = pace if waited else min(pace, self._paces[streamed] * _FADES)
+        self._paces = {way: best * _FADES for way, best in self._paces.items()}
+        self._paces[streamed] = pace if waited else min(pace, self._paces[streamed])
 
     def _next(self) -> bool:
         count, self._count = self._count, self._count + 1

@@ -236,6 +236,16 @@ def test_the_faster_way_is_taken(clock, capture):
     assert counts[122:] == [16, 0, 0, 0, 0, 0]
 
 
+def test_a_way_is_not_left_since_training_takes_more_of_the_machine(clock, capture):
+    """Breaks: what the other way took on an idle machine is compared with what this one takes beside training."""
+    clock.streams, clock.others = 0.0002, 0.0003
+    for _ in range(10):
+        capture()
+    clock.streams, clock.others = 0.0004, 0.0006
+    assert [capture()[0] for _ in range(54)] == [16] * 54
+    assert [capture()[0] for _ in range(6)] == [0] + [16] * 5
+
+
 def test_who_waits_for_the_lock_asks_for_it_no_more_for_a_while(clock, capture):
     """Breaks: training that keeps the interpreter busy holds up each of the snapshot's tensors for 5 ms."""
     clock.streams, clock.others = 0.0002, 0.0003
