@@ -43,6 +43,9 @@ _TRIES: Final = 3
 _AGAIN: Final = 64
 """Copies until the slower way is tried once more."""
 
+_SOON: Final = 8
+"""The same where streaming stores were given up; twice as many each time that they are again."""
+
 _FADES: Final = 1.02
 """Fast copies of either way count for less with each later one: training may take more of the machine by then."""
 
@@ -74,6 +77,7 @@ class Trials:
     def __init__(self) -> None:
         self._paces = {False: math.inf, True: math.inf}
         self._count = 0
+        self._due, self._pause = _AGAIN, _SOON
 
     def patience(self) -> float | None:
         """Return the pace below which streaming stores are given up in this copy; None: they are not used in it."""
@@ -84,14 +88,20 @@ class Trials:
         """A copy has ended; ``waited``: streaming stores were given up in it."""
         self._paces = {way: best * _FADES for way, best in self._paces.items()}
         self._paces[streamed] = pace if waited else min(pace, self._paces[streamed])
+        if waited:
+            self._due = self._count + self._pause
+            self._pause = min(2 * self._pause, _AGAIN)
+        elif streamed:
+            self._pause = _SOON
 
     def _next(self) -> bool:
         count, self._count = self._count, self._count + 1
         if count < 2 * _TRIES:
             return count % 2 == 1  # so that there is a pace to be compared with from the first try on
         faster = self._paces[True] <= self._paces[False]
-        if count % _AGAIN:
+        if count < self._due:
             return faster
+        self._due = count + _AGAIN
         self._paces[not faster] = math.inf
         return not faster
 
