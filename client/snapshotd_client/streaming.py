@@ -46,6 +46,9 @@ _AGAIN: Final = 64
 _SOON: Final = 8
 """The same where streaming stores were given up; twice as many each time that they are again."""
 
+_FORGIVEN: Final = 1
+"""So often in a row they may be given up: a machine that others share stands still for 20 ms now and then."""
+
 _FADES: Final = 1.02
 """Fast copies of either way count for less with each later one: training may take more of the machine by then."""
 
@@ -78,6 +81,7 @@ class Trials:
         self._paces = {False: math.inf, True: math.inf}
         self._count = 0
         self._due, self._pause = _AGAIN, _SOON
+        self._waits = 0  # in a row
 
     def patience(self) -> float | None:
         """Return the pace below which streaming stores are given up in this copy; None: they are not used in it."""
@@ -87,12 +91,15 @@ class Trials:
     def ended(self, *, streamed: bool, pace: float, waited: bool) -> None:
         """A copy has ended; ``waited``: streaming stores were given up in it."""
         self._paces = {way: best * _FADES for way, best in self._paces.items()}
-        self._paces[streamed] = pace if waited else min(pace, self._paces[streamed])
+        self._paces[streamed] = min(pace, self._paces[streamed])
         if waited:
+            self._waits += 1
+        elif streamed:
+            self._waits, self._pause = 0, _SOON
+        if waited and self._waits > _FORGIVEN:
+            self._paces[True] = pace
             self._due = self._count + self._pause
             self._pause = min(2 * self._pause, _AGAIN)
-        elif streamed:
-            self._pause = _SOON
 
     def _next(self) -> bool:
         count, self._count = self._count, self._count + 1

@@ -252,15 +252,23 @@ def test_who_waits_for_the_lock_asks_for_it_no_more_for_a_while(clock, capture):
     for _ in range(10):
         capture()
     clock.streams = 0.0052
-    count, seconds = capture()
-    assert count == 2 * 5  # in two halves
-    assert seconds == pytest.approx(10 * 0.0052 + 6 * 0.0003)
+    for _ in range(2):  # once is forgiven
+        count, seconds = capture()
+        assert count == 2 * 5  # in two halves
+        assert seconds == pytest.approx(10 * 0.0052 + 6 * 0.0003)
     for pause in (8, 16, 32, 64, 64):
         assert [capture()[0] for _ in range(pause + 1)] == [0] * pause + [2 * 5]
     clock.streams = 0.0002
     assert [capture()[0] for _ in range(66)] == [0] * 64 + [16] * 2
     clock.streams = 0.0052
-    assert [capture()[0] for _ in range(10)] == [2 * 5] + [0] * 8 + [2 * 5]
+    assert [capture()[0] for _ in range(11)] == [2 * 5] * 2 + [0] * 8 + [2 * 5]
+    clock.streams = 0.0002
+    assert [capture()[0] for _ in range(17)] == [0] * 16 + [16]
+    for _ in range(3):
+        clock.streams = 0.0052
+        assert capture()[0] == 2 * 5
+        clock.streams = 0.0002
+        assert capture()[0] == 16
 
 
 def test_a_machine_that_is_slower_for_a_while_is_not_taken_for_that(clock, capture):
