@@ -9,8 +9,8 @@ element of GF(2^8); times 1 that is a copy.
 
 Rule 1: nothing is copied so before this process has seen it copy every byte right.
 Rule 2: both sides begin at multiples of ALIGN_BYTES, and so many bytes are copied: other addresses end the process.
-Rule 3: they are tried against ordinary copies again and again (Trials). There are processors on which one core alone
-is faster without them.
+Rule 3: they are tried against ordinary copies again and again (Trials). Only one processor was
+measured: on others one core alone may be faster without them.
 Rule 4: what was copied is there for others once they hear of it. Streaming stores are seen late, but whoever tells
 takes a lock for it, which waits for them (Intel SDM 3A, "Methods of Caching Available"; AMD APM 2, "Write Combining").
 """
@@ -84,7 +84,7 @@ class Trials:
         self._waits = 0  # in a row
 
     def patience(self) -> float | None:
-        """Return the pace below which streaming stores are given up in this copy; None: they are not used in it."""
+        """Return the pace above which streaming stores are given up in this copy; None: they are not used in it."""
         streams = self._next()
         return min(self._paces.values()) * _PATIENCE if streams else None
 
