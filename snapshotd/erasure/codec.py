@@ -4,7 +4,7 @@ Codecs: parity from data and lost parts from what is left, one interface over tw
 Rule 1: all codecs compute the same bytes: zfec's code over GF(2^8) (see galois.py). zfec is the reference; ISA-L, fed
 with the same coefficients, is ten times faster.
 Rule 2: sources may be shorter than the output, or None: what is not there is zeros. Longer ones are cut.
-Rule 3: ISA-L reads and writes the caller's memory by pointer, with the GIL released: nobody may move or change the
+Rule 3: they read and write the caller's memory by pointer, with the GIL released: nobody may move or change the
 buffers meanwhile, and outputs may not overlap sources.
 Rule 4: no codec is used before it has passed the self-test in this process (``load_codec``).
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -29,17 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Codec", "IsalCodec", "ZfecCodec", "load_codec"]
 
-Block = memoryview | bytes
-
 _MAX_CALL_BYTES: Final = 1 << 30
 """ISA-L counts in C int."""
 
-_ZFEC_WINDOW_BYTES: Final = 1 << 20
-"""zfec makes bytes objects: large enough that the calls vanish, and the C library finds memory of this size again."""
-
-_ZFEC_MANY: Final = 6
-_ZFEC_PIECE_BYTES: Final = 256 * 1024
-"""So many sources of 1 MiB are more than a core's cache holds: of smaller pieces all rows are made at once."""
+_FEC_MAGIC: Final = 0xFECC0DEC
+_IDENTITY: Final = bytes([1, 0, 0, 1])
 
 _NOTHING: Final = memoryview(b"")
 
@@ -78,82 +72,20 @@ class Codec(Protocol):
         ...
 
 
-class ZfecCodec:
-    """The reference: zfec. Slow, and it makes new bytes. ImportError where zfec is not installed."""
-
-    name = "zfec"
+class _Sums:
+    """What the libraries have in common: all that they compute are sums of products, rows of bytes by pointer."""
 
     def __init__(self) -> None:
-        zfec: Any = importlib.import_module("zfec")
-        self._encoder: Callable[[int, int], Any] = lru_cache(maxsize=64)(
-            lambda k, n: zfec.Encoder(k, n) if k > 1 else _Mirror()
-        )
-        self._decoder: Callable[[int, int], Any] = lru_cache(maxsize=64)(
-            lambda k, n: zfec.Decoder(k, n) if k > 1 else _Mirror()
-        )
-
-    def encode_row(self, k: int, m: int, row: int, sources: Sequence[Buffer | None], out: Buffer) -> None:
-        self.encode_rows(k, m, (row,), sources, (out,))
-
-    def encode_rows(
-        self, k: int, m: int, rows: Sequence[int], sources: Sequence[Buffer | None], outs: Sequence[Buffer]
-    ) -> None:
-        views, targets = _check_encode(k, m, rows, sources, outs)
-        encode = self._encoder(k, k + m).encode
-        if k >= _ZFEC_MANY and len(rows) > 1:  # for each row all that went in would be read from memory again
-            numbers = [k + row for row in rows]
-            for blocks, parts in _pieces(views, targets, _ZFEC_PIECE_BYTES):
-                for part, made in zip(parts, encode(blocks, numbers), strict=True):
-                    part[:] = made
-            return
-        for blocks, parts in _pieces(views, targets, _ZFEC_WINDOW_BYTES):
-            for row, part in zip(rows, parts, strict=True):
-                part[:] = encode(blocks, [k + row])[0]  # one by one: its memory is in the caches, and free for the next
-
-    def decode(
-        self, k: int, m: int, known: Sequence[tuple[int, Buffer | None]], wanted_index: int, out: Buffer
-    ) -> None:
-        indexes, views, target = _check_decode(k, m, known, wanted_index, out)
-        for blocks, [part] in _pieces(views, [target], _ZFEC_WINDOW_BYTES):
-            if wanted_index in indexes:
-                part[:] = blocks[indexes.index(wanted_index)]
-                continue
-            # Data parts come back in order of index, whatever the order and kind of those that went in.
-            data = self._decoder(k, k + m).decode(blocks, list(indexes))
-            encode = self._encoder(k, k + m).encode
-            part[:] = data[wanted_index] if wanted_index < k else encode(data, [wanted_index])[0]
-
-
-class _Mirror:
-    """Encoder and decoder for k = 1: every part is the same."""
-
-    def encode(self, blocks: Sequence[Block], indexes: Sequence[int]) -> Sequence[Block]:
-        return [blocks[0]] * len(indexes)
-
-    def decode(self, blocks: Sequence[Block], _indexes: Sequence[int]) -> Sequence[Block]:
-        return blocks
-
-
-class IsalCodec:
-    """
-    ISA-L by ctypes, at memory speed.
-
-    ``path``: of the library; by default the system's, else the one inside the installed pyeclib. OSError where there
-    is none, AttributeError where it lacks the functions.
-    """
-
-    name = "isal"
-
-    def __init__(self, path: str | None = None) -> None:
-        self.path, library = load_isal([path] if path is not None else isal_paths())
-        self._init_tables: Any = library.ec_init_tables
-        self._init_tables.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self._init_tables.restype = None
-        self._encode_data: Any = library.ec_encode_data
-        self._encode_data.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int) + (ctypes.c_void_p,) * 3
-        self._encode_data.restype = None
         self._tables: Callable[[tuple[Row, ...]], Any] = lru_cache(maxsize=128)(self._make_tables)
         self._full_tables: Callable[[tuple[Row, ...]], Any] = lru_cache(maxsize=128)(self._make_full_tables)
+
+    def _make_tables(self, rows: tuple[Row, ...]) -> Any:
+        """What the library makes of these coefficients, one row for each output."""
+        raise NotImplementedError
+
+    def _add_up(self, size: int, tables: Any, sources: Any, targets: Any) -> None:
+        """Write ``size`` bytes of each of ``targets``: both are arrays of pointers."""
+        raise NotImplementedError
 
     def encode_row(self, k: int, m: int, row: int, sources: Sequence[Buffer | None], out: Buffer) -> None:
         self.encode_rows(k, m, (row,), sources, (out,))
@@ -178,8 +110,7 @@ class IsalCodec:
         if size <= _MAX_CALL_BYTES and all(len(view) >= size for view in views):
             tables = self._full_tables(tuple(rows))
             if tables is not None:
-                sources = _pointers(map(_address, views))
-                self._encode_data(size, len(views), len(rows), tables, sources, _pointers(map(_address, targets)))
+                self._add_up(size, tables, _pointers(map(_address, views)), _pointers(map(_address, targets)))
                 return
         columns = {i: (view, min(len(view), size)) for i, view in enumerate(views) if any(row[i] for row in rows)}
         begin = 0
@@ -189,10 +120,8 @@ class IsalCodec:
             addresses = [_address(view) for _, view in active]
             while begin < end:
                 length = min(end - begin, _MAX_CALL_BYTES)
-                self._encode_data(
+                self._add_up(
                     length,
-                    len(active),
-                    len(rows),
                     tables,
                     _pointers(address + begin for address in addresses),
                     _pointers(_address(target) + begin for target in targets),
@@ -205,10 +134,96 @@ class IsalCodec:
         """None where a column is zero in all rows: it need not be read."""
         return self._make_tables(rows) if all(map(any, zip(*rows, strict=True))) else None
 
+
+class ZfecCodec(_Sums):
+    """
+    zfec by ctypes: its own interface for Python makes new bytes, which have to be copied to where they belong.
+
+    ImportError where zfec is not installed, AttributeError where its library hides its functions or has other ones.
+    """
+
+    name = "zfec"
+
+    def __init__(self) -> None:
+        super().__init__()
+        path = importlib.import_module("zfec._fec").__file__  # fills its tables
+        library = ctypes.CDLL(path or "")
+        self._encode: Any = library.fec_encode
+        self._encode.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_size_t,) * 2
+        self._encode.restype = None
+        if not _is_fec_t(library):
+            raise AttributeError(f"{path} describes a code in another way than zfec 1.6 does")
+
+    def _make_tables(self, rows: tuple[Row, ...]) -> Any:
+        k = len(rows[0])
+        upper = bytes(k * k)  # fec_encode does not read it
+        matrix = ctypes.create_string_buffer(upper + b"".join(map(bytes, rows)))
+        code = _FecT(k=k, n=k + len(rows), enc_matrix=ctypes.cast(matrix, ctypes.c_void_p))
+        return code, (ctypes.c_uint * len(rows))(*range(k, k + len(rows))), matrix
+
+    def _add_up(self, size: int, tables: Any, sources: Any, targets: Any) -> None:
+        code, numbers, _ = tables
+        self._encode(ctypes.byref(code), sources, targets, numbers, len(targets), size)
+
+
+class _FecT(ctypes.Structure):
+    """A code as fec_encode takes it (zfec/fec.h, fec_t)."""
+
+    _fields_ = (
+        ("magic", ctypes.c_ulong),
+        ("k", ctypes.c_ushort),
+        ("n", ctypes.c_ushort),
+        ("enc_matrix", ctypes.c_void_p),
+    )
+
+    def is_sound(self) -> bool:
+        """Whether fec_new made this, going by the number that it puts there."""
+        return bool(self.magic == _FEC_MAGIC ^ self.k ^ self.n ^ (self.enc_matrix or 0))
+
+
+def _is_fec_t(library: ctypes.CDLL) -> bool:
+    """Whether the library's own codes are an _FecT each."""
+    library.fec_new.argtypes = (ctypes.c_ushort, ctypes.c_ushort)
+    library.fec_new.restype = ctypes.POINTER(_FecT)
+    library.fec_free.argtypes = (ctypes.POINTER(_FecT),)
+    library.fec_free.restype = None
+    made = library.fec_new(2, 3)
+    if not made:
+        return False
+    try:
+        code = made.contents
+        return (code.k, code.n) == (2, 3) and code.is_sound() and ctypes.string_at(code.enc_matrix, 4) == _IDENTITY
+    finally:
+        library.fec_free(made)
+
+
+class IsalCodec(_Sums):
+    """
+    ISA-L by ctypes, at memory speed.
+
+    ``path``: of the library; by default the system's, else the one inside the installed pyeclib. OSError where there
+    is none, AttributeError where it lacks the functions.
+    """
+
+    name = "isal"
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path, library = load_isal([path] if path is not None else isal_paths())
+        self._init_tables: Any = library.ec_init_tables
+        self._init_tables.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self._init_tables.restype = None
+        self._encode_data: Any = library.ec_encode_data
+        self._encode_data.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int) + (ctypes.c_void_p,) * 3
+        self._encode_data.restype = None
+
     def _make_tables(self, rows: tuple[Row, ...]) -> Any:
         tables = ctypes.create_string_buffer(32 * len(rows[0]) * len(rows))
         self._init_tables(len(rows[0]), len(rows), b"".join(map(bytes, rows)), tables)
         return tables
+
+    def _add_up(self, size: int, tables: Any, sources: Any, targets: Any) -> None:
+        self._encode_data(size, len(sources), len(targets), tables, sources, targets)
 
 
 def load_codec(prefer: Literal["auto", "isal", "zfec"] = "auto") -> tuple[Codec, str]:
@@ -316,30 +331,6 @@ def _views(buffers: Sequence[Buffer | None], *, writable: bool = False) -> list[
             view = view.cast("B") if view.nbytes else _NOTHING
         views.append(view)
     return views
-
-
-def _pieces(
-    views: Sequence[memoryview], targets: Sequence[memoryview], most: int
-) -> Iterable[tuple[Sequence[Block], Sequence[memoryview]]]:
-    """What zfec is given at a time, and where the result goes: mostly everything as it is."""
-    size = len(targets[0]) if targets else 0
-    whole = 0 < size <= most
-    for view in views:
-        whole = whole and len(view) == size
-    return [(views, targets)] if whole else _windows(views, targets, size, most)
-
-
-def _windows(
-    views: Sequence[memoryview], targets: Sequence[memoryview], size: int, most: int
-) -> Iterator[tuple[Sequence[Block], Sequence[memoryview]]]:
-    """The bytes where they are; only what is short is copied, with zeros behind it."""
-    for begin in range(0, size, most):
-        end = min(begin + most, size)
-        blocks = [view[begin:end] for view in views]
-        yield (
-            [block if len(block) == end - begin else block.tobytes().ljust(end - begin, b"\0") for block in blocks],
-            [target[begin:end] for target in targets],
-        )
 
 
 def _address(view: memoryview) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import random
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_large_codes_agree(k: int, m: int) -> None:
 
 @pytest.mark.parametrize("tested", CODECS)
 def test_windows_and_mappings(tested: Codec) -> None:
-    """Larger than zfec's window, unaligned, from a read-only view, into a mapping that can be closed afterwards."""
+    """Of many pages, unaligned, from a read-only view, into a mapping that can be closed afterwards."""
     size = (1 << 20) + 77
     random_ = np.random.default_rng(1)
     sources = [random_.integers(0, 256, size + 5, dtype=np.uint8) for _ in range(3)]
@@ -164,6 +165,27 @@ def test_windows_and_mappings(tested: Codec) -> None:
     assert bytes(lost) == bytes(views[1]).ljust(size, b"\0")
     assert mapping[:3] == b"\0\0\0"
     mapping.close()
+
+
+@pytest.mark.parametrize("tested", CODECS)
+def test_no_copy_of_the_data_is_made(tested: Codec) -> None:
+    size = 4 << 20
+    sources, outs = [bytes([i]) * size for i in range(3)], [bytearray(size) for _ in range(2)]
+    lost = bytearray(size)
+
+    def both() -> None:
+        tested.encode_rows(3, 2, [0, 1], sources, outs)
+        tested.decode(3, 2, [(4, outs[1]), (2, sources[2]), (3, outs[0])], 1, lost)
+
+    both()  # tables are kept
+    tracemalloc.start()
+    try:
+        both()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert lost == sources[1]
+    assert peak < size / 100
 
 
 @pytest.mark.parametrize("tested", CODECS)
@@ -241,6 +263,18 @@ def test_a_library_that_does_not_load_falls_back_with_the_reason(monkeypatch: py
     assert found.name == "zfec"
     assert reason.startswith("isal does not load (")
     assert reason.endswith("zfec loads and passes the self-test")
+
+
+def test_a_zfec_that_describes_codes_otherwise_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read a pointer where there is none."""
+
+    assert not codec._FecT(magic=7, k=2, n=3, enc_matrix=None).is_sound()
+    monkeypatch.setattr(codec, "_FEC_MAGIC", 0xFEC)
+    with pytest.raises(AttributeError, match="describes a code in another way"):
+        ZfecCodec()
+    with pytest.raises(UsageError, match=r"zfec does not load \(.*_fec.*; isal does not load"):
+        monkeypatch.setattr(codec, "isal_paths", lambda: ["/nonexistent/libisal.so"])
+        load_codec("zfec")
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, broken: type[Codec], method: str) -> None:
