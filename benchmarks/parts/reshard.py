@@ -67,7 +67,7 @@ def rows(run: Run) -> Iterator[Row]:
         ways = {"ours": partial(scene.read, scene.link(ranks), wants), "floor": partial(scene.receive, target, wanted)}
         if ranks == _RANKS_OF_NEW:
             ways["new"] = partial(scene.read, scene.link(ranks, NEW), wants)
-        found = run.rounds(ways, rounds=7, within_s=12.0, pids=[holder.pid, locator.pid], warm=2)
+        found = run.rounds(ways, rounds=21, within_s=5.0, pids=[holder.pid, locator.pid], warm=2)
         yield Row.speed(
             f"{RANKS} ranks' state read by rank 1 of {ranks}",
             found["ours"],
