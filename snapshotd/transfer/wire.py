@@ -190,6 +190,7 @@ class Inbound:
         self._wakes_at = 1
         self._is_there = False  # very likely, something to read
         self._is_short = True
+        self._is_tls = is_tls(sock)
         self._timeout_s = 0.0
         self._poll = select.poll()  # select() fails for descriptors above 1023
         self._poll.register(sock, select.POLLIN)
@@ -229,7 +230,7 @@ class Inbound:
     def expect(self, nbytes: int) -> None:
         """So many bytes of bulk come next."""
         self._left = nbytes
-        self._is_short = nbytes < _SHORT_BYTES or is_tls(self._sock)
+        self._is_short = nbytes < _SHORT_BYTES or self._is_tls
         if not self._is_short:
             self._timeout_s = self._sock.gettimeout() or 0.0
             self._sock.settimeout(0)  # or Python asks before each read whether there is anything
@@ -240,6 +241,9 @@ class Inbound:
         if at:
             out[:at] = self._ahead[self._begin : self._begin + at]
             self._begin += at
+        if self._is_tls:
+            self._decrypt(out, at)
+            at = end
         while at < end:
             try:
                 with out[at:end] as rest:
@@ -255,9 +259,18 @@ class Inbound:
             self._wake_at(1)
             self._sock.settimeout(self._timeout_s)
 
+    def _decrypt(self, out: memoryview, at: int) -> None:
+        """Fill the rest of ``out``: records of 16 KiB, so many that each line of this is felt."""
+        read, end = self._sock.recv_into, out.nbytes
+        while at < end:
+            count = read(out[at:], end - at)
+            if count == 0:
+                raise ConnectionResetError(f"the connection ended after {at} of {end} bytes")
+            at += count
+
     def _read(self, room: memoryview) -> int:
         """Read what is there; what is not is waited for. As ``recv_into``, but that asks first, for its timeout."""
-        if is_tls(self._sock):
+        if self._is_tls:
             return self._sock.recv_into(room)
         try:
             return os.readv(self._sock.fileno(), [room])
