@@ -24,10 +24,13 @@ from .processes import Child, cpu_seconds
 if TYPE_CHECKING:
     from .state import Training
 
-__all__ = ["STATE_BYTES", "STATE_TENSORS", "Run"]
+__all__ = ["SETTLING_CAPTURES", "STATE_BYTES", "STATE_TENSORS", "Run"]
 
 STATE_BYTES = 1_200_000_000
 STATE_TENSORS = 592
+
+SETTLING_CAPTURES = 10
+"""Until then a job has layouts, slots and mappings, and has tried its ways to copy."""
 
 Way = Callable[[], "float | Sample | None"]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import Row, Run, Sample, Series
 from ..bare import BareCopy, BareHash, bare_slot
 from ..processes import cpu_seconds
+from ..run import SETTLING_CAPTURES
 
 if TYPE_CHECKING:
     from ..state import Training
@@ -40,7 +41,7 @@ def rows(run: Run) -> Iterator[Row]:
     run.finally_do(snap.close)
     snap.restore()
     kept = _Kept(snap, [*cluster.pids, os.getpid()])
-    for _ in range(3):  # layouts, slots, mappings
+    for _ in range(SETTLING_CAPTURES):
         kept.step(training)
     before = snap.stats
     ways: dict[str, Callable[[], Sample]] = {

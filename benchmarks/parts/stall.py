@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from .. import Row, Run
 from ..bare import BareCopy, bare_slot
+from ..run import SETTLING_CAPTURES
 
 GOAL = 2
 SECONDS = 30
@@ -62,7 +63,7 @@ def rows(run: Run) -> Iterator[Row]:
         snap.wait(10)
         return held
 
-    for _ in range(3):  # layouts, slots, mappings
+    for _ in range(SETTLING_CAPTURES):
         ours()
     before = snap.stats
     found = run.rounds({"ours": ours, "floor": plain}, rounds=9, within_s=14.0)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..processes import BenchError, wait_for
+from ..run import SETTLING_CAPTURES
 from .bare_parts import BareParts
 from .system import Setting, System
 
@@ -24,8 +25,6 @@ _JOB = "bench"
 _POLL_S = 0.01
 _COMMIT_S = 30.0
 _WARM_STEPS, _WARM_STEP_S = 40, 2.0
-_TRIAL_STEPS = 8
-"""In its first steps a job tries how to copy."""
 
 
 def systems(setting: Setting) -> list[System]:
@@ -119,7 +118,7 @@ class Snapshots(System):
                 time.sleep(_POLL_S)
             everywhere = torch.tensor([int(committed)])
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-            if everywhere.item() and step >= _TRIAL_STEPS:
+            if everywhere.item() and step >= SETTLING_CAPTURES:
                 return
         raise BenchError(f"no step was committed at the start: {self._snapshots.stats}; {self._status.job()}")
 

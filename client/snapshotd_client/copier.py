@@ -22,7 +22,7 @@ from snapshotd_client.copying import CopyList, CopyPool
 from snapshotd_client.device import CopyStream
 from snapshotd_client.plan import Plan
 from snapshotd_client.slots import Mapping, MappingCache
-from snapshotd_client.streaming import find_stream
+from snapshotd_client.streaming import find_streams
 
 __all__ = ["Copier", "Marks", "Slot"]
 
@@ -51,7 +51,8 @@ class Copier:
     """Owns the mapped slots of the layout in use, and the threads that fill them."""
 
     def __init__(self, threads: int, streams: dict[str, CopyStream]) -> None:
-        self._pool = CopyPool(threads)
+        self._threads = threads
+        self._made: CopyPool | None = None
         self._streams = streams
         self._mappings = MappingCache()
         self._slots: dict[str, Slot] = {}
@@ -89,7 +90,7 @@ class Copier:
 
     def copy(self, slot: Slot, binding: Binding) -> None:
         """Make the copies that need us."""
-        self._pool.copy(self._copies(slot, binding).on_host, middle=lambda: failpoint("client.mid_copy"))
+        self._pool().copy(self._copies(slot, binding).on_host, middle=lambda: failpoint("client.mid_copy"))
 
     def write_meta(self, slot: Slot, plan: Plan, pieces: list[bytes]) -> None:
         """Write the step's JSON, and spaces over what is left of the one before."""
@@ -109,8 +110,14 @@ class Copier:
 
     def close(self) -> None:
         """End the threads and unmap the slots."""
-        self._pool.close()
+        if self._made is not None:
+            self._made.close()
         self._forget("")
+
+    def _pool(self) -> CopyPool:
+        if self._made is None:
+            self._made = CopyPool(self._threads, find_streams())
+        return self._made
 
     def _copies(self, slot: Slot, binding: Binding) -> _Copies:
         known: _Copies | None = binding.copies.get(slot)
@@ -126,7 +133,7 @@ class Copier:
             else:
                 on_host.append((target, source))
         streams = [(self._streams[name], *lists) for name, lists in on_device.items()]
-        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool.threads, find_stream()), streams)
+        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool()), streams)
         return made
 
     def _forget(self, layout_hash: str) -> None:

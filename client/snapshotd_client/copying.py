@@ -2,7 +2,7 @@
 Copies of many arrays at once by several threads: what is copied is sorted out once, then copied at each step.
 
 Rule 1: arrays that lie side by side on both sides become one.
-Rule 2: large ones go one by one by streaming stores (see streaming), where the machine has them and they are faster.
+Rule 2: large ones go one by one by streaming stores (see streaming), where the machine has some and they are faster.
 Each of these calls waits for the interpreter's lock at its end; where that takes long, the rest goes as under rule 3.
 Rule 3: all others go in a single call of torch, which holds the interpreter's lock for none of them: the training
 thread needs it. In these threads torch has one thread only (``copy_alone``): it would have more of its own copy large
@@ -51,15 +51,16 @@ Done: TypeAlias = "queue.SimpleQueue[BaseException | bool]"
 
 class CopyList:
     """
-    (target, source) pairs, ready to be copied by ``threads`` threads, again and again; large ones by ``stream``.
+    (target, source) pairs, ready to be copied by the threads of ``pool``, again and again.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Array, Array]], threads: int, stream: Stream | None) -> None:
+    def __init__(self, pairs: Sequence[tuple[Array, Array]], pool: CopyPool) -> None:
         self._arrays = list(pairs)  # what was joined does not keep alive all that it shows
         joined = join_neighbours(pairs)
         # Two halves, so that there is a middle.
         self.halves = [
-            [_Share(part, stream) for part in split_by_bytes(half, threads)] for half in split_by_bytes(joined, 2)
+            [_Share(part, streams=bool(pool.streams)) for part in split_by_bytes(half, pool.threads)]
+            for half in split_by_bytes(joined, 2)
         ]
         self.streamed_bytes = sum(share.streamed_bytes for half in self.halves for share in half)
 
@@ -67,12 +68,11 @@ class CopyList:
 class _Share:
     """What one thread copies in one go."""
 
-    def __init__(self, pairs: Pairs, stream: Stream | None) -> None:
-        self._stream = stream
+    def __init__(self, pairs: Pairs, *, streams: bool) -> None:
         self._runs: list[_Run] = []
         others: Pairs = []
         for pair in pairs:
-            runs = _runs_of(*pair) if stream is not None and pair[0].nbytes >= _STREAM_BYTES else []
+            runs = _runs_of(*pair) if streams and pair[0].nbytes >= _STREAM_BYTES else []
             if not runs:
                 others.append(pair)
                 continue
@@ -84,22 +84,22 @@ class _Share:
         self._instead: _Others | None = None  # of streaming stores
         self.streamed_bytes = sum(run.end - run.begin for run in self._runs)
 
-    def copy(self, patience: float | None) -> bool:
+    def copy(self, stream: Stream | None, patience: float) -> bool:
         """
-        Copy all; without streaming stores where ``patience`` is None, else as long as these do not take more than so
-        many seconds per byte. Returns whether they did.
+        Copy all; by ``stream`` as long as that does not take more than ``patience`` seconds per byte. Returns whether
+        it did.
         """
         self._others.copy()
         if not self._runs:
             return False
-        done = 0 if self._stream is None or patience is None else self._stream_all(self._stream, patience)
+        done = self._stream_all(stream, patience) if stream is not None else 0
         if done == len(self._runs):
             self._instead = None
             return False
         if self._instead is None:
             self._instead = _Others([_bytes_of(run.pair, run.begin, run.end) for run in self._runs])
         self._instead.copy(done)
-        return patience is not None
+        return stream is not None
 
     def _stream_all(self, stream: Stream, patience: float) -> int:
         """Copy all runs, or the first ones until that takes too long; returns how many."""
@@ -146,25 +146,35 @@ class _Others:
 
 
 class CopyPool:
-    """``threads - 1`` helpers beside the thread that calls ``copy``; they start with the first copy that needs them."""
+    """
+    ``threads - 1`` helpers beside the thread that calls ``copy``; they start with the first copy that needs them.
 
-    def __init__(self, threads: int) -> None:
+    ``streams``: the ways to copy large arrays by streaming stores that there are.
+    """
+
+    def __init__(self, threads: int, streams: Sequence[Stream] = ()) -> None:
         self.threads = threads
-        self._queue: queue.SimpleQueue[tuple[_Share, float | None, Done] | None] = queue.SimpleQueue()
+        self.streams = streams
+        self._queue: queue.SimpleQueue[tuple[_Share, Stream | None, float, Done] | None] = queue.SimpleQueue()
         self._helpers: list[threading.Thread] = []
-        self._trials = Trials()
+        self._trials = Trials(len(streams))
 
     def copy(self, copies: CopyList, middle: Callable[[], object]) -> None:
         """Copy all of it; call ``middle`` once in between. Raises what a helper raised."""
         first, second = copies.halves
-        patience = self._trials.patience() if copies.streamed_bytes else None
+        if not copies.streamed_bytes:
+            self._copy_all(first, None, 0.0)
+            middle()
+            self._copy_all(second, None, 0.0)
+            return
+        way = self._trials.way()
+        stream = self.streams[way.number - 1] if way.number else None
         began = time.perf_counter()
-        waited = self._copy_all(first, patience)
+        waited = self._copy_all(first, stream, way.patience)
         middle()
-        waited |= self._copy_all(second, patience)
-        if copies.streamed_bytes:
-            pace = (time.perf_counter() - began) * self.threads / copies.streamed_bytes
-            self._trials.ended(streamed=patience is not None, pace=pace, waited=waited)
+        waited |= self._copy_all(second, stream, way.patience)
+        pace = (time.perf_counter() - began) * self.threads / copies.streamed_bytes
+        self._trials.ended(way, pace=pace, waited=waited)
 
     def close(self) -> None:
         for _ in self._helpers:
@@ -173,7 +183,7 @@ class CopyPool:
             helper.join(2.0)
         self._helpers.clear()
 
-    def _copy_all(self, shares: list[_Share], patience: float | None) -> bool:
+    def _copy_all(self, shares: list[_Share], stream: Stream | None, patience: float) -> bool:
         mine, *others = shares
         while len(self._helpers) < len(others):
             helper = threading.Thread(target=self._help, name=f"snapshotd-copy-{len(self._helpers)}", daemon=True)
@@ -181,8 +191,8 @@ class CopyPool:
             self._helpers.append(helper)
         done: Done = queue.SimpleQueue()
         for share in others:
-            self._queue.put((share, patience, done))
-        waited = mine.copy(patience)
+            self._queue.put((share, stream, patience, done))
+        waited = mine.copy(stream, patience)
         results = [done.get() for _ in others]
         for result in results:
             if isinstance(result, BaseException):
@@ -193,10 +203,10 @@ class CopyPool:
     def _help(self) -> None:
         copy_alone()
         while (item := self._queue.get()) is not None:
-            share, patience, done = item
+            share, stream, patience, done = item
             result: BaseException | bool
             try:
-                result = share.copy(patience)
+                result = share.copy(stream, patience)
             except BaseException as error:  # goes to the thread that waits, and is raised there
                 result = error
             del item, share  # nothing here holds what has been copied
@@ -221,6 +231,9 @@ def copy_alone() -> None:
     for library in loaded("libgomp", "libiomp", "libomp"):
         with contextlib.suppress(AttributeError):
             library.omp_set_num_threads(1)
+    for library in loaded("libtorch_cpu"):
+        with contextlib.suppress(AttributeError):
+            library.MKL_Set_Num_Threads_Local(1)  # MKL_NUM_THREADS would go before the other
 
 
 def join_neighbours(pairs: Sequence[tuple[Array, Array]]) -> Pairs:

@@ -4,31 +4,38 @@ Copies by streaming stores: past the caches, and so at half as much again of the
 An ordinary store reads the line that it is going to write, and drives out of the caches what training had there. Of a
 state that is copied at each step, and much larger than any cache, nothing is found there the next time anyway. With
 streaming stores two bytes pass over the memory bus for each byte copied, instead of three. What Python programs copy
-with (memcpy, torch) uses them above hundreds of megabytes a piece, or never. ISA-L does, for a row of bytes times one
-element of GF(2^8); times 1 that is a copy.
+with (memcpy, torch) uses them above hundreds of megabytes a piece, or never. Two libraries that are there do:
 
-Rule 1: nothing is copied so before this process has seen it copy every byte right.
-Rule 2: both sides begin at multiples of ALIGN_BYTES, and so many bytes are copied: other addresses end the process.
-Rule 3: they are tried against ordinary copies again and again (Trials). Only one processor was
-measured: on others one core alone may be faster without them.
+- ISA-L, for a row of bytes times one element of GF(2^8); times 1 that is a copy.
+- MKL, which torch has in it for x86-64, for a matrix times a number (mkl_?omatcopy); times 1 that is a copy.
+
+Rule 1: nothing is copied so before this process has seen it copy every byte right, of numbers, too, that arithmetic
+would change: quiet what signals, flush what is subnormal.
+Rule 2: both sides begin at multiples of ALIGN_BYTES, and so many bytes are copied: with other addresses ISA-L ends the
+process.
+Rule 3: which way is the fastest depends on the processor: they are tried against ordinary copies, again and again
+(Trials).
 Rule 4: what was copied is there for others once they hear of it. Streaming stores are seen late, but whoever tells
 takes a lock for it, which waits for them (Intel SDM 3A, "Methods of Caching Available"; AMD APM 2, "Write Combining").
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import platform
+import struct
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from snapshotd.isal import isal_paths, load_isal
+from snapshotd_client.libraries import loaded
 
-__all__ = ["ALIGN_BYTES", "MAX_BYTES", "Stream", "Trials", "find_stream"]
+__all__ = ["ALIGN_BYTES", "MAX_BYTES", "Stream", "Trials", "Way", "find_streams"]
 
 ALIGN_BYTES: Final = 32
 MAX_BYTES: Final = 1 << 30
@@ -37,7 +44,13 @@ MAX_BYTES: Final = 1 << 30
 _MACHINES: Final = ("x86_64", "AMD64")
 """Elsewhere ISA-L has ordinary stores for it."""
 
-_TEST_BYTES: Final = 8192
+_TEST_BYTES: Final = (8192, 4 << 20)
+"""What is small may be copied otherwise."""
+
+_UNEVEN: Final = b"".join(struct.pack("<Q", bits) for bits in (0x7FF0000000000001, 0xFFF4 << 48, 1, (1 << 63) + 1))
+"""Numbers that signal, and subnormal ones."""
+
+_UNEVEN_EACH: Final = 1024
 
 _TRIES: Final = 3
 _AGAIN: Final = 64
@@ -60,86 +73,131 @@ Stream = Callable[[int, int, int], None]
 
 
 @cache
-def find_stream() -> Stream | None:
-    """Return what copies by streaming stores here; None where nothing does."""
+def find_streams() -> tuple[Stream, ...]:
+    """Return what copies by streaming stores here, each its own way; none where nothing does."""
     if platform.machine() not in _MACHINES:
-        return None
-    try:
-        stream = _by_isal(load_isal(isal_paths())[1])
-    except (OSError, AttributeError):
-        return None
-    return stream if _copies_right(stream) else None
+        return ()
+    return tuple(stream for make in (_by_isal, _by_mkl) if (stream := make()) and _copies_right(stream))
+
+
+class Way(NamedTuple):
+    """
+    How to copy: way 0 is without streaming stores, the others are by those that find_streams() returns, in this order.
+
+    ``patience`` is the pace above which streaming stores are given up in this copy.
+    """
+
+    number: int
+    patience: float
 
 
 class Trials:
     """
-    Which way the next copy takes, with streaming stores or without: the one that is faster here, by what was measured
-    while training went on. Paces are seconds per byte.
+    Which way the next copy takes: the one that is the fastest here, by what was measured while training went on. Paces
+    are seconds per byte.
     """
 
-    def __init__(self) -> None:
-        self._paces = {False: math.inf, True: math.inf}
+    def __init__(self, streams: int) -> None:
+        self._paces = [math.inf] * (1 + streams)
         self._count = 0
         self._due, self._pause = _AGAIN, _SOON
+        self._next_try = 0
         self._waits = 0  # in a row
 
-    def patience(self) -> float | None:
-        """Return the pace above which streaming stores are given up in this copy; None: they are not used in it."""
-        streams = self._next()
-        return min(self._paces.values()) * _PATIENCE if streams else None
+    def way(self) -> Way:
+        """Return the way of the next copy."""
+        return Way(self._choose(), min(self._paces) * _PATIENCE)
 
-    def ended(self, *, streamed: bool, pace: float, waited: bool) -> None:
+    def ended(self, way: Way, *, pace: float, waited: bool) -> None:
         """A copy has ended; ``waited``: streaming stores were given up in it."""
-        self._paces = {way: best * _FADES for way, best in self._paces.items()}
-        self._paces[streamed] = min(pace, self._paces[streamed])
+        paces = self._paces = [best * _FADES for best in self._paces]
+        paces[way.number] = min(pace, paces[way.number])
         if waited:
             self._waits += 1
-        elif streamed:
+        elif way.number:
             self._waits, self._pause = 0, _SOON
         if waited and self._waits > _FORGIVEN:
-            self._paces[True] = pace
+            paces[1:] = [math.inf] * (len(paces) - 1)  # it is the lock that takes time, whoever asks for it
             self._due = self._count + self._pause
             self._pause = min(2 * self._pause, _AGAIN)
 
-    def _next(self) -> bool:
+    def _choose(self) -> int:
         count, self._count = self._count, self._count + 1
-        if count < 2 * _TRIES:
-            return count % 2 == 1  # so that there is a pace to be compared with from the first try on
-        faster = self._paces[True] <= self._paces[False]
-        if count < self._due:
-            return faster
+        if count < _TRIES * len(self._paces):
+            return count % len(self._paces)  # so that there is a pace to be compared with from the second try on
+        fastest = min(range(len(self._paces)), key=self._paces.__getitem__)
+        if count < self._due or len(self._paces) == 1:
+            return fastest
         self._due = count + _AGAIN
-        self._paces[not faster] = math.inf
-        return not faster
+        others = [number for number in range(len(self._paces)) if number != fastest]
+        tried = others[self._next_try % len(others)]
+        self._next_try += 1
+        self._paces[tried] = math.inf
+        return tried
 
 
-def _by_isal(library: ctypes.CDLL) -> Stream:
-    """AttributeError where the library lacks the functions."""
+def _by_isal() -> Stream | None:
+    try:
+        library = load_isal(isal_paths())[1]
+        multiply: Any = library.gf_vect_mul
+        fill = library.gf_vect_mul_init
+    except (OSError, AttributeError):
+        return None
     table = ctypes.create_string_buffer(32)
-    library.gf_vect_mul_init.argtypes = (ctypes.c_ubyte, ctypes.c_void_p)
-    library.gf_vect_mul_init.restype = None
-    library.gf_vect_mul_init(1, table)
-    multiply: Any = library.gf_vect_mul
+    fill.argtypes = (ctypes.c_ubyte, ctypes.c_void_p)
+    fill.restype = None
+    fill(1, table)
     multiply.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     multiply.restype = ctypes.c_int
 
     def stream(target: int, source: int, nbytes: int) -> None:
-        if (target | source | nbytes) % ALIGN_BYTES or not 0 < nbytes <= MAX_BYTES:
-            raise ValueError(f"{nbytes} bytes from {source:#x} to {target:#x} cannot be copied by streaming stores")
+        _check(target, source, nbytes)
         if multiply(nbytes, table, source, target):
             raise ValueError(f"ISA-L does not copy {nbytes} bytes")
 
     return stream
 
 
+def _by_mkl() -> Stream | None:
+    for library in loaded("libtorch_cpu"):
+        with contextlib.suppress(AttributeError):
+            return _mkl_stream(library.MKL_Domatcopy)
+    return None
+
+
+def _mkl_stream(copy: Any) -> Stream:
+    """A matrix of one row, as doubles: copied by the row (R), not transposed (N)."""
+    size, letter, address = ctypes.c_size_t, ctypes.c_char, ctypes.c_void_p
+    copy.argtypes = (letter, letter, size, size, ctypes.c_double, address, size, address, size)
+    copy.restype = None
+
+    def stream(target: int, source: int, nbytes: int) -> None:
+        _check(target, source, nbytes)
+        count = nbytes // 8
+        copy(b"R", b"N", 1, count, 1.0, source, count, target, count)
+
+    return stream
+
+
+def _check(target: int, source: int, nbytes: int) -> None:
+    if (target | source | nbytes) % ALIGN_BYTES or not 0 < nbytes <= MAX_BYTES:
+        raise ValueError(f"{nbytes} bytes from {source:#x} to {target:#x} cannot be copied by streaming stores")
+
+
 def _copies_right(stream: Stream) -> bool:
+    return all(_copies_all(stream, nbytes) for nbytes in _TEST_BYTES)
+
+
+def _copies_all(stream: Stream, nbytes: int) -> bool:
     """Whether all values of a byte arrive in all places of a word, and nothing beside them is touched."""
-    room = np.zeros(3 * _TEST_BYTES, np.uint8)
+    room = np.zeros(2 * nbytes + 2 * ALIGN_BYTES, np.uint8)
     begin = -room.ctypes.data % ALIGN_BYTES
-    source, target = room[begin:][:_TEST_BYTES], room[begin + _TEST_BYTES :][: _TEST_BYTES + ALIGN_BYTES]
-    source[:] = np.arange(_TEST_BYTES) % 251 + np.arange(_TEST_BYTES) // 251 % 6
+    source, target = room[begin:][:nbytes], room[begin + nbytes :][: nbytes + ALIGN_BYTES]
+    count = np.arange(251 * 6)
+    source[:] = np.resize((count % 251 + count // 251).astype(np.uint8), nbytes)
+    source.reshape(-1, _UNEVEN_EACH)[:, : len(_UNEVEN)] = np.frombuffer(_UNEVEN, np.uint8)
     try:
-        stream(target.ctypes.data, source.ctypes.data, _TEST_BYTES)
+        stream(target.ctypes.data, source.ctypes.data, nbytes)
     except ValueError:
         return False
-    return bool(np.array_equal(target[:_TEST_BYTES], source) and not target[_TEST_BYTES:].any())
+    return bool(np.array_equal(target[:nbytes], source) and not target[nbytes:].any())

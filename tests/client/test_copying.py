@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from snapshotd_client import copying
 from snapshotd_client.arrays import carrier
 from snapshotd_client.copying import CopyList, CopyPool, copy_alone, join_neighbours
-from snapshotd_client.streaming import find_stream
+from snapshotd_client.streaming import Trials, find_streams
 
 
 def nothing():
     pass
 
 
-def copied(pairs, threads, stream=None):
-    """Twice: by ordinary copies, and then by streaming stores."""
-    pool, copies = CopyPool(threads), CopyList(pairs, threads, stream)
+def copied(pairs, threads, streams=()):
+    """By ordinary copies, and then by each kind of streaming stores."""
+    pool = CopyPool(threads, streams)
+    copies = CopyList(pairs, pool)
     try:
         pool.copy(copies, nothing)
-        if stream is not None:
+        for _ in streams:
             for target, source in pairs:
                 assert target.tobytes() == source.tobytes()
                 target[...] = 0
@@ -75,7 +76,7 @@ def test_any_arrays_by_any_number_of_threads(torch_threads, sources, threads):
         end = position + source.nbytes
         pairs.append((slot[position:end].view(source.dtype).reshape(source.shape), source))
         position = end
-    copied(pairs, threads, find_stream())
+    copied(pairs, threads, find_streams())
     assert [source.tobytes() for source in sources] == [target.tobytes() for target, _ in pairs]
 
 
@@ -110,8 +111,8 @@ def test_threads_of_ours_have_torch_copy_alone(threads, given_to_torch):
     torch.set_num_threads(2)
     sources = [np.arange(nbytes, dtype=np.uint64).astype(np.uint8) for nbytes in (100, 1 << 20, 200, 3 << 20)]
     targets = [np.zeros_like(source) for source in sources]
-    copies = CopyList(list(zip(targets, sources, strict=True)), threads, None)
     pool = CopyPool(threads)
+    copies = CopyList(list(zip(targets, sources, strict=True)), pool)
     try:
         with ThreadPoolExecutor(1, initializer=copy_alone) as pipeline:
             pipeline.submit(pool.copy, copies, nothing).result()  # the helpers start
@@ -153,12 +154,12 @@ def test_large_arrays_arrive_wherever_they_lie(streamed, at, source_at, threads)
     """Breaks: an address that is not aligned ends the training; the first or last bytes of a tensor are missing, or
     those behind it are written over."""
     calls, watched = streamed
-    for stream in (find_stream(), watched):
+    for streams in (find_streams(), [watched]):
         for nbytes in (1000, (256 << 10) - 1, (256 << 10) + 33, (4 << 20) + 95, 9 << 20):
             whole, source = aligned(nbytes + 64, at), aligned(nbytes, source_at)
             before, target = whole.copy(), whole[:nbytes]
             target[:] = 0
-            copied([(target, source)], threads, stream)
+            copied([(target, source)], threads, streams)
             assert np.array_equal(target, source)
             assert np.array_equal(whole[nbytes:], before[nbytes:])
     if (at - source_at) % 32:
@@ -173,7 +174,7 @@ def test_what_is_not_dense_is_not_streamed(streamed):
     calls, watched = streamed
     source = np.arange(8 << 20, dtype=np.uint32).reshape(4096, -1)[:, ::2]
     target = np.zeros(source.shape, source.dtype)
-    copied([(target, source)], 2, watched)
+    copied([(target, source)], 2, [watched])
     assert np.array_equal(target, source)
     assert not calls
 
@@ -208,7 +209,8 @@ def clock(monkeypatch):
 def capture(clock):
     """Copies a state; returns how many of its 16 pieces were streamed, and the seconds that it took."""
     source, target = aligned(64 << 20, 0), aligned(64 << 20, 0)
-    copies, pool = CopyList([(target, source)], 1, clock.stream), CopyPool(1)
+    pool = CopyPool(1, [clock.stream])
+    copies = CopyList([(target, source)], pool)
 
     def run():
         target[::4096] ^= 0xFF
@@ -234,6 +236,33 @@ def test_the_faster_way_is_taken(clock, capture):
     counts = [capture()[0] for _ in range(128)]
     assert counts[58:122] == [0] * 64
     assert counts[122:] == [16, 0, 0, 0, 0, 0]
+
+
+def test_the_fastest_of_several_streams_is_taken():
+    """Breaks: copies are slower than they need be on processors that one of the libraries is slow on; or all of them
+    wait for the lock, one after the other."""
+    trials, seconds = Trials(2), [3.0, 2.0, 1.0]
+
+    def run(count, *, waited=False):
+        ways = []
+        for _ in range(count):
+            way = trials.way()
+            trials.ended(way, pace=seconds[way.number], waited=waited and way.number > 0)
+            ways.append(way.number)
+        return ways
+
+    assert run(9) == [0, 1, 2] * 3
+    assert run(55) == [2] * 55
+    assert run(1 + 63 + 1 + 63) == [0] + [2] * 63 + [1] + [2] * 63
+    seconds[1] = 0.5
+    assert run(64 + 64) == [0] + [2] * 63 + [1] + [1] * 63
+    assert run(1) == [0]
+    way = trials.way()
+    assert (way.number, way.patience) == (1, pytest.approx(0.5 * 2.5 * 1.02))
+    trials.ended(way, pace=0.5, waited=False)
+    seconds[1:] = [9.0, 9.0]
+    assert run(2, waited=True) == [1, 1]
+    assert run(8 + 16 + 2, waited=True) == [0] * 8 + [2] + [0] * 16 + [1]
 
 
 def test_a_way_is_not_left_since_training_takes_more_of_the_machine(clock, capture):
@@ -321,13 +350,13 @@ def test_what_has_a_gap_is_not_joined(gap):
 
 def test_error_of_a_helper_reaches_the_caller():
     """Breaks: a copy that failed in a helper thread counts as done."""
-    copies = CopyList([(np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8))], 3, None)
+    pool = CopyPool(3)
+    copies = CopyList([(np.zeros(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8))], pool)
 
-    def fail(patience):
+    def fail(stream, patience):
         raise MemoryError("of the helper")
 
     copies.halves[1][2].copy = fail
-    pool = CopyPool(3)
     try:
         with pytest.raises(MemoryError, match="of the helper"):
             pool.copy(copies, nothing)
