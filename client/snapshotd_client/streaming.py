@@ -24,8 +24,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import platform
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final, NamedTuple
@@ -47,10 +47,8 @@ _MACHINES: Final = ("x86_64", "AMD64")
 _TEST_BYTES: Final = (8192, 4 << 20)
 """What is small may be copied otherwise."""
 
-_UNEVEN: Final = b"".join(struct.pack("<Q", bits) for bits in (0x7FF0000000000001, 0xFFF4 << 48, 1, (1 << 63) + 1))
+_UNEVEN: Final = np.array([0x7FF0000000000001, 0xFFF4000000000000, 1, 0x8000000000000001], np.uint64)
 """Numbers that signal, and subnormal ones."""
-
-_UNEVEN_EACH: Final = 1024
 
 _TRIES: Final = 3
 _AGAIN: Final = 64
@@ -189,15 +187,20 @@ def _copies_right(stream: Stream) -> bool:
 
 
 def _copies_all(stream: Stream, nbytes: int) -> bool:
-    """Whether all values of a byte arrive in all places of a word, and nothing beside them is touched."""
-    room = np.zeros(2 * nbytes + 2 * ALIGN_BYTES, np.uint8)
-    begin = -room.ctypes.data % ALIGN_BYTES
-    source, target = room[begin:][:nbytes], room[begin + nbytes :][: nbytes + ALIGN_BYTES]
-    count = np.arange(251 * 6)
-    source[:] = np.resize((count % 251 + count // 251).astype(np.uint8), nbytes)
-    source.reshape(-1, _UNEVEN_EACH)[:, : len(_UNEVEN)] = np.frombuffer(_UNEVEN, np.uint8)
+    """
+    Whether all values of a byte arrive in all places of a word, and nothing beside them is touched.
+
+    Not in memory of malloc's: what is given back to it would change which memory it keeps from then on.
+    """
+    room = np.frombuffer(mmap.mmap(-1, 2 * nbytes + ALIGN_BYTES), np.uint64)
+    source, target, beside = np.split(room, (nbytes // 8, nbytes // 4))
+    rows = source.reshape(-1, 512)
+    rows[:, :256] = np.arange(256, dtype=np.uint64) * np.uint64(0x0101010101010101)
+    rows[:, 256 : 256 + len(_UNEVEN)] = _UNEVEN
+    rows[:, -1] = np.arange(len(rows))
     try:
         stream(target.ctypes.data, source.ctypes.data, nbytes)
     except ValueError:
         return False
-    return bool(np.array_equal(target[:nbytes], source) and not target[nbytes:].any())
+    arrived = all(map(np.array_equal, target.reshape(-1, 512), rows))  # row by row: no array as large as they are
+    return arrived and not beside.any()
