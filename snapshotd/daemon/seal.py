@@ -34,10 +34,7 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
-_BATCH_BYTES: Final = 64 * CHUNK_BYTES
-"""8 MiB, some milliseconds: how long a cancel may go unnoticed."""
-
-_PART_BYTES: Final = 8 * _BATCH_BYTES
+_PART_BYTES: Final = 512 * CHUNK_BYTES
 """Less is not worth another thread: that takes some 0.1 ms."""
 
 _MAX_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))
@@ -85,7 +82,7 @@ def digests_of(
 ) -> bytes:
     """Return the chunk digests of ``view[0:length]``; Cancelled soon after ``cancel`` is set."""
     count = max(1, min(max_threads, length // _PART_BYTES))
-    share = -(-length // (count * _BATCH_BYTES)) * _BATCH_BYTES or _BATCH_BYTES
+    share = -(-length // (count * CHUNK_BYTES)) * CHUNK_BYTES or CHUNK_BYTES
     parts = [(begin, min(begin + share, length)) for begin in range(0, length, share)]
     if len(parts) <= 1:
         return _digests_between(view, 0, length, cancel)
@@ -96,13 +93,9 @@ def digests_of(
 
 
 def _digests_between(view: memoryview, begin: int, end: int, cancel: threading.Event | None) -> bytes:
-    """``begin`` is where a batch begins."""
-    found: list[bytes] = []
-    for at in range(begin, end, _BATCH_BYTES):
-        check_cancel(cancel, "hashing")
-        with view[at : min(at + _BATCH_BYTES, end)] as part:
-            found.append(chunk_digests(part, part.nbytes))
-    return b"".join(found)
+    """``begin`` is where a chunk begins."""
+    with view[begin:end] as part:
+        return chunk_digests(part, part.nbytes, between=lambda: check_cancel(cancel, "hashing"))
 
 
 class DigestsInPassing:
