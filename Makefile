@@ -87,7 +87,7 @@ proto: $(READY)
 clean:
 	rm -rf $(VENV) $(DEEPSPEED) $(MEGATRON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hatch_build.py snapshotd/native/copy_digest.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)

@@ -29,8 +29,8 @@ __all__ = ["SETTLING_CAPTURES", "STATE_BYTES", "STATE_TENSORS", "Run"]
 STATE_BYTES = 1_200_000_000
 STATE_TENSORS = 592
 
-SETTLING_CAPTURES = 10
-"""Until then a job has layouts, slots and mappings, and has tried its ways to copy."""
+SETTLING_CAPTURES = 5
+"""Until then a job has layouts, slots and mappings."""
 
 Way = Callable[[], "float | Sample | None"]
 

@@ -26,7 +26,7 @@ CORE_BANNED = {"asyncio", "threading", "socket", "time", "random", "logging", "o
 NOT_CORE = {"service.py", "store.py", "rendezvous.py", "node.py"}
 
 # Rooms, lowest first: a room may import those before it, and not those behind it.
-ORDER = ["v1", "layout", "erasure", "reshard", "arena", "transfer", "durable"]
+ORDER = ["v1", "native", "layout", "erasure", "reshard", "arena", "transfer", "durable"]
 ORDER += ["coordinator", "daemon", "universal", "cli"]
 
 

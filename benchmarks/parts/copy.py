@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from snapshotd.mapping import map_new_file
 
 from .. import Row, Run, Series
-from ..run import SETTLING_CAPTURES
 
 if TYPE_CHECKING:
     from snapshotd_client.binding import Binding
@@ -48,8 +47,6 @@ def rows(run: Run) -> Iterator[Row]:
         def ours(pipeline: Any = pipeline, capture: Any = capture) -> None:
             pipeline.submit(capture).result()
 
-        for _ in range(SETTLING_CAPTURES):
-            ours()
         # Into the same memory: in other memory the same copy differs by a tenth.
         ways = {"ours": ours, **_plain(run, slot.views, binding.sources, threads)}
         found = run.rounds(ways, rounds=21, within_s=9.0)

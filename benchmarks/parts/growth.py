@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from .. import Row, Run, Series
-from ..run import SETTLING_CAPTURES
 from .worker_memory import anonymous_bytes
 
 if TYPE_CHECKING:
@@ -33,15 +32,12 @@ def rows(run: Run) -> Iterator[Row]:
 def _by_bytes(run: Run) -> Iterator[Row]:
     """The smallest in turns with each other size: what was copied between them has left the caches."""
     from snapshotd_client.copying import CopyPool
-    from snapshotd_client.streaming import find_streams
 
-    pool = CopyPool(1, find_streams())  # of all sizes: it tries its ways of copying once
+    pool = CopyPool(1)
     run.finally_do(pool.close)
     least = _SIZES[0]
     sizes = _SIZES[1:2] if run.short else _SIZES[1:]
     small = _Copy(run, pool, run.size(least))
-    for _ in range(SETTLING_CAPTURES):
-        small()
     for size in sizes:
         nbytes = run.size(size)
         if 2 * nbytes + _SPARE > psutil.virtual_memory().available:
@@ -77,7 +73,7 @@ class _Copy:
             path.unlink()  # the memory goes when nobody maps it
         sources = [torch.ones(each, dtype=torch.uint8).numpy() for _ in range(count)]
         pairs = [(slot[n * each : (n + 1) * each], source) for n, source in enumerate(sources)]
-        self._pool, self._copies = pool, CopyList(pairs, pool)
+        self._pool, self._copies = pool, CopyList(pairs, 1, slot)
 
     def __call__(self) -> None:
         self._pool.copy(self._copies, middle=int)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 
 from snapshotd.cli import main
 from snapshotd.daemon import seal
-from snapshotd.layout import DIGEST_BYTES
+from snapshotd.layout import DIGEST_BYTES, KnownDigests
 from snapshotd.layout.digest import chunk_count
 
 
-def no_digests(view: memoryview, length: int, cancel: threading.Event | None = None) -> bytes:
+def no_digests(
+    view: memoryview, length: int, cancel: threading.Event | None = None, known: Sequence[KnownDigests] = ()
+) -> bytes:
     return bytes(DIGEST_BYTES * chunk_count(length))
 
 

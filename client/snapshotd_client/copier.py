@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from snapshotd.failpoints import failpoint
+from snapshotd.layout import KnownDigests
 from snapshotd.v1 import worker_pb2 as pb
 from snapshotd_client.arrays import Array
 from snapshotd_client.binding import Binding
@@ -22,7 +23,6 @@ from snapshotd_client.copying import CopyList, CopyPool
 from snapshotd_client.device import CopyStream
 from snapshotd_client.plan import Plan
 from snapshotd_client.slots import Mapping, MappingCache
-from snapshotd_client.streaming import find_streams
 
 __all__ = ["Copier", "Marks", "Slot"]
 
@@ -51,8 +51,7 @@ class Copier:
     """Owns the mapped slots of the layout in use, and the threads that fill them."""
 
     def __init__(self, threads: int, streams: dict[str, CopyStream]) -> None:
-        self._threads = threads
-        self._made: CopyPool | None = None
+        self._pool = CopyPool(threads)
         self._streams = streams
         self._mappings = MappingCache()
         self._slots: dict[str, Slot] = {}
@@ -88,9 +87,11 @@ class Copier:
         for stream, targets, sources in self._copies(slot, binding).on_device:
             stream.copy(targets, sources, slot.pinned)
 
-    def copy(self, slot: Slot, binding: Binding) -> None:
-        """Make the copies that need us."""
-        self._pool().copy(self._copies(slot, binding).on_host, middle=lambda: failpoint("client.mid_copy"))
+    def copy(self, slot: Slot, binding: Binding) -> list[KnownDigests]:
+        """Make the copies that need us; return the digests that they found."""
+        copies = self._copies(slot, binding).on_host
+        self._pool.copy(copies, middle=lambda: failpoint("client.mid_copy"))
+        return copies.digests()
 
     def write_meta(self, slot: Slot, plan: Plan, pieces: list[bytes]) -> None:
         """Write the step's JSON, and spaces over what is left of the one before."""
@@ -110,14 +111,8 @@ class Copier:
 
     def close(self) -> None:
         """End the threads and unmap the slots."""
-        if self._made is not None:
-            self._made.close()
+        self._pool.close()
         self._forget("")
-
-    def _pool(self) -> CopyPool:
-        if self._made is None:
-            self._made = CopyPool(self._threads, find_streams())
-        return self._made
 
     def _copies(self, slot: Slot, binding: Binding) -> _Copies:
         known: _Copies | None = binding.copies.get(slot)
@@ -133,7 +128,7 @@ class Copier:
             else:
                 on_host.append((target, source))
         streams = [(self._streams[name], *lists) for name, lists in on_device.items()]
-        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool()), streams)
+        made = binding.copies[slot] = _Copies(CopyList(on_host, self._pool.threads, slot.mapping.bytes), streams)
         return made
 
     def _forget(self, layout_hash: str) -> None:

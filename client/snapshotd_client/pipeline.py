@@ -399,7 +399,7 @@ class Pipeline:
             wants_digest = job.wants_digest and plan.replicated
             digest = ReplicaDigest(binding.replicated(), self._streams) if wants_digest else None
             job.copied_marks = marks = _ends(job.marks)
-            self._copier.copy(slot, binding)
+            digests = self._copier.copy(slot, binding)
             moved = binding.moved()
             if self._compare and not moved:
                 self._copier.check_equal(slot, binding)
@@ -430,6 +430,7 @@ class Pipeline:
             replica_digest=digest.hexdigest() if digest else "",
             copy_ns=copy_ns,
             stall_ns=job.stall_ns,
+            digests=[pb.Seal.Digests(first=known.first, digests=known.digests) for known in digests],
         )
         if not self._link.post(pb.Frame(seal=seal), job.session, partial(self._settled, job.step)):
             self._settled(job.step, sent=False)

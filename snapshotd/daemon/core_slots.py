@@ -23,6 +23,7 @@ from snapshotd.daemon.events import (
     SlotSealed,
     VoidSlot,
 )
+from snapshotd.layout import KnownDigests
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
@@ -258,7 +259,8 @@ class Slots:
             replica_digest=message.replica_digest,
             pledged=slot.file_bytes <= self._state.settings.pledge_bytes,
         )
-        self._state.do(SealSlot(slot=slot.slot, ref=slot.ref))
+        known = tuple(KnownDigests(found.first, found.digests) for found in message.digests)
+        self._state.do(SealSlot(slot=slot.slot, ref=slot.ref, known=known))
         return True
 
     def sealed_now(self, event: SlotSealed) -> Slot | None:

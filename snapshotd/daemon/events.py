@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
-from snapshotd.layout import CHUNK_BYTES
+from snapshotd.layout import CHUNK_BYTES, KnownDigests
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 
@@ -218,10 +218,14 @@ class VoidSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealSlot:
-    """Hash the slot and write its record. Ends in SlotSealed or SlotSealFailed. ref lacks root_digest."""
+    """
+    Hash the slot and write its record. Ends in SlotSealed or SlotSealFailed. ref lacks root_digest; ``known`` is what
+    the worker has hashed.
+    """
 
     slot: SlotId
     ref: control.SlotRef
+    known: tuple[KnownDigests, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapshotd.arena import Arena, Need, SlotFile, check
@@ -28,6 +28,7 @@ from snapshotd.daemon.seal import SealedSlot, seal_slot
 from snapshotd.daemon.sources import Corruption, Sources, local_corruption
 from snapshotd.erasure import Codec
 from snapshotd.errors import CorruptionError, PeerError, SnapshotdError
+from snapshotd.layout import KnownDigests
 from snapshotd.v1 import control_pb2 as control
 from snapshotd.v1 import worker_pb2 as worker
 from snapshotd.v1.bulk_pb2 import ObjectKey
@@ -96,8 +97,8 @@ class Orders:
         check(need, budget=self._arena.budget_bytes, root=self._arena.root, held_bytes=held)
         return self._arena.create_slot(order.header, order.file_bytes, job=order.job)
 
-    def seal(self, slot: SlotFile, ref: control.SlotRef) -> SealedSlot:
-        return seal_slot(self._arena, slot, ref, self.cancel)
+    def seal(self, slot: SlotFile, ref: control.SlotRef, known: Sequence[KnownDigests]) -> SealedSlot:
+        return seal_slot(self._arena, slot, ref, self.cancel, known)
 
     def has_part(self, protect: control.Protect) -> bool:
         return has_part(protect, self._node_id)

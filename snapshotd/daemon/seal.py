@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +25,7 @@ from snapshotd.failpoints import failpoint
 from snapshotd.layout import (
     CHUNK_BYTES,
     DIGEST_BYTES,
+    KnownDigests,
     Layout,
     chunk_count,
     chunk_digests,
@@ -34,8 +36,8 @@ from snapshotd.v1 import control_pb2 as control
 
 __all__ = ["DigestsInPassing", "SealedSlot", "digests_of", "seal_slot"]
 
-_PART_BYTES: Final = 512 * CHUNK_BYTES
-"""Less is not worth another thread: that takes some 0.1 ms."""
+_PART_DIGESTS_BYTES: Final = 512 * DIGEST_BYTES
+"""Of what one thread hashes at a time, 64 MiB: less is not worth another thread, which takes some 0.1 ms."""
 
 _MAX_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))
 """Of one slot. A node with accelerators has cores to spare, and steps shorter than what one core takes to hash them."""
@@ -56,18 +58,25 @@ class SealedSlot:
     seconds: float
 
 
-def seal_slot(arena: Arena, slot: SlotFile, ref: control.SlotRef, cancel: threading.Event | None = None) -> SealedSlot:
+def seal_slot(
+    arena: Arena,
+    slot: SlotFile,
+    ref: control.SlotRef,
+    cancel: threading.Event | None = None,
+    known: Sequence[KnownDigests] = (),
+) -> SealedSlot:
     """
-    Hash the open ``slot`` and write its record; ``ref`` lacks the root digest.
+    Hash what is not ``known`` of the open ``slot``, and write its record; ``ref`` lacks the root digest.
 
-    CorruptionError when the header is not the registered one, or the size is not; the slot stays open then.
+    CorruptionError when the header is not the registered one, the size is not, or chunks are known that there are not;
+    the slot stays open then.
     """
     began = time.monotonic()
     failpoint("daemon.before_hash")
     if slot.file_bytes != ref.file_bytes:
         raise CorruptionError(f"the slot has {slot.file_bytes} bytes, but {ref.file_bytes} were to be sealed")
     meta_begin = _check_header(slot.view, ref)
-    digests = digests_of(slot.view, slot.file_bytes, cancel)
+    digests = digests_of(slot.view, slot.file_bytes, cancel, known)
     sealed = control.SlotRef()
     sealed.CopyFrom(ref)
     sealed.root_digest = root_digest(digests)
@@ -78,18 +87,49 @@ def seal_slot(arena: Arena, slot: SlotFile, ref: control.SlotRef, cancel: thread
 
 
 def digests_of(
-    view: memoryview, length: int, cancel: threading.Event | None = None, *, max_threads: int = _MAX_THREADS
+    view: memoryview,
+    length: int,
+    cancel: threading.Event | None = None,
+    known: Sequence[KnownDigests] = (),
+    *,
+    max_threads: int = _MAX_THREADS,
 ) -> bytes:
-    """Return the chunk digests of ``view[0:length]``; Cancelled soon after ``cancel`` is set."""
-    count = max(1, min(max_threads, length // _PART_BYTES))
-    share = -(-length // (count * CHUNK_BYTES)) * CHUNK_BYTES or CHUNK_BYTES
-    parts = [(begin, min(begin + share, length)) for begin in range(0, length, share)]
-    if len(parts) <= 1:
-        return _digests_between(view, 0, length, cancel)
-    with ThreadPoolExecutor(len(parts) - 1, thread_name_prefix="snapshotd-digest") as pool:
-        others = [pool.submit(_digests_between, view, begin, end, cancel) for begin, end in parts[1:]]
-        first = _digests_between(view, *parts[0], cancel)
-        return b"".join([first, *(other.result() for other in others)])
+    """
+    Return the chunk digests of ``view[0:length]``, those that are not ``known`` computed; Cancelled soon after
+    ``cancel`` is set. CorruptionError for known ones of chunks that there are not.
+    """
+    digests = bytearray(chunk_count(length) * DIGEST_BYTES)
+    missing: list[tuple[int, int]] = []
+    at = 0
+    for first, found in sorted(known):
+        begin, end = first * DIGEST_BYTES, first * DIGEST_BYTES + len(found)
+        if begin < at or end > length // CHUNK_BYTES * DIGEST_BYTES or end % DIGEST_BYTES:
+            raise CorruptionError(
+                f"the worker sent {len(found)} bytes of digests from chunk {first} on, of a slot of {length} bytes"
+            )
+        digests[begin:end] = found
+        missing.append((at, begin))
+        at = end
+    missing.append((at, len(digests)))
+    parts = [
+        (begin, min(begin + _PART_DIGESTS_BYTES, end))
+        for first, end in missing
+        for begin in range(first, end, _PART_DIGESTS_BYTES)
+    ]
+
+    def add(part: tuple[int, int]) -> None:
+        begin, end = (position // DIGEST_BYTES * CHUNK_BYTES for position in part)
+        digests[slice(*part)] = _digests_between(view, begin, min(end, length), cancel)
+
+    threads = min(max_threads, sum(end - begin for begin, end in parts) // _PART_DIGESTS_BYTES)
+    if threads <= 1:
+        for part in parts:
+            add(part)
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="snapshotd-digest") as pool:
+            for _ in pool.map(add, parts):
+                pass
+    return bytes(digests)
 
 
 def _digests_between(view: memoryview, begin: int, end: int, cancel: threading.Event | None) -> bytes:

@@ -264,7 +264,7 @@ class DaemonService:
 
     def _seal(self, order: events.SealSlot) -> events.Event:
         try:
-            sealed = self._orders.seal(self._slots[order.slot], order.ref)
+            sealed = self._orders.seal(self._slots[order.slot], order.ref, order.known)
         except (SnapshotdError, OSError) as error:
             return events.SlotSealFailed(slot=order.slot, reason=str(error))
         return events.SlotSealed(

@@ -10,6 +10,7 @@ from snapshotd.layout.box import Box, Scope, TensorBox
 from snapshotd.layout.digest import (
     CHUNK_BYTES,
     DIGEST_BYTES,
+    KnownDigests,
     RunningDigests,
     chunk_count,
     chunk_digests,
@@ -29,6 +30,7 @@ __all__ = [
     "Box",
     "DType",
     "Index",
+    "KnownDigests",
     "Layout",
     "RunningDigests",
     "Scope",

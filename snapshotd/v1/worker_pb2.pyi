@@ -137,7 +137,14 @@ class Grant(_message.Message):
     def __init__(self, slot_id: _Optional[int] = ..., path: _Optional[str] = ..., file_bytes: _Optional[int] = ..., layout_hash: _Optional[str] = ..., min_step: _Optional[int] = ...) -> None: ...
 
 class Seal(_message.Message):
-    __slots__ = ("slot_id", "step", "layout_hash", "replica_hash", "replica_digest", "copy_ns", "stall_ns")
+    __slots__ = ("slot_id", "step", "layout_hash", "replica_hash", "replica_digest", "copy_ns", "stall_ns", "digests")
+    class Digests(_message.Message):
+        __slots__ = ("first", "digests")
+        FIRST_FIELD_NUMBER: _ClassVar[int]
+        DIGESTS_FIELD_NUMBER: _ClassVar[int]
+        first: int
+        digests: bytes
+        def __init__(self, first: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
     SLOT_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +152,7 @@ class Seal(_message.Message):
     REPLICA_DIGEST_FIELD_NUMBER: _ClassVar[int]
     COPY_NS_FIELD_NUMBER: _ClassVar[int]
     STALL_NS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     slot_id: int
     step: int
     layout_hash: str
@@ -152,7 +160,8 @@ class Seal(_message.Message):
     replica_digest: str
     copy_ns: int
     stall_ns: int
-    def __init__(self, slot_id: _Optional[int] = ..., step: _Optional[int] = ..., layout_hash: _Optional[str] = ..., replica_hash: _Optional[str] = ..., replica_digest: _Optional[str] = ..., copy_ns: _Optional[int] = ..., stall_ns: _Optional[int] = ...) -> None: ...
+    digests: _containers.RepeatedCompositeFieldContainer[Seal.Digests]
+    def __init__(self, slot_id: _Optional[int] = ..., step: _Optional[int] = ..., layout_hash: _Optional[str] = ..., replica_hash: _Optional[str] = ..., replica_digest: _Optional[str] = ..., copy_ns: _Optional[int] = ..., stall_ns: _Optional[int] = ..., digests: _Optional[_Iterable[_Union[Seal.Digests, _Mapping]]] = ...) -> None: ...
 
 class Skip(_message.Message):
     __slots__ = ("step", "reason", "detail")

@@ -12,7 +12,7 @@ from snapshotd.arena import slot_key
 from snapshotd.daemon.cancel import Cancelled
 from snapshotd.daemon.seal import digests_of, seal_slot
 from snapshotd.errors import CorruptionError
-from snapshotd.layout import Box, Layout, TensorBox, chunk_digests, root_digest
+from snapshotd.layout import Box, KnownDigests, Layout, TensorBox, chunk_digests, root_digest
 from snapshotd.v1 import control_pb2 as control
 
 
@@ -107,3 +107,38 @@ def test_each_thread_hears_of_a_cancel() -> None:
     cancel.set()
     with pytest.raises(Cancelled):
         digests_of(memoryview(np.zeros(256 << 20, np.uint8)), 256 << 20, cancel, max_threads=4)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_the_worker_has_hashed_is_not_hashed_again(threads: int) -> None:
+    """Breaks: a capture costs a second reading of all its bytes; or chunks that nobody hashed have no digest."""
+    nbytes = (150 << 20) + 5
+    data = np.arange(nbytes // 8 + 1, dtype=np.uint64).view(np.uint8)[:nbytes]
+    expected = bytearray(chunk_digests(data, nbytes))
+    known = [KnownDigests(1190, b"\x02" * 80), KnownDigests(0, b"\x01" * 8), KnownDigests(3, b"\x03" * 8 * 600)]
+    for first, found in known:  # other than they are: to be seen
+        expected[8 * first : 8 * first + len(found)] = found
+    found = digests_of(memoryview(data), nbytes, known=known, max_threads=threads)
+    assert found == bytes(expected)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        [KnownDigests(0, bytes(7))],
+        [KnownDigests(9, bytes(8))],  # the last chunk is not whole
+        [KnownDigests(8, bytes(16))],
+        [KnownDigests(1 << 60, bytes(8))],
+        [KnownDigests(0, bytes(16)), KnownDigests(1, bytes(8))],
+    ],
+)
+def test_digests_of_chunks_that_there_are_not_are_refused(cluster, known: list[KnownDigests]) -> None:
+    """Breaks: a broken worker ends the daemon, or has digests recorded that belong to other bytes."""
+    (node,) = cluster.add("n0")
+    layout, ref = make((9 * 131_072 + 70_000) // 4)
+    slot = node.arena.create_slot(layout.header, layout.file_bytes)
+    fill(slot, layout, 1, b"{}")
+    with pytest.raises(CorruptionError, match="bytes of digests from chunk"):
+        seal_slot(node.arena, slot, ref, known=known)
+    assert node.arena.sealed() == []
+    assert seal_slot(node.arena, slot, ref).ref.root_digest

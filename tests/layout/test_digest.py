@@ -10,6 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapshotd import native
 from snapshotd.errors import UsageError
 from snapshotd.layout import CHUNK_BYTES, RunningDigests, chunk_count, chunk_digests, is_right, root_digest, verify
 
@@ -17,17 +18,27 @@ LENGTH = 3 * CHUNK_BYTES + 17
 DATA = bytes(range(256)) * (LENGTH // 256 + 1)
 
 
-@pytest.mark.parametrize("length", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, LENGTH])
-def test_digests_are_plain_xxh3_per_chunk(length: int) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("length", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, LENGTH, 20 * LENGTH])
+def test_digests_are_plain_xxh3_per_chunk(length: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other programs, and other versions of this one, must be able to check our files."""
-    digests = chunk_digests(DATA, length)
+    if not compiled:
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    data = random.Random(1).randbytes(length + 100)
+    digests = chunk_digests(data, length)
     assert len(digests) == 8 * chunk_count(length)
     expected = b"".join(
-        xxhash.xxh3_64_digest(DATA[i : min(i + CHUNK_BYTES, length)])[::-1] for i in range(0, length, CHUNK_BYTES)
+        xxhash.xxh3_64_digest(data[i : min(i + CHUNK_BYTES, length)])[::-1] for i in range(0, length, CHUNK_BYTES)
     )
     assert digests == expected
     assert root_digest(digests) == xxhash.xxh3_128_hexdigest(expected)
-    assert verify(DATA, digests, 0, length) == []
+    assert verify(data, digests, 0, length) == []
+    if length > CHUNK_BYTES:
+        last = chunk_count(length) - 1
+        wrong = bytearray(data)
+        wrong[length - 1] ^= 1
+        wrong[0] ^= 1
+        assert verify(wrong, digests, 0, length) == [0, last]
 
 
 def test_golden() -> None:
