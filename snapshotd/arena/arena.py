@@ -270,7 +270,7 @@ class Arena:
                 digests = obj.digests
                 if digests is None or obj.ref is not ref:
                     raise LocalProtocolError(f"{obj!r} is not what was to be verified any more")
-                bad += digest.verify(obj.view, digests, begin, end)
+                bad += digest.verify(obj.view, digests, begin, end, cold=True)
             if pace is not None:
                 pace(end - begin)
         return bad

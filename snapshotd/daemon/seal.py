@@ -135,7 +135,7 @@ def digests_of(
 def _digests_between(view: memoryview, begin: int, end: int, cancel: threading.Event | None) -> bytes:
     """``begin`` is where a chunk begins."""
     with view[begin:end] as part:
-        return chunk_digests(part, part.nbytes, between=lambda: check_cancel(cancel, "hashing"))
+        return chunk_digests(part, part.nbytes, cold=True, between=lambda: check_cancel(cancel, "hashing"))
 
 
 class DigestsInPassing:

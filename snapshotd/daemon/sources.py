@@ -86,7 +86,7 @@ class LocalSource:
             last = self._known.find(1, first, stop)
             last = stop if last < 0 else last
             chunk_end = min(last * CHUNK_BYTES, self.file_bytes)
-            wrong = verify(self.obj.view, self._digests, first * CHUNK_BYTES, chunk_end)
+            wrong = verify(self.obj.view, self._digests, first * CHUNK_BYTES, chunk_end, cold=True)
             if wrong:
                 corruption = local_corruption(self.obj, self._ref, wrong, self.node_id, "a reader")
                 self._on_corruption(corruption)

@@ -47,7 +47,7 @@ DIGEST_BYTES: Final = 8
 _DIGEST: Final = struct.Struct("<Q")
 _BETWEEN_CHUNKS: Final = 64
 _COMPILED_CHUNKS: Final = 4
-"""From so many on, one behind the other, compiled code is faster."""
+"""That lie one behind the other and are cold: from so many on compiled code is faster. Out of the cache xxhash is."""
 
 
 class KnownDigests(NamedTuple):
@@ -63,13 +63,19 @@ def chunk_count(length: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 
 
 def chunk_digests(
-    buf: Buffer, length: int, chunk_bytes: int = CHUNK_BYTES, *, between: Callable[[], object] | None = None
+    buf: Buffer,
+    length: int,
+    chunk_bytes: int = CHUNK_BYTES,
+    *,
+    cold: bool = False,
+    between: Callable[[], object] | None = None,
 ) -> bytes:
     """
     Return the digests of ``buf[0:length]``: 8 bytes little-endian per chunk, ``chunk_count(length)`` of them.
 
-    ``buf`` may be longer (a slot with spare room). UsageError if it is shorter. ``between`` is called before each 64
-    chunks, which take about half a millisecond: it may raise, to stop.
+    ``buf`` may be longer (a slot with spare room). UsageError if it is shorter. ``cold``: the bytes are in no cache, so
+    that several chunks are best read at a time. ``between`` is called before each 64 chunks, which take about half a
+    millisecond: it may raise, to stop.
     """
     found: list[bytes] = []
     batch_bytes = _BETWEEN_CHUNKS * chunk_bytes
@@ -80,7 +86,7 @@ def chunk_digests(
             for begin in range(0, length, batch_bytes):
                 if between is not None:
                     between()
-                found.append(_digests_between(all_of_it, begin, min(begin + batch_bytes, length), chunk_bytes))
+                found.append(_digests_between(all_of_it, begin, min(begin + batch_bytes, length), chunk_bytes, cold))
     return b"".join(found)
 
 
@@ -88,38 +94,34 @@ class RunningDigests:
     """The digests of bytes that come in pieces: those that chunk_digests() gives for all of them in one."""
 
     def __init__(self) -> None:
-        self._values: list[int] = []
+        self._found: list[bytes] = []
         self._hash = xxhash.xxh3_64()
         self._room = CHUNK_BYTES  # left in the chunk that has begun
 
     def add(self, piece: memoryview) -> None:
         """Take the next bytes, a contiguous view of them."""
-        if piece.nbytes < self._room:
-            self._hash.update(piece)
-            self._room -= piece.nbytes
-            return
         at = 0
         while at < piece.nbytes:
+            if self._room == CHUNK_BYTES and (whole := (piece.nbytes - at) // CHUNK_BYTES * CHUNK_BYTES):
+                self._found.append(_digests_between(piece, at, at + whole, CHUNK_BYTES, False))
+                at += whole
+                continue
             end = min(at + self._room, piece.nbytes)
-            if end - at == CHUNK_BYTES:
-                with piece[at:end] as part:
-                    self._values.append(digest_of(part))
-            else:
-                with piece[at:end] as part:
-                    self._hash.update(part)
-                self._room -= end - at
-                if not self._room:
-                    self._finish_chunk()
+            with piece[at:end] as part:
+                self._hash.update(part)
+            self._room -= end - at
+            if not self._room:
+                self._finish_chunk()
             at = end
 
     def finish(self) -> bytes:
         """Return the digests of all that came; nothing may come behind it."""
         if self._room < CHUNK_BYTES:
             self._finish_chunk()
-        return struct.pack(f"<{len(self._values)}Q", *self._values)
+        return b"".join(self._found)
 
     def _finish_chunk(self) -> None:
-        self._values.append(self._hash.intdigest())
+        self._found.append(_DIGEST.pack(self._hash.intdigest()))
         self._hash.reset()
         self._room = CHUNK_BYTES
 
@@ -136,14 +138,22 @@ def is_right(view: memoryview, digests: bytes, chunk: int) -> bool:
 
 
 def verify(
-    buf: Buffer, digests: bytes, begin: int, end: int, *, base: int = 0, chunk_bytes: int = CHUNK_BYTES
+    buf: Buffer,
+    digests: bytes,
+    begin: int,
+    end: int,
+    *,
+    base: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+    cold: bool = False,
 ) -> list[int]:
     """
     Return the indexes of the chunks of file bytes ``[begin, end)`` that do not match: empty when all is well.
 
     ``buf`` holds the file from file offset ``base`` on (0: the whole file). ``digests`` are those of the whole file.
     ``begin`` must be a multiple of ``chunk_bytes``; ``end`` too, unless it lies in the last chunk: then it is taken for
-    the end of the file. UsageError for ranges that are not so, or that ``buf`` or ``digests`` do not reach.
+    the end of the file. ``cold``: as for chunk_digests(). UsageError for ranges that are not so, or that ``buf`` or
+    ``digests`` do not reach.
     """
     if len(digests) % DIGEST_BYTES:
         raise UsageError(f"{len(digests)} bytes of digests are no multiple of {DIGEST_BYTES}")
@@ -158,7 +168,7 @@ def verify(
         if begin < base or end - base > view.nbytes:
             raise UsageError(f"the range [{begin}, {end}) is not inside the buffer [{base}, {base + view.nbytes})")
         first, stop = begin // chunk_bytes, chunk_count(end, chunk_bytes)
-        found = _digests_between(view, begin - base, end - base, chunk_bytes)
+        found = _digests_between(view, begin - base, end - base, chunk_bytes, cold)
         expected = digests[first * DIGEST_BYTES : stop * DIGEST_BYTES]
         if found == expected:
             return []
@@ -166,9 +176,9 @@ def verify(
         return [first + place for place, (one, other) in enumerate(pairs) if one != other]
 
 
-def _digests_between(view: memoryview, begin: int, end: int, chunk_bytes: int) -> bytes:
+def _digests_between(view: memoryview, begin: int, end: int, chunk_bytes: int, cold: bool) -> bytes:
     """``begin`` is where a chunk begins, ``end`` where one ends, or the file."""
-    compiled = native.kernels() if chunk_bytes == CHUNK_BYTES else None
+    compiled = native.kernels() if cold and chunk_bytes == CHUNK_BYTES else None
     whole = begin + (end - begin) // chunk_bytes * chunk_bytes
     digests = b""
     if compiled is not None and whole - begin >= _COMPILED_CHUNKS * chunk_bytes:

@@ -26,19 +26,20 @@ def test_digests_are_plain_xxh3_per_chunk(length: int, compiled: bool, monkeypat
         monkeypatch.setattr(native, "kernels", lambda: None)
     data = random.Random(1).randbytes(length + 100)
     digests = chunk_digests(data, length)
+    assert digests == chunk_digests(data, length, cold=True)
     assert len(digests) == 8 * chunk_count(length)
     expected = b"".join(
         xxhash.xxh3_64_digest(data[i : min(i + CHUNK_BYTES, length)])[::-1] for i in range(0, length, CHUNK_BYTES)
     )
     assert digests == expected
     assert root_digest(digests) == xxhash.xxh3_128_hexdigest(expected)
-    assert verify(data, digests, 0, length) == []
+    assert verify(data, digests, 0, length) == verify(data, digests, 0, length, cold=True) == []
     if length > CHUNK_BYTES:
         last = chunk_count(length) - 1
         wrong = bytearray(data)
         wrong[length - 1] ^= 1
         wrong[0] ^= 1
-        assert verify(wrong, digests, 0, length) == [0, last]
+        assert verify(wrong, digests, 0, length) == verify(wrong, digests, 0, length, cold=True) == [0, last]
 
 
 def test_golden() -> None:
