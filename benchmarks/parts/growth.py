@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from .. import Row, Run, Series
-from .worker_memory import anonymous_bytes
+from .worker_memory import anonymous_bytes, give_back_memory
 
 if TYPE_CHECKING:
     from snapshotd_client.copying import CopyPool
@@ -86,6 +86,7 @@ def _by_steps(run: Run) -> Iterator[Row]:
     steps = 300 if run.short else _STEPS
     old = _Job(run, "old")
     old.capture(10)  # layouts, slots, mappings
+    give_back_memory()
     marks = []
     for _ in range(10):
         old.capture(steps // 10)

@@ -71,10 +71,11 @@ def kernels() -> Kernels | None:
     try:
         library = ctypes.CDLL(str(_LIBRARY))
         if not library.snapshotd_is_supported():
+            log.info("copies and digests are separate: this processor lacks AVX2")
             return None
         found = Kernels(library)
     except (OSError, AttributeError) as error:
-        log.debug("no compiled copies and digests: %s", error)
+        log.info("copies and digests are separate: nothing was compiled for them here (%s)", error)
         return None
     if not _is_right(found):
         log.warning("%s does not copy and digest right on this machine; it is not used", _LIBRARY)

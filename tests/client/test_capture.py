@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from fake_daemon import FakeDaemon
-from snapshotd_client import Snapshotter
+from snapshotd_client import Snapshotter, copying
 from snapshotd_client.settings import Settings
 from torch import nn
 
@@ -104,6 +104,18 @@ def test_the_daemon_is_told_the_digests_of_what_was_copied(daemon, snapshotter):
         assert known.digests == chunk_digests(data[begin : begin + count * CHUNK_BYTES], count * CHUNK_BYTES)
         with torch.no_grad():
             model.weight += 1
+
+
+def test_without_compiled_code_the_daemon_is_told_no_digests(daemon, snapshotter, monkeypatch):
+    """Breaks: where nothing could be compiled, or the processor is another, nothing is captured."""
+    monkeypatch.setattr(copying, "kernels", lambda: None)
+    model = nn.Linear(1000, 1000)
+    snap = snapshotter(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    snap.capture(0)
+    assert snap.wait(20)
+    daemon.wait_for(lambda: 0 in daemon.sealed)
+    assert not daemon.seals[0].digests
+    assert model.weight.detach().numpy().tobytes() == daemon.sealed[0][0].tensor("model.weight").tobytes()
 
 
 @pytest.mark.parametrize("what", ["param", "momentum"])
