@@ -136,4 +136,5 @@ def test_megatron_trainings_own_runs_go_on(case: str, layers: int, tmp_path: Pat
     convert(tmp_path / "universal", tmp_path / "run", to="megatron")
     found = perform(replace(PLAIN, layers=layers), tmp_path / "load", load=tmp_path / "run")
     assert truth["next_losses"][0] == found["next_losses"][0]
-    assert truth["next_losses"] == pytest.approx(found["next_losses"], rel=1e-5)  # sums of bf16 differ by processor
+    # Sums of bf16 differ by processor: 1e-5 where it has AMX. Without the first moments it would be 2e-3.
+    assert truth["next_losses"] == pytest.approx(found["next_losses"], rel=1e-4)
