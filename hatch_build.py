@@ -5,6 +5,7 @@ What it has is only faster than what is there without it: where it cannot be com
 and says so.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -28,7 +29,8 @@ class CustomBuildHook(BuildHookInterface):
             command = [*shlex.split(compiler), *FLAGS, "-o", str(made), str(source)]
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            library.unlink(missing_ok=True)  # of another source, or another machine
+            with contextlib.suppress(OSError):  # where nothing can be written
+                library.unlink()  # of another source, or another machine
             reason = getattr(error, "stderr", None) or error
             self.app.display_warning(f"{SOURCE} was not compiled; copies and digests will be slower: {reason}")
             return

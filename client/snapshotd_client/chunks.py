@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 
 from snapshotd.layout import CHUNK_BYTES, DIGEST_BYTES, KnownDigests
-from snapshotd.native import RUN_WORDS, SEGMENT_WORDS, Kernels
+from snapshotd.native import ALIGN_BYTES, RUN_WORDS, Kernels
 from snapshotd_client.arrays import Array, address_of
 
 __all__ = ["ChunkCopies", "Part", "Rest"]
@@ -74,10 +74,13 @@ class ChunkCopies:
     """
     The chunks of a slot that ``pairs`` (target, source) fill with dense arrays; ``rest`` is what they do not fill.
 
-    ``slot`` is the whole file, which the targets lie in. Who copies keeps the arrays alive.
+    ``slot`` is the whole file, which the targets lie in. Who copies keeps the arrays alive. ValueError for a slot that
+    does not begin where the compiled code can write: mappings do.
     """
 
     def __init__(self, pairs: Sequence[Pair], slot: Array, kernels: Kernels) -> None:
+        if address_of(slot) % ALIGN_BYTES:
+            raise ValueError(f"a slot at {address_of(slot):#x} does not begin at a multiple of {ALIGN_BYTES}")
         self._kernels = kernels
         self._slot = slot
         self.rest: list[Rest] = []
@@ -129,7 +132,6 @@ class ChunkCopies:
             self.rest += [Rest(pair, low - begin, high - begin) for low, high in outside if low < high]
         lows, highs = np.maximum(begins, lower), np.minimum(ends, upper)
         segments = np.stack([sources + (lows - begins), highs - lows], axis=1)[lows < highs].astype(_WORD)
-        assert segments.shape[1] == SEGMENT_WORDS
         self._runs.append(_Run(first, last - first, segments))
 
     def _part(self, begin: int, end: int) -> Part:

@@ -1,7 +1,8 @@
 """
 Pure: tensor boxes, shards, layouts and their hash, and the slot format.
 
-This room knows nobody else's; all others may import it. No I/O, no threads, no torch.
+This room knows none but native, which digests for it where it can; all others may import it. No I/O, no threads, no
+torch.
 """
 
 from __future__ import annotations

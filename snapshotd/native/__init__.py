@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import xxhash
 
-__all__ = ["CHUNK_BYTES", "RUN_WORDS", "SEGMENT_WORDS", "Kernels", "kernels"]
+__all__ = ["ALIGN_BYTES", "CHUNK_BYTES", "RUN_WORDS", "Kernels", "kernels"]
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ CHUNK_BYTES: Final = 128 * 1024
 RUN_WORDS: Final = 4
 """64-bit words of a run: the address where its chunks go, that where their digests go, that of its segments, chunks."""
 
-SEGMENT_WORDS: Final = 2
-"""64-bit words of a segment: its address, its bytes."""
+ALIGN_BYTES: Final = 64
+"""Targets begin at multiples of it: with other addresses the process ends."""
 
 _LIBRARY: Final = Path(__file__).with_name("copy_digest.so")
 _TESTED_CHUNKS: Final = 7
@@ -50,8 +50,8 @@ class Kernels:
         """
         Copy ``count`` runs, and digest their chunks; ``runs`` is where they lie, RUN_WORDS each.
 
-        A run is chunks that lie one behind the other in the target, from a multiple of 64 on. Its segments have exactly
-        their bytes; none is empty. Sources and targets do not overlap.
+        A run is chunks that lie one behind the other in the target, from a multiple of ALIGN_BYTES on. Its segments
+        (two words each: address, bytes) have exactly their bytes; none is empty. Sources and targets do not overlap.
         """
         self._copy_digest(runs, count)
 
@@ -75,7 +75,9 @@ def kernels() -> Kernels | None:
             return None
         found = Kernels(library)
     except (OSError, AttributeError) as error:
-        log.info("copies and digests are separate: nothing was compiled for them here (%s)", error)
+        log.warning(
+            "snapshotd was installed where no C compiler worked: copies and digests take longer than they need (%s)", error
+        )
         return None
     if not _is_right(found):
         log.warning("%s does not copy and digest right on this machine; it is not used", _LIBRARY)

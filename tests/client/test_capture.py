@@ -85,7 +85,7 @@ def test_update_waits_for_the_copy(daemon, snapshotter, tmp_path, fence_waits):
     assert snap.stats["stall_ns"] > 0
 
 
-@pytest.mark.skipif(kernels() is None, reason="the processor lacks AVX2: nothing is compiled for it")
+@pytest.mark.skipif(kernels() is None, reason="nothing was compiled; tests/native fails where it should be")
 def test_the_daemon_is_told_the_digests_of_what_was_copied(daemon, snapshotter):
     """Breaks: each byte is read twice, by the hook and by the daemon; or the daemon records digests of other bytes."""
     model = nn.Linear(1000, 1000)

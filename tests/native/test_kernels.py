@@ -165,9 +165,12 @@ def test_what_is_wrong_is_not_used(fresh, monkeypatch, caplog, how: dict[str, bo
     assert ("does not copy and digest right" in caplog.text) == warns
 
 
-def test_nothing_was_compiled(fresh, monkeypatch, tmp_path) -> None:
+def test_nothing_was_compiled(fresh, monkeypatch, tmp_path, caplog) -> None:
+    """Breaks: all is slower for ever, since pip does not show what a build has said."""
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "copy_digest.so")
-    assert kernels() is None
+    with caplog.at_level(logging.WARNING, "snapshotd"):
+        assert kernels() is kernels() is None
+    assert caplog.text.count("no C compiler worked: copies and digests take longer") == 1
     shutil.copy(next(iter_libc()), tmp_path / "copy_digest.so")
     kernels.cache_clear()
     assert kernels() is None
