@@ -76,7 +76,8 @@ def kernels() -> Kernels | None:
         found = Kernels(library)
     except (OSError, AttributeError) as error:
         log.warning(
-            "snapshotd was installed where no C compiler worked: copies and digests take longer than they need (%s)", error
+            "snapshotd was installed where no C compiler worked: copies and digests take longer than they need (%s)",
+            error,
         )
         return None
     if not _is_right(found):
